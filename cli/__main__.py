@@ -1,0 +1,3 @@
+from moegate.main import run
+
+run()

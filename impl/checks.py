@@ -1,0 +1,128 @@
+"""Arguments are checked before anything is launched, and an error names the argument, what was expected and what came.
+
+Shapes, dtypes, devices and layouts are host knowledge and always checked. What only the device knows (ids in range,
+NaN in weights) would stall its queue to ask for: those checks run inside `debug_checks()` or with `MOEGATE_DEBUG=1`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+_debug: ContextVar[bool] = ContextVar(
+    "moegate_debug", default=os.environ.get("MOEGATE_DEBUG", "0").lower() in ("1", "true", "on", "yes")
+)
+
+
+@contextmanager
+def debug_checks(enabled: bool = True) -> Iterator[None]:
+    """Turn the checks that synchronise the device on (or off) inside this block."""
+    token = _debug.set(enabled)
+    try:
+        yield
+    finally:
+        _debug.reset(token)
+
+
+def debugging() -> bool:
+    """Whether checks that synchronise the device are on."""
+    return _debug.get()
+
+
+def expect_tensor(
+    name: str,
+    value: Any,
+    *,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype],
+    like: torch.Tensor | None = None,
+    contiguous: bool = False,
+) -> torch.Tensor:
+    """Check one tensor.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed.
+        shape: the expected shape; a string (`"M"`) is a dimension of any size, an int is exact.
+        dtypes: the accepted dtypes.
+        like: the tensor whose device it must share.
+        contiguous: whether the whole tensor must be contiguous, and not the last dimension alone.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another rank, shape, device or layout.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    wanted = "[" + ", ".join(str(size) for size in shape) + "]"
+    if value.ndim != len(shape):
+        raise ValueError(f"{name}: expected shape {wanted}, got {value.ndim} dimensions {list(value.shape)}")
+    if any(isinstance(want, int) and want != got for want, got in zip(shape, value.shape, strict=True)):
+        raise ValueError(f"{name}: expected shape {wanted}, got {list(value.shape)}")
+    if value.dtype not in dtypes:
+        names = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+    if value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}")
+    if contiguous and not value.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
+    return value
+
+
+def expect_int(name: str, value: Any, *, low: int, high: int | None = None) -> int:
+    """Check an integer in [low, high].
+
+    Raises:
+        TypeError: not an int (a bool is not one).
+        ValueError: outside the range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"a number in [{low}, {high}]"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return value
+
+
+def expect_bool(name: str, value: Any) -> bool:
+    """Check a bool.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
+    return value
+
+
+def debug_expect_ids(name: str, ids: torch.Tensor, num_experts: int) -> None:
+    """In debug mode, check that every id is in [-1, num_experts).
+
+    Raises:
+        ValueError: an id outside the range, with the first one found.
+    """
+    if debugging() and ids.numel():
+        bad = (ids < -1) | (ids >= num_experts)
+        if bool(bad.any()):
+            raise ValueError(f"{name}: expected ids in [-1, {num_experts}), got {int(ids[bad][0])}")
+
+
+def debug_expect_no_nan(name: str, value: torch.Tensor) -> None:
+    """In debug mode, check that a tensor holds no NaN.
+
+    Raises:
+        ValueError: a NaN, with how many there are.
+    """
+    if debugging() and value.numel():
+        count = int(torch.isnan(value).sum())
+        if count:
+            raise ValueError(f"{name}: expected no NaN, got {count} of {value.numel()}")

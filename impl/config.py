@@ -1,0 +1,166 @@
+"""What a MoE layer is and how it is spread over ranks: frozen values that validate themselves.
+
+The words are the field's own: M tokens, H hidden size, I intermediate size, E global experts, top_k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+
+class Activation(StrEnum):
+    """The activation between the two GEMMs; gated ones take w13's gate and up rows."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    SWIGLUOAI = "swigluoai"
+    SILU_NO_MUL = "silu_no_mul"
+    GELU_NO_MUL = "gelu_no_mul"
+    RELU2_NO_MUL = "relu2_no_mul"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether w13 holds gate rows and up rows (2I in all) or I rows only."""
+        return not self.value.endswith("_no_mul")
+
+
+class QuantScheme(StrEnum):
+    """How the experts' weights (w) and activations (a) are stored."""
+
+    NONE = "none"
+    FP8_W8A8 = "fp8_w8a8"
+    INT8_W8A8 = "int8_w8a8"
+    INT8_W8A16 = "int8_w8a16"
+    INT4_W4A16 = "int4_w4a16"
+
+
+class ActivationFormat(StrEnum):
+    """How tokens reach the experts: `[M, H]`, or `[E_local, max_tokens, H]` with a count for each expert."""
+
+    STANDARD = "standard"
+    BATCHED = "batched"
+
+
+def _expect_positive(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name}: expected an int, got {type(size).__name__} {size!r}")
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def _expect_rank(name: str, rank: int, size: int) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"{name}_rank: expected an int, got {type(rank).__name__} {rank!r}")
+    if not 0 <= rank < size:
+        raise ValueError(f"{name}_rank: expected a rank in [0, {size}) for {name}_size {size}, got {rank}")
+
+
+def _as_member(enum: type[StrEnum], name: str, value: Any) -> Any:
+    try:
+        return enum(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected one of {[m.value for m in enum]}, got {value!r}") from None
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layer's place among the ranks.
+
+    Attributes:
+        tp_size: ranks that share each expert's I columns (tensor parallelism); `tp_rank` is this one's number.
+        dp_size: ranks with their own tokens (data parallelism).
+        ep_size: ranks that share the experts (expert parallelism).
+
+    Raises:
+        TypeError, ValueError: a size under 1, or a rank outside its size, by name.
+    """
+
+    tp_size: int = 1
+    tp_rank: int = 0
+    dp_size: int = 1
+    dp_rank: int = 0
+    ep_size: int = 1
+    ep_rank: int = 0
+
+    def __post_init__(self) -> None:
+        _expect_positive(tp_size=self.tp_size, dp_size=self.dp_size, ep_size=self.ep_size)
+        _expect_rank("tp", self.tp_rank, self.tp_size)
+        _expect_rank("dp", self.dp_rank, self.dp_size)
+        _expect_rank("ep", self.ep_rank, self.ep_size)
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One MoE layer of a model.
+
+    Attributes:
+        num_experts: E, the global number of routed experts.
+        top_k: experts chosen for each token.
+        hidden_size: H.
+        intermediate_size: the model's intermediate size of one expert, before tensor parallelism divides it.
+        dtype: of activations and unquantised weights: bfloat16, float16 or float32.
+        scheme: how weights and activations are quantised.
+        block_shape: (n, k) of block-wise weight scales, (0, group) of scales grouped along K, None otherwise.
+        activation: between the two GEMMs.
+        activation_format: how tokens reach the experts.
+        apply_router_weight_on_input: routing weights multiply the experts' input instead of their output (top_k = 1).
+        is_lora_enabled: LoRA adapters may be applied to the experts.
+        parallel: this rank's place.
+
+    Raises:
+        TypeError, ValueError: a field out of its range, or fields that contradict each other, by name.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype = torch.bfloat16
+    scheme: QuantScheme = QuantScheme.NONE
+    block_shape: tuple[int, int] | None = None
+    activation: Activation = Activation.SILU
+    activation_format: ActivationFormat = ActivationFormat.STANDARD
+    apply_router_weight_on_input: bool = False
+    is_lora_enabled: bool = False
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        _expect_positive(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+        )
+        for name, enum in (
+            ("scheme", QuantScheme),
+            ("activation", Activation),
+            ("activation_format", ActivationFormat),
+        ):
+            object.__setattr__(self, name, _as_member(enum, name, getattr(self, name)))
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k: expected at most num_experts {self.num_experts}, got {self.top_k}")
+        if self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {self.dtype}")
+        if self.intermediate_size % self.parallel.tp_size:
+            raise ValueError(
+                f"tp_size: expected a divisor of intermediate_size {self.intermediate_size}, "
+                f"got {self.parallel.tp_size}"
+            )
+        if self.apply_router_weight_on_input and self.top_k != 1:
+            raise ValueError(f"apply_router_weight_on_input: expected top_k 1, got {self.top_k}")
+        if self.block_shape is not None:
+            if self.scheme is QuantScheme.NONE:
+                raise ValueError(f"block_shape: expected None for scheme none, got {self.block_shape}")
+            if len(self.block_shape) != 2 or any(not isinstance(b, int) or b < 0 for b in self.block_shape):
+                raise ValueError(f"block_shape: expected two integers of at least 0, got {self.block_shape!r}")
+
+    @property
+    def intermediate_size_per_partition(self) -> int:
+        """I: the intermediate size of one rank."""
+        return self.intermediate_size // self.parallel.tp_size

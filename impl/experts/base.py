@@ -1,0 +1,47 @@
+"""What every experts backend is: a capability predicate that it owns, and one call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from ..config import Activation, MoEConfig
+from ..platform import Platform
+
+
+class Experts(ABC):
+    """One backend's way to compute a layer's routed experts.
+
+    Attributes:
+        backend: the name under which the oracle knows it and a user asks for it.
+    """
+
+    backend: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, config: MoEConfig, platform: Platform) -> str | None:
+        """Why this backend cannot run `config` on `platform`, in words for the user; None where it can."""
+
+    @abstractmethod
+    def apply(
+        self,
+        out: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        activation: Activation,
+        apply_router_weight_on_input: bool,
+        expert_map: torch.Tensor | None,
+        global_num_experts: int,
+        allow_tf32: bool,
+    ) -> None:
+        """Write the experts' weighted sum into `out [M, H]`; arguments are as `fused_experts` documents and checked.
+
+        M is at least 1. Nothing but `out` is written.
+        """

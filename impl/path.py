@@ -1,0 +1,70 @@
+"""Which path ran: assignments, backends, configurations and kernel launches, recorded while somebody listens.
+
+A lost fast path changes no number, so only a record of it can be tested without a clock. Recording costs one test of
+a context variable per event when nobody listens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class PathRecord:
+    """What ran inside one `record_path` block.
+
+    Attributes:
+        facts: decisions by name, in the order made: `backend`, `assignment` ("naive" or "aligned"), `config`
+            (mapping of the tile choice, with `source`), `config_w2` where the second GEMM has its own, ...
+        launches: how often each Triton kernel was launched, by the kernel's name.
+    """
+
+    facts: list[tuple[str, Any]] = field(default_factory=list)
+    launches: Counter[str] = field(default_factory=Counter)
+
+    def all(self, name: str) -> list[Any]:
+        """Every value recorded under `name`, first to last."""
+        return [value for fact, value in self.facts if fact == name]
+
+    def last(self, name: str, default: Any = None) -> Any:
+        """The newest value recorded under `name`, or `default`."""
+        values = self.all(name)
+        return values[-1] if values else default
+
+    def as_dict(self) -> Mapping[str, Any]:
+        """Plain data: every fact under its name, and the launches."""
+        return {**{name: self.all(name) for name, _ in self.facts}, "launches": dict(self.launches)}
+
+
+_listener: ContextVar[PathRecord | None] = ContextVar("moegate_path_listener", default=None)
+
+
+@contextmanager
+def record_path() -> Iterator[PathRecord]:
+    """Collect what runs in this block, in this thread or task; blocks nest, and the innermost one listens."""
+    record = PathRecord()
+    token = _listener.set(record)
+    try:
+        yield record
+    finally:
+        _listener.reset(token)
+
+
+def note(name: str, value: Any) -> None:
+    """Record a decision, where somebody listens."""
+    record = _listener.get()
+    if record is not None:
+        record.facts.append((name, value))
+
+
+def launch(kernel: Any, grid: Any, *args: Any, **meta: Any) -> Any:
+    """`kernel[grid](*args, **meta)`, counted. Every Triton launch of `impl` goes through here."""
+    record = _listener.get()
+    if record is not None:
+        record.launches[kernel.__name__] += 1
+    return kernel[grid](*args, **meta)
