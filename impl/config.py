@@ -112,6 +112,8 @@ class MoEConfig:
         apply_router_weight_on_input: routing weights multiply the experts' input instead of their output (top_k = 1).
         is_lora_enabled: LoRA adapters may be applied to the experts.
         parallel: this rank's place.
+        expert_map: for each global expert its local id on this rank, -1 where another rank owns it; None for the
+            linear placement, by which rank r owns the r-th run of experts and the first ranks take the remainder.
 
     Raises:
         TypeError, ValueError: a field out of its range, or fields that contradict each other, by name.
@@ -129,6 +131,7 @@ class MoEConfig:
     apply_router_weight_on_input: bool = False
     is_lora_enabled: bool = False
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    expert_map: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _expect_positive(
@@ -143,6 +146,11 @@ class MoEConfig:
             ("activation_format", ActivationFormat),
         ):
             object.__setattr__(self, name, _as_member(enum, name, getattr(self, name)))
+        for name in ("apply_router_weight_on_input", "is_lora_enabled"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.parallel, ParallelConfig):
+            raise TypeError(f"parallel: expected a ParallelConfig, got {self.parallel!r}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k: expected at most num_experts {self.num_experts}, got {self.top_k}")
         if self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -157,10 +165,42 @@ class MoEConfig:
         if self.block_shape is not None:
             if self.scheme is QuantScheme.NONE:
                 raise ValueError(f"block_shape: expected None for scheme none, got {self.block_shape}")
-            if len(self.block_shape) != 2 or any(not isinstance(b, int) or b < 0 for b in self.block_shape):
-                raise ValueError(f"block_shape: expected two integers of at least 0, got {self.block_shape!r}")
+            shape = self.block_shape
+            if not isinstance(shape, (tuple, list)) or len(shape) != 2 or any(type(b) is not int or b < 0 for b in shape):
+                raise ValueError(f"block_shape: expected two integers of at least 0, got {shape!r}")
+            object.__setattr__(self, "block_shape", tuple(shape))
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        if self.expert_map is None:
+            if self.parallel.ep_size > self.num_experts:
+                raise ValueError(
+                    f"ep_size: expected at most num_experts {self.num_experts} where no expert_map places them, "
+                    f"got {self.parallel.ep_size}"
+                )
+            return
+        if not isinstance(self.expert_map, tuple) or any(type(local) is not int for local in self.expert_map):
+            raise TypeError(f"expert_map: expected a tuple of int, got {self.expert_map!r}")
+        if len(self.expert_map) != self.num_experts:
+            raise ValueError(
+                f"expert_map: expected one entry for each of num_experts {self.num_experts}, "
+                f"got {len(self.expert_map)}"
+            )
+        owned = sorted(local for local in self.expert_map if local != -1)
+        if owned != list(range(len(owned))):
+            raise ValueError(
+                f"expert_map: expected -1 or distinct local ids 0 to {len(owned) - 1}, got local ids {owned}"
+            )
 
     @property
     def intermediate_size_per_partition(self) -> int:
         """I: the intermediate size of one rank."""
         return self.intermediate_size // self.parallel.tp_size
+
+    @property
+    def num_local_experts(self) -> int:
+        """The experts whose weights this rank holds."""
+        if self.expert_map is not None:
+            return sum(local != -1 for local in self.expert_map)
+        share, remainder = divmod(self.num_experts, self.parallel.ep_size)
+        return share + (self.parallel.ep_rank < remainder)

@@ -97,6 +97,15 @@ class Platform:
         return self.vendor in (Vendor.NVIDIA, Vendor.AMD)
 
     @property
+    def has_fp8_e4m3(self) -> bool:
+        """Whether fp8 e4m3 is a type of this device: NVIDIA from 8.9, AMD from gfx942; a CPU emulates it."""
+        if self.vendor is Vendor.NVIDIA:
+            return self.capability is not None and self.capability >= (8, 9)
+        if self.vendor is Vendor.AMD:
+            return self.capability is not None and self.capability >= (9, 4)
+        return self.vendor is Vendor.CPU
+
+    @property
     def runs_triton(self) -> bool:
         """Whether Triton kernels can run here: on a GPU, or on a CPU under Triton's interpreter."""
         return self.is_cuda_alike or self.vendor is Vendor.INTEL or (self.vendor is Vendor.CPU and self.interpreted)
