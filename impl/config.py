@@ -166,7 +166,11 @@ class MoEConfig:
             if self.scheme is QuantScheme.NONE:
                 raise ValueError(f"block_shape: expected None for scheme none, got {self.block_shape}")
             shape = self.block_shape
-            if not isinstance(shape, (tuple, list)) or len(shape) != 2 or any(type(b) is not int or b < 0 for b in shape):
+            if (
+                not isinstance(shape, (tuple, list))
+                or len(shape) != 2
+                or any(type(b) is not int or b < 0 for b in shape)
+            ):
                 raise ValueError(f"block_shape: expected two integers of at least 0, got {shape!r}")
             object.__setattr__(self, "block_shape", tuple(shape))
         self._check_placement()
@@ -183,8 +187,7 @@ class MoEConfig:
             raise TypeError(f"expert_map: expected a tuple of int, got {self.expert_map!r}")
         if len(self.expert_map) != self.num_experts:
             raise ValueError(
-                f"expert_map: expected one entry for each of num_experts {self.num_experts}, "
-                f"got {len(self.expert_map)}"
+                f"expert_map: expected one entry for each of num_experts {self.num_experts}, got {len(self.expert_map)}"
             )
         owned = sorted(local for local in self.expert_map if local != -1)
         if owned != list(range(len(owned))):
