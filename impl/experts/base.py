@@ -9,6 +9,7 @@ import torch
 
 from ..config import Activation, MoEConfig
 from ..platform import Platform
+from .readiness import READY, Readiness
 
 
 class Experts(ABC):
@@ -23,7 +24,16 @@ class Experts(ABC):
     @classmethod
     @abstractmethod
     def refusal(cls, config: MoEConfig, platform: Platform) -> str | None:
-        """Why this backend cannot run `config` on `platform`, in words for the user; None where it can."""
+        """Why this backend cannot run `config` on `platform`, in words for the user; None where it can.
+
+        It speaks of what the kernel can compute and on which hardware, never of what is installed.
+        """
+
+    @classmethod
+    def readiness(cls, config: MoEConfig) -> Readiness:
+        """Whether this process has the kernel that `config` needs: shipped in this build, installed, compiled."""
+        del config
+        return READY
 
     @abstractmethod
     def apply(
