@@ -126,3 +126,18 @@ def debug_expect_no_nan(name: str, value: torch.Tensor) -> None:
         count = int(torch.isnan(value).sum())
         if count:
             raise ValueError(f"{name}: expected no NaN, got {count} of {value.numel()}")
+
+
+def debug_expect_expert_map(name: str, expert_map: torch.Tensor, num_local_experts: int) -> None:
+    """In debug mode, check that a map's values are in [-1, num_local_experts) and that no local expert comes twice.
+
+    Raises:
+        ValueError: a value outside the range, or one that comes twice, with the first one found.
+    """
+    if debugging() and expert_map.numel():
+        bad = (expert_map < -1) | (expert_map >= num_local_experts)
+        if bool(bad.any()):
+            raise ValueError(f"{name}: expected local ids in [-1, {num_local_experts}), got {int(expert_map[bad][0])}")
+        ids, counts = torch.unique(expert_map[expert_map >= 0], return_counts=True)
+        if bool((counts > 1).any()):
+            raise ValueError(f"{name}: expected each local id once, got {int(ids[counts > 1][0])} twice")

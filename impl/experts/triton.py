@@ -1,0 +1,121 @@
+"""The Triton backend: align, GEMM, activation, GEMM, sum."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from .. import path
+from ..align import prepare_expert_assignment
+from ..config import Activation, ActivationFormat, MoEConfig, QuantScheme
+from ..kernels.activation import silu_and_mul
+from ..kernels.combine import combine
+from ..kernels.grouped_gemm import grouped_gemm
+from ..platform import Platform, Vendor
+from ..tuning.kernel_config import layer_kernel_configs
+from .base import Experts
+
+
+class TritonExperts(Experts):
+    """Grouped GEMMs in Triton.
+
+    Rounding points, all to the storage dtype: the first GEMM's output, the activation's output, the second GEMM's
+    output times the routing weight, the sum. Everything between is float32.
+    """
+
+    backend: ClassVar[str] = "triton"
+
+    @classmethod
+    def refusal(cls, config: MoEConfig, platform: Platform) -> str | None:
+        """Why Triton cannot run `config` on `platform`; None where it can."""
+        if not platform.runs_triton:
+            return f"Triton does not run on {platform}"
+        if platform.vendor is Vendor.NVIDIA and (platform.capability or (0, 0)) < (8, 0):
+            return f"the kernels need compute capability 8.0, {platform} has less"
+        if config.scheme is not QuantScheme.NONE:
+            return f"quantisation scheme {config.scheme} is not supported"
+        if config.activation is not Activation.SILU:
+            return f"activation {config.activation} is not supported"
+        if config.activation_format is not ActivationFormat.STANDARD:
+            return f"activation format {config.activation_format} is not supported"
+        if config.is_lora_enabled:
+            return "LoRA is not supported"
+        return None
+
+    def apply(
+        self,
+        out: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        activation: Activation,
+        apply_router_weight_on_input: bool,
+        expert_map: torch.Tensor | None,
+        global_num_experts: int,
+        allow_tf32: bool,
+    ) -> None:
+        """Write the layer into `out`; see `Experts.apply`."""
+        num_tokens, top_k = topk_ids.shape
+        num_local_experts, hidden_size, intermediate_size = w2.shape
+        num_pairs = num_tokens * top_k
+        platform = Platform.of(hidden_states.device)
+        config13, config2, source = layer_kernel_configs(
+            num_tokens=num_tokens,
+            top_k=top_k,
+            num_experts=global_num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            dtype=hidden_states.dtype,
+            platform=platform,
+        )
+        path.note("config", config13.as_dict() | {"source": source})
+        path.note("config_w2", config2.as_dict() | {"source": source})
+        assignment = prepare_expert_assignment(
+            topk_ids,
+            block_size=config13.block_size_m,
+            num_local_experts=num_local_experts,
+            global_num_experts=global_num_experts,
+            expert_map=expert_map,
+        )
+
+        # One workspace: GEMM1's output, whose memory GEMM2's output takes over once the activation has read it, and
+        # the activation's output. Parts start on 256 bytes.
+        gate_up_size = num_pairs * 2 * intermediate_size
+        first_size = (max(gate_up_size, num_pairs * hidden_size) + 127) // 128 * 128
+        workspace = torch.empty(
+            first_size + num_pairs * intermediate_size, dtype=hidden_states.dtype, device=hidden_states.device
+        )
+        gate_up = workspace[:gate_up_size].view(num_pairs, 2 * intermediate_size)
+        activated = workspace[first_size:].view(num_pairs, intermediate_size)
+        y = workspace[: num_pairs * hidden_size].view(num_pairs, hidden_size)
+
+        grouped_gemm(
+            gate_up,
+            hidden_states,
+            w13,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights if apply_router_weight_on_input else None,
+            sorted_token_ids=assignment.sorted_token_ids,
+            expert_ids=assignment.expert_ids,
+            a_row_is_token=True,
+            allow_tf32=allow_tf32,
+            config=config13,
+        )
+        silu_and_mul(activated, gate_up, topk_ids, expert_map, global_num_experts, num_local_experts, platform)
+        grouped_gemm(
+            y,
+            activated,
+            w2,
+            topk_ids=topk_ids,
+            topk_weights=None if apply_router_weight_on_input else topk_weights,
+            sorted_token_ids=assignment.sorted_token_ids,
+            expert_ids=assignment.expert_ids,
+            a_row_is_token=False,
+            allow_tf32=allow_tf32,
+            config=config2,
+        )
+        combine(out, y, topk_ids, expert_map, global_num_experts, num_local_experts, platform)

@@ -1,0 +1,202 @@
+"""The routed experts of one rank as one function."""
+
+from __future__ import annotations
+
+import torch
+
+from . import path
+from .align import IDS
+from .checks import (
+    FLOATS,
+    debug_expect_expert_map,
+    debug_expect_ids,
+    debug_expect_no_nan,
+    expect_bool,
+    expect_int,
+    expect_tensor,
+)
+from .config import Activation
+from .experts.base import Experts
+from .experts.cpu import CpuExperts
+from .experts.triton import TritonExperts
+from .kernels.device import current_device
+from .platform import Platform, Vendor
+
+_SUPPORTED_ACTIVATIONS = (Activation.SILU,)
+_TRITON = TritonExperts()
+_CPU = CpuExperts()
+
+
+def fused_experts(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: Activation | str = Activation.SILU,
+    apply_router_weight_on_input: bool = False,
+    expert_map: torch.Tensor | None = None,
+    global_num_experts: int | None = None,
+    backend: str = "auto",
+    allow_tf32: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The routed experts' weighted sum: `out[t] = sum_j weight[t, j] * w2[e] @ (silu(gate) * up)`, e = ids[t, j].
+
+    gate and up are the upper and lower half of `w13[e] @ hidden_states[t]` (Shazeer, arXiv 2002.05202). A pair whose
+    id is -1, or whose expert another rank holds, adds nothing; a token without any pair gets zeros. Nothing waits for
+    the device, so the call can be captured in a CUDA graph. Last dimensions are contiguous; rows may be strided.
+
+    Args:
+        hidden_states: [M, H] bfloat16, float16 or float32.
+        w13: [E_local, 2I, H] of the same dtype, gate rows first, then up.
+        w2: [E_local, H, I] of the same dtype.
+        topk_weights: [M, top_k] float32, not NaN.
+        topk_ids: [M, top_k] int32 or int64, global ids in [-1, E).
+        activation: between the two GEMMs; silu for now.
+        apply_router_weight_on_input: weights multiply the experts' input instead of their output; top_k must be 1.
+        expert_map: [E] int32, global to local id, -1 for experts of other ranks; None where all are local.
+        global_num_experts: E; None takes it from `expert_map` or `w13`.
+        backend: "auto" (Triton on a GPU, torch on the CPU), "triton" or "cpu".
+        allow_tf32: float32 operands may be rounded to TF32; without it they are multiplied as they are.
+        out: [M, H] of the same dtype to write into; None allocates it. It may not overlap an input.
+
+    Returns:
+        [M, H] in the dtype of `hidden_states`; `out` where given.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, device, layout or range, by name, before
+            anything is launched; in debug mode (`checks.debug_checks`) also ids outside [-1, E), NaN weights, and
+            maps with values outside [-1, E_local) or a local id twice.
+    """
+    activation = _check_activation(activation)
+    expect_bool("apply_router_weight_on_input", apply_router_weight_on_input)
+    expect_bool("allow_tf32", allow_tf32)
+    expect_tensor("hidden_states", hidden_states, shape=("M", "H"), dtypes=FLOATS)
+    num_tokens, hidden_size = hidden_states.shape
+    dtypes = (hidden_states.dtype,)
+    expect_tensor("w2", w2, shape=("E_local", hidden_size, "I"), dtypes=dtypes, like=hidden_states)
+    num_local_experts, _, intermediate_size = w2.shape
+    expect_tensor(
+        "w13", w13, shape=(num_local_experts, 2 * intermediate_size, hidden_size), dtypes=dtypes, like=hidden_states
+    )
+    if hidden_size < 1 or intermediate_size < 1:
+        raise ValueError(f"w2: expected H and I of at least 1, got shape {list(w2.shape)}")
+    expect_tensor("topk_ids", topk_ids, shape=(num_tokens, "top_k"), dtypes=IDS, like=hidden_states)
+    top_k = topk_ids.shape[1]
+    expect_tensor("topk_weights", topk_weights, shape=(num_tokens, top_k), dtypes=(torch.float32,), like=hidden_states)
+    num_experts = _check_num_experts(expert_map, global_num_experts, num_local_experts, hidden_states)
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"topk_ids: expected top_k in [1, {num_experts}] (the number of experts), got {top_k}")
+    if apply_router_weight_on_input and top_k != 1:
+        raise ValueError(f"apply_router_weight_on_input: expected top_k 1, got {top_k}")
+    # Positions in the alignment are 32-bit, and a block is at most 256 of them.
+    if num_tokens * top_k + 256 * num_local_experts >= 2**31:
+        raise ValueError(f"topk_ids: expected fewer than 2^31 pairs and padding, got {num_tokens} x {top_k}")
+    experts = _experts(backend, Platform.of(hidden_states.device))
+    if out is None:
+        out = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype, device=hidden_states.device)
+    else:
+        expect_tensor("out", out, shape=(num_tokens, hidden_size), dtypes=dtypes, like=hidden_states)
+        _check_overlap(
+            out,
+            hidden_states=hidden_states,
+            w13=w13,
+            w2=w2,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            expert_map=expert_map,
+        )
+    debug_expect_ids("topk_ids", topk_ids, num_experts)
+    debug_expect_no_nan("topk_weights", topk_weights)
+    if expert_map is not None:
+        debug_expect_expert_map("expert_map", expert_map, num_local_experts)
+
+    path.note("backend", experts.backend)
+    if num_tokens == 0:
+        return out
+    if num_local_experts == 0:
+        return out.zero_()
+    with current_device(hidden_states):
+        experts.apply(
+            out,
+            hidden_states,
+            w13,
+            w2,
+            topk_weights,
+            topk_ids,
+            activation=activation,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+            expert_map=expert_map,
+            global_num_experts=num_experts,
+            allow_tf32=allow_tf32,
+        )
+    return out
+
+
+def _experts(backend: str, platform: Platform) -> Experts:
+    """The backend that a user's word means on this platform."""
+    if backend == "auto":
+        return _CPU if platform.vendor is Vendor.CPU else _TRITON
+    if backend == "triton":
+        if not platform.runs_triton:
+            raise ValueError(
+                f"backend: expected 'cpu' on {platform}, where Triton runs only under its interpreter "
+                "(TRITON_INTERPRET=1), got 'triton'"
+            )
+        return _TRITON
+    if backend == "cpu":
+        if platform.vendor is not Vendor.CPU:
+            raise ValueError(f"backend: expected 'triton' on {platform}, got 'cpu'")
+        return _CPU
+    raise ValueError(f"backend: expected 'auto', 'triton' or 'cpu', got {backend!r}")
+
+
+def _check_activation(activation: Activation | str) -> Activation:
+    try:
+        member = Activation(activation)
+    except ValueError:
+        member = None
+    if member not in _SUPPORTED_ACTIVATIONS:
+        supported = [supported.value for supported in _SUPPORTED_ACTIVATIONS]
+        raise ValueError(f"activation: expected one of {supported}, got {activation!r}")
+    return member
+
+
+def _check_num_experts(
+    expert_map: torch.Tensor | None, global_num_experts: int | None, num_local_experts: int, like: torch.Tensor
+) -> int:
+    if global_num_experts is not None:
+        expect_int("global_num_experts", global_num_experts, low=1)
+    if expert_map is None:
+        if global_num_experts not in (None, num_local_experts):
+            raise ValueError(
+                f"global_num_experts: expected w13's {num_local_experts} without an expert_map, "
+                f"got {global_num_experts}"
+            )
+        return num_local_experts
+    shape = ("E" if global_num_experts is None else global_num_experts,)
+    expect_tensor("expert_map", expert_map, shape=shape, dtypes=(torch.int32,), like=like)
+    return expert_map.shape[0]
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes from a tensor's first element to behind its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _check_overlap(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+    if out.numel() == 0:
+        return
+    if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
+        raise ValueError(f"out: expected rows that do not overlap, got strides {list(out.stride())}")
+    start, end = _span(out)
+    for name, tensor in inputs.items():
+        if tensor is None or tensor.numel() == 0 or tensor.device != out.device:
+            continue
+        other_start, other_end = _span(tensor)
+        if start < other_end and other_start < end:
+            raise ValueError(f"out: expected memory apart from the inputs, got an overlap with {name}")

@@ -1,0 +1,100 @@
+"""The weighted sum's last step: each token's rows added up in the order of its choices, in float32, rounded once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import path
+from ..platform import Platform, Vendor
+from .pairs import local_expert
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def combine_kernel(
+    y_ptr,
+    out_ptr,
+    topk_ids_ptr,
+    expert_map_ptr,
+    num_tokens,
+    hidden_size,
+    num_experts,
+    num_local_experts,
+    stride_topk_ids,
+    stride_out,
+    TOP_K: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HAS_EXPERT_MAP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """A pair without a local expert adds nothing, and its row, which nobody wrote, is not read."""
+    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    live = tokens < num_tokens
+    inside = (columns < hidden_size)[None, :]
+    rows = tokens.to(tl.int64)[:, None]
+    total = tl.zeros((BLOCK_TOKENS, BLOCK_H), tl.float32)
+    for first in range(0, TOP_K, UNROLL):
+        for j in tl.static_range(UNROLL):
+            choice = first + j
+            chosen = live & (choice < TOP_K)
+            expert = local_expert(
+                topk_ids_ptr,
+                stride_topk_ids,
+                tokens * TOP_K + choice,
+                chosen,
+                expert_map_ptr,
+                num_experts,
+                num_local_experts,
+                TOP_K,
+                HAS_EXPERT_MAP,
+            )
+            mask = (expert >= 0)[:, None] & inside
+            row = tl.load(y_ptr + (rows * TOP_K + choice) * hidden_size + columns[None, :], mask=mask, other=0.0)
+            total += row.to(tl.float32)
+    tl.store(
+        out_ptr + rows * stride_out + columns[None, :],
+        total.to(out_ptr.dtype.element_ty),
+        mask=live[:, None] & inside,
+    )
+
+
+def combine(
+    out: torch.Tensor,
+    y: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    num_local_experts: int,
+    platform: Platform,
+) -> None:
+    """Launch the kernel: `y [M * top_k, H]`, dense, to `out [M, H]`."""
+    num_tokens, hidden_size = out.shape
+    top_k = topk_ids.shape[1]
+    if platform.vendor is Vendor.CPU:
+        block_tokens, block_h, num_warps = 64, 128, 4
+    else:
+        block_tokens, block_h, num_warps = 1, 512, 2
+    path.launch(
+        combine_kernel,
+        (triton.cdiv(num_tokens, block_tokens), triton.cdiv(hidden_size, block_h)),
+        y,
+        out,
+        topk_ids,
+        expert_map,
+        num_tokens,
+        hidden_size,
+        num_experts,
+        num_local_experts,
+        topk_ids.stride(0),
+        out.stride(0),
+        TOP_K=top_k,
+        # The loads of one round are in flight together.
+        UNROLL=min(8, top_k),
+        HAS_EXPERT_MAP=expert_map is not None,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_H=block_h,
+        num_warps=num_warps,
+    )

@@ -1,0 +1,228 @@
+"""The grouped GEMM's tile choice: what may be chosen, and the rule that chooses where no tuned file speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..platform import Platform, Vendor
+
+_MIN_BLOCK_M = 16
+_MAX_BLOCK_M = 128
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One launch of the grouped GEMM.
+
+    Attributes:
+        block_size_m: pairs a block; the alignment pads each expert's run to it.
+        block_size_n: weight rows a block.
+        block_size_k: elements of the inner dimension a step.
+        group_size_m: row blocks that share a sweep over the weight rows (L2 reuse); 1 sweeps block by block.
+        num_warps: warps a program.
+        num_stages: steps in flight.
+        swap_ab: the weights are the matrix instruction's row operand: on Hopper that keeps blocks of 16 and 32 pairs
+            on warp-group instructions, whose rows come in 64.
+
+    Raises:
+        TypeError: a field that is not an int (`swap_ab`: not a bool).
+        ValueError: a field out of its range.
+    """
+
+    block_size_m: int
+    block_size_n: int
+    block_size_k: int
+    group_size_m: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+    swap_ab: bool = False
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "block_size_m": (16, 256),
+            "block_size_n": (16, 512),
+            "block_size_k": (16, 512),
+            "group_size_m": (1, 256),
+            "num_warps": (1, 16),
+            "num_stages": (1, 8),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+            if not low <= value <= high:
+                raise ValueError(f"{name}: expected a number in [{low}, {high}], got {value}")
+            if name not in ("num_stages", "group_size_m") and value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two, got {value}")
+        if not isinstance(self.swap_ab, bool):
+            raise TypeError(f"swap_ab: expected a bool, got {type(self.swap_ab).__name__} {self.swap_ab!r}")
+
+    def shared_memory(self, dtype: torch.dtype) -> int:
+        """Bytes of shared memory that the kernel needs at most: its operands in flight, or the tile on its way out."""
+        operands = (self.block_size_m + self.block_size_n) * self.block_size_k * dtype.itemsize * self.num_stages
+        return max(operands, self.block_size_m * self.block_size_n * 4)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as configuration files and path records hold it."""
+        return asdict(self)
+
+
+# The tile of each block_size_m. Bytes in flight decide below 64 rows, where the layer streams weights; operand reuse
+# decides at 128, where it computes. Measured starting points of Hopper GEMMs; a tuned file replaces them.
+_HOPPER = {
+    16: KernelConfig(16, 64, 128, 1, 4, 4),
+    32: KernelConfig(32, 128, 128, 1, 4, 3),
+    64: KernelConfig(64, 128, 64, 1, 4, 4),
+    128: KernelConfig(128, 256, 64, 8, 8, 3),
+}
+_AMPERE = {
+    16: KernelConfig(16, 64, 128, 1, 4, 4),
+    32: KernelConfig(32, 64, 128, 1, 4, 3),
+    64: KernelConfig(64, 128, 64, 1, 4, 3),
+    128: KernelConfig(128, 128, 32, 8, 8, 3),
+}
+_AMD = {
+    16: KernelConfig(16, 64, 128, 1, 4, 2),
+    32: KernelConfig(32, 64, 128, 1, 4, 2),
+    64: KernelConfig(64, 128, 64, 1, 4, 2),
+    128: KernelConfig(128, 128, 64, 8, 8, 2),
+}
+# float32 is computed on the vector units: few registers, small tiles, nothing to gain from 128 rows.
+_FLOAT32 = {
+    16: KernelConfig(16, 64, 32, 1, 4, 3),
+    64: KernelConfig(64, 64, 32, 8, 4, 3),
+}
+# Under the interpreter small shapes should meet several steps and tiles, with tails.
+_INTERPRETER = {16: KernelConfig(16, 32, 32, 1, 4, 1)}
+
+
+def _tiles(dtype: torch.dtype, platform: Platform) -> dict[int, KernelConfig]:
+    if platform.vendor is Vendor.CPU:
+        return _INTERPRETER
+    if dtype.itemsize == 4:
+        return _FLOAT32
+    if platform.vendor is Vendor.AMD:
+        return _AMD
+    if platform.vendor is Vendor.NVIDIA and platform.family in (90, 100):
+        return _HOPPER
+    return _AMPERE
+
+
+def _fit(config: KernelConfig, dtype: torch.dtype, platform: Platform) -> KernelConfig:
+    limit = platform.shared_memory
+    while limit and config.shared_memory(dtype) > limit:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.block_size_k > 32:
+            config = replace(config, block_size_k=config.block_size_k // 2)
+        elif config.block_size_n > 32:
+            config = replace(config, block_size_n=config.block_size_n // 2)
+        elif config.num_stages > 1:
+            config = replace(config, num_stages=1)
+        else:
+            raise ValueError(f"platform: expected room for {config}, got {limit} bytes of shared memory")
+    return config
+
+
+@lru_cache(maxsize=4096)
+def default_kernel_config(
+    *, num_tokens: int, top_k: int, num_experts: int, n: int, k: int, dtype: torch.dtype, platform: Platform
+) -> KernelConfig:
+    """The tile for one grouped GEMM where no tuned file has one.
+
+    block_size_m is the smallest power of two that holds twice the mean rows of an expert: with fewer rows a block,
+    experts above the mean read their weights again. It depends on nothing but the first three arguments, so both
+    GEMMs of a layer get the same one, as they must: they share the alignment.
+
+    Args:
+        num_tokens: M.
+        top_k: experts a token.
+        num_experts: experts that the pairs are spread over (with an `expert_map`: the global ones).
+        n: rows of one expert's weight: 2I for the first GEMM, H for the second.
+        k: columns of it: H for the first GEMM, I for the second.
+        dtype: of the operands.
+        platform: where it runs.
+
+    Raises:
+        ValueError: a platform with less shared memory than the smallest tile needs.
+    """
+    del k
+    tiles = _tiles(dtype, platform)
+    rows = 2 * num_tokens * top_k / num_experts
+    block_size_m = next((size for size in tiles if size >= rows), max(tiles))
+    config = tiles[block_size_m]
+    # An expert narrower than the tile would only pad it.
+    while config.block_size_n > 32 and config.block_size_n // 2 >= n:
+        config = replace(config, block_size_n=config.block_size_n // 2)
+    return _fit(config, dtype, platform)
+
+
+_override: ContextVar[tuple[KernelConfig, KernelConfig] | None] = ContextVar("moegate_kernel_configs", default=None)
+
+
+@contextmanager
+def use_kernel_configs(w13: KernelConfig, w2: KernelConfig | None = None) -> Iterator[None]:
+    """Run the layers inside this block with these tiles for the first and the second GEMM: how a search measures one.
+
+    Args:
+        w13: for the first GEMM.
+        w2: for the second; None takes `w13` for both.
+
+    Raises:
+        ValueError: two different block_size_m, which one alignment cannot serve.
+    """
+    w2 = w13 if w2 is None else w2
+    if w13.block_size_m != w2.block_size_m:
+        raise ValueError(
+            f"w2: expected block_size_m {w13.block_size_m} as the first GEMM has it, got {w2.block_size_m}"
+        )
+    token = _override.set((w13, w2))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def layer_kernel_configs(
+    *,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    platform: Platform,
+) -> tuple[KernelConfig, KernelConfig, str]:
+    """The tiles of a gated layer's two GEMMs, with one block_size_m, and where they come from.
+
+    Arguments are those of `default_kernel_config`, with H and I of the layer.
+    """
+    override = _override.get()
+    if override is not None:
+        return (*override, "override")
+    w13 = default_kernel_config(
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        n=2 * intermediate_size,
+        k=hidden_size,
+        dtype=dtype,
+        platform=platform,
+    )
+    w2 = default_kernel_config(
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        n=hidden_size,
+        k=intermediate_size,
+        dtype=dtype,
+        platform=platform,
+    )
+    return w13, w2, "default"
