@@ -30,9 +30,12 @@ class Experts(ABC):
         """
 
     @classmethod
-    def readiness(cls, config: MoEConfig) -> Readiness:
-        """Whether this process has the kernel that `config` needs: shipped in this build, installed, compiled."""
-        del config
+    def readiness(cls, config: MoEConfig, platform: Platform) -> Readiness:
+        """Whether this process has the kernel that `config` needs on its own `platform`: shipped, installed, compiled.
+
+        Nothing is imported or compiled to find out.
+        """
+        del config, platform
         return READY
 
     @abstractmethod
