@@ -1,0 +1,181 @@
+"""Measure one workload: plan, verify, capture, interleave, record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from ..impl.path import record_path
+from .floor import Ceilings, floor
+from .machine import Clocks, describe_machine, l2_bytes, read_clocks
+from .operands import ExpertsCall, Operands, WeightBank, make_operands
+from .record import Record, VerdictRecord
+from .rotation import plan_rotation
+from .timer import Captured, Clock, CudaClock, HostClock, PairedRatio, Timing, capture_graph, choose_rounds, interleave
+from .verification import Verify, WrongKernelError, verify_rows
+from .workloads import Workload
+
+# A host call is milliseconds long, and its cache holds a good part of a small layer whatever is done.
+_HOST_CALLS = 4
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What came out for one workload.
+
+    Attributes:
+        records: one for each contender that was timed, ours first.
+        failures: why each of the others was not, by name.
+    """
+
+    records: tuple[Record, ...]
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+
+def measure_workload(
+    workload: Workload,
+    subjects: Mapping[str, ExpertsCall],
+    *,
+    device: torch.device | str,
+    ceilings: Ceilings,
+    verify: Verify = verify_rows,
+    bank: WeightBank | None = None,
+    clock: Clock | None = None,
+    budget: float = 0.6,
+    multiple: float = 2.0,
+    seed: int = 0,
+) -> Measurement:
+    """Time every subject on a workload, interleaved, after each was found right.
+
+    Args:
+        workload: what to time.
+        subjects: contenders by name. The first is ours: if it is wrong or raises, so does this function. A peer that
+            is wrong or raises is left out, with the reason.
+        device: where.
+        ceilings: what the floor is computed with.
+        verify: judges ours on the first call's operands; peers are judged by `verify_rows`.
+        bank: weights to share with the model's other workloads; None: new ones.
+        clock: what times a pass; None: the device's own.
+        budget: seconds of samples, all subjects together; at least ten rounds are run whatever they take.
+        multiple: how many L2 sizes must be read between two reads of the same weights.
+        seed: of the order of contenders in each round.
+
+    Raises:
+        WrongKernelError: ours is wrong, eagerly or as captured.
+        ValueError: a workload that moegate cannot run yet, no subject, or a bank of other weights.
+    """
+    if workload.model.unsupported:
+        raise ValueError(f"workload: {workload.model.name}: {workload.model.unsupported}")
+    if not subjects:
+        raise ValueError("subjects: expected at least one, got none")
+    device = _with_index(torch.device(device))
+    if bank is None:
+        bank = WeightBank(workload.model, workload.torch_dtype, device)
+    elif not bank.serves(workload, device):
+        raise ValueError(f"bank: expected weights of {workload.model.name} in {workload.dtype}, got another model's")
+    on_gpu = device.type == "cuda"
+    rotation = plan_rotation(
+        workload,
+        l2_bytes(device),
+        multiple=multiple,
+        max_copies=min(16, bank.room_for(workload)),
+        min_calls=None if on_gpu else _HOST_CALLS,
+    )
+    operands = [make_operands(workload, bank, call, rotation.copy_of(call)) for call in range(rotation.calls)]
+    clock = clock or (CudaClock(device) if on_gpu else HostClock())
+    failures: dict[str, str] = {}
+    prepared: dict[str, _Prepared] = {}
+    for index, (name, experts) in enumerate(subjects.items()):
+        try:
+            prepared[name] = _prepare(name, experts, operands, verify if index == 0 else verify_rows, device, clock)
+        except Exception as error:
+            if index == 0:
+                raise
+            failures[name] = f"{type(error).__name__}: {error}"
+    passes = {name: contender.captured.run for name, contender in prepared.items()}
+    rounds = choose_rounds(passes, clock, budget=budget)
+    before = read_clocks(device)
+    during: list[Clocks] = []
+    samples = interleave(
+        passes, clock, rounds=rounds, seed=seed, while_running=lambda: during.append(read_clocks(device))
+    )
+    timings = {name: Timing(tuple(s / rotation.calls for s in values)) for name, values in samples.items()}
+    least = floor(workload, ceilings, range(rotation.calls))
+    records = tuple(
+        Record(
+            workload=workload.id,
+            model=workload.model.name,
+            num_tokens=workload.num_tokens,
+            routing=str(workload.routing),
+            dtype=workload.dtype,
+            subject=name,
+            timing=timings[name],
+            method=contender.captured.method,
+            method_note=contender.captured.note,
+            floor=least,
+            ceilings=ceilings.as_dict(),
+            cache_state=_cache_state(workload, rotation.is_cold),
+            rotation=rotation,
+            machine=describe_machine(device),
+            clocks_before=before,
+            clocks_after=during[0],
+            path=contender.path,
+            verdict=contender.verdict,
+            versus={other: PairedRatio.of(timings[name], timings[other]) for other in timings if other != name},
+        )
+        for name, contender in prepared.items()
+    )
+    return Measurement(records, failures)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    captured: Captured
+    path: Mapping[str, object]
+    verdict: VerdictRecord
+
+
+def _prepare(
+    name: str, experts: ExpertsCall, operands: Sequence[Operands], verify: Verify, device: torch.device, clock: Clock
+) -> _Prepared:
+    """Verify a contender, and make one pass of all its calls, whose outputs are verified again."""
+    verdict = verify(experts, operands[0])
+    _expect_right(name, "its result", verdict.holds, verdict.budget_used)
+    with record_path() as path:
+        operands[0].pass_to(experts)
+    calls: list[Callable[[], torch.Tensor]] = [partial(each.pass_to, experts) for each in operands]
+    if device.type == "cuda":
+        captured = capture_graph(calls, device)
+    else:
+        captured = Captured(lambda: [call() for call in calls], [], clock.method)
+    if captured.outputs:
+        # What is timed are the graph's replays, so their outputs must be right too, and be written by each replay.
+        for out in captured.outputs:
+            out.fill_(float("nan"))
+        captured.run()
+        torch.cuda.synchronize(device)
+        for call, (out, each) in enumerate(zip(captured.outputs, operands, strict=True)):
+            replayed = verify_rows(lambda *_, result=out, **__: result, each)
+            _expect_right(name, f"call {call} of its graph", replayed.holds, replayed.budget_used)
+    by = getattr(verify, "__name__", type(verify).__name__)
+    return _Prepared(captured, dict(path.as_dict()), VerdictRecord(True, float(verdict.budget_used), by))
+
+
+def _expect_right(name: str, what: str, holds: bool, budget_used: float) -> None:
+    if not holds:
+        raise WrongKernelError(f"{name} is wrong and is not timed: {what} used {budget_used:.3g} of its error budget")
+
+
+def _cache_state(workload: Workload, is_cold: bool) -> str:
+    if workload.cache_state != "cold":
+        return workload.cache_state
+    return "cold" if is_cold else "unproven"
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
