@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from ..config import Activation, ActivationFormat, MoEConfig, QuantScheme
+from ..config import Activation, ActivationFormat, MoEConfig
 from ..platform import Platform, Vendor
-from .base import Experts
+from .base import Experts, unshipped_feature
+from .readiness import READY, Readiness, absent
 
 
 class CpuExperts(Experts):
@@ -22,15 +23,16 @@ class CpuExperts(Experts):
         """Why plain torch cannot run `config` on `platform`; None where it can."""
         if platform.vendor is not Vendor.CPU:
             return f"the CPU backend does not run on {platform}"
-        if config.scheme is not QuantScheme.NONE:
-            return f"quantisation scheme {config.scheme} is not supported"
-        if config.activation is not Activation.SILU:
-            return f"activation {config.activation} is not supported"
         if config.activation_format is not ActivationFormat.STANDARD:
-            return f"activation format {config.activation_format} is not supported"
-        if config.is_lora_enabled:
-            return "LoRA is not supported"
+            return f"takes the standard activation format, got {config.activation_format}"
         return None
+
+    @classmethod
+    def readiness(cls, config: MoEConfig, platform: Platform) -> Readiness:
+        """Whether this build computes what `config` needs."""
+        del platform
+        unshipped = unshipped_feature(config)
+        return READY if unshipped is None else absent(unshipped)
 
     @torch.no_grad()
     def apply(

@@ -14,7 +14,8 @@ from ..kernels.combine import combine
 from ..kernels.grouped_gemm import grouped_gemm
 from ..platform import Platform, Vendor
 from ..tuning.kernel_config import layer_kernel_configs
-from .base import Experts
+from .base import Experts, unshipped_feature
+from .readiness import READY, Readiness, absent
 
 
 class TritonExperts(Experts):
@@ -33,15 +34,18 @@ class TritonExperts(Experts):
             return f"Triton does not run on {platform}"
         if platform.vendor is Vendor.NVIDIA and (platform.capability or (0, 0)) < (8, 0):
             return f"the kernels need compute capability 8.0, {platform} has less"
-        if config.scheme is not QuantScheme.NONE:
-            return f"quantisation scheme {config.scheme} is not supported"
-        if config.activation is not Activation.SILU:
-            return f"activation {config.activation} is not supported"
+        if config.scheme is QuantScheme.FP8_W8A8 and not platform.has_fp8_e4m3:
+            return f"fp8 e4m3 needs compute capability 8.9 or gfx942 and later, {platform} has none"
         if config.activation_format is not ActivationFormat.STANDARD:
-            return f"activation format {config.activation_format} is not supported"
-        if config.is_lora_enabled:
-            return "LoRA is not supported"
+            return f"takes the standard activation format, got {config.activation_format}"
         return None
+
+    @classmethod
+    def readiness(cls, config: MoEConfig, platform: Platform) -> Readiness:
+        """Whether this build ships the kernel that `config` needs."""
+        del platform
+        unshipped = unshipped_feature(config)
+        return READY if unshipped is None else absent(unshipped)
 
     def apply(
         self,
