@@ -7,10 +7,12 @@ floor; one that is clearly faster did less than the work, or read from a cache.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,14 +135,14 @@ def measure_ceilings(device: torch.device | str, dtypes: Sequence[str] = ("bf16"
     num_bytes = source.numel() * source.element_size()
     # Two reductions, since which of them reads faster depends on torch's kernels.
     read = num_bytes / min(seconds(source.sum), seconds(source.amax))
-    copy = 2 * num_bytes / seconds(lambda: target.copy_(source))
+    copy = 2 * num_bytes / seconds(partial(target.copy_, source))
     del source, target
     peak = {}
     for name in dtypes:
         size = 8192 if on_gpu else 512
         left, right = (torch.empty(size, size, dtype=DTYPES[name], device=device).normal_() for _ in range(2))
         out = torch.empty_like(left)
-        peak[name] = 2 * size**3 / seconds(lambda a=left, b=right, c=out: torch.mm(a, b, out=c))
+        peak[name] = 2 * size**3 / seconds(partial(torch.mm, left, right, out=out))
     return Ceilings(read, copy, peak, f"measured on {device_name(device)}")
 
 
@@ -160,7 +162,7 @@ def _cuda_seconds(run: Callable[[], object], repeats: int = 12) -> float:
         run()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
 
 
 def _cpu_seconds(run: Callable[[], object], repeats: int = 7) -> float:

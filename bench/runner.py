@@ -15,7 +15,7 @@ from .operands import ExpertsCall, Operands, WeightBank, make_operands
 from .record import Record, VerdictRecord
 from .rotation import plan_rotation
 from .timer import Captured, Clock, CudaClock, HostClock, PairedRatio, Timing, capture_graph, choose_rounds, interleave
-from .verification import Verify, WrongKernelError, verify_rows
+from .verification import Verdict, Verify, WrongKernelError, verify_rows
 from .workloads import Workload
 
 # A host call is milliseconds long, and its cache holds a good part of a small layer whatever is done.
@@ -71,7 +71,9 @@ def measure_workload(
         raise ValueError(f"workload: {workload.model.name}: {workload.model.unsupported}")
     if not subjects:
         raise ValueError("subjects: expected at least one, got none")
-    device = _with_index(torch.device(device))
+    device = torch.device(device)
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", torch.cuda.current_device())
     if bank is None:
         bank = WeightBank(workload.model, workload.torch_dtype, device)
     elif not bank.serves(workload, device):
@@ -90,7 +92,8 @@ def measure_workload(
     prepared: dict[str, _Prepared] = {}
     for index, (name, experts) in enumerate(subjects.items()):
         try:
-            prepared[name] = _prepare(name, experts, operands, verify if index == 0 else verify_rows, device, clock)
+            judge = verify if index == 0 else verify_rows
+            prepared[name] = _prepare(name, experts, operands, verify=judge, device=device, clock=clock)
         except Exception as error:
             if index == 0:
                 raise
@@ -139,11 +142,11 @@ class _Prepared:
 
 
 def _prepare(
-    name: str, experts: ExpertsCall, operands: Sequence[Operands], verify: Verify, device: torch.device, clock: Clock
+    name: str, experts: ExpertsCall, operands: Sequence[Operands], *, verify: Verify, device: torch.device, clock: Clock
 ) -> _Prepared:
     """Verify a contender, and make one pass of all its calls, whose outputs are verified again."""
     verdict = verify(experts, operands[0])
-    _expect_right(name, "its result", verdict.holds, verdict.budget_used)
+    expect_right(name, "its result", verdict)
     with record_path() as path:
         operands[0].pass_to(experts)
     calls: list[Callable[[], torch.Tensor]] = [partial(each.pass_to, experts) for each in operands]
@@ -159,23 +162,23 @@ def _prepare(
         torch.cuda.synchronize(device)
         for call, (out, each) in enumerate(zip(captured.outputs, operands, strict=True)):
             replayed = verify_rows(lambda *_, result=out, **__: result, each)
-            _expect_right(name, f"call {call} of its graph", replayed.holds, replayed.budget_used)
+            expect_right(name, f"call {call} of its graph", replayed)
     by = getattr(verify, "__name__", type(verify).__name__)
     return _Prepared(captured, dict(path.as_dict()), VerdictRecord(True, float(verdict.budget_used), by))
 
 
-def _expect_right(name: str, what: str, holds: bool, budget_used: float) -> None:
-    if not holds:
-        raise WrongKernelError(f"{name} is wrong and is not timed: {what} used {budget_used:.3g} of its error budget")
+def expect_right(name: str, what: str, verdict: Verdict) -> None:
+    """Let nothing wrong be timed.
+
+    Raises:
+        WrongKernelError: the verdict does not hold; it names the subject and what of it was judged.
+    """
+    if not verdict.holds:
+        used = f"{verdict.budget_used:.3g}"
+        raise WrongKernelError(f"{name} is wrong and is not timed: {what} used {used} of its error budget")
 
 
 def _cache_state(workload: Workload, is_cold: bool) -> str:
     if workload.cache_state != "cold":
         return workload.cache_state
     return "cold" if is_cold else "unproven"
-
-
-def _with_index(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

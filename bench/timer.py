@@ -256,6 +256,7 @@ class SampleClock:
         self._now = 0.0
 
     def __call__(self) -> float:
+        """The reading."""
         return self._now
 
     def play(self, samples: Sequence[float]) -> _Playback:

@@ -1,4 +1,4 @@
-"""What is timed: one layer of a real model, a number of tokens, a routing, a dtype and a cache state, with one identity.
+"""What is timed: a real model's layer, a number of tokens, a routing, a dtype and a cache state, under one identity.
 
 Two timings may be compared only where all of these agree, so all of them are part of a workload's id, the routing by
 a hash of the ids that it really gives. Routings come from an integer hash, not from a library's random generator:

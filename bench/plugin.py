@@ -1,0 +1,110 @@
+"""pytest's side of the benchmarks: options, machine information, and guards against runs that measure nothing.
+
+It is loaded wherever moegate is installed, so nothing heavy is imported here before one of our benchmarks is collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_ROOM = Path(__file__).resolve().parent
+# How many of our benchmarks were collected, and how many of them were really measured (or, disabled, verified).
+COLLECTED = pytest.StashKey[int]()
+DONE = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of `pytest bench`; `python -m moegate.bench` has the same."""
+    group = parser.getgroup("moegate bench")
+    group.addoption(
+        "--moegate-bench-models", metavar="NAMES", help="models, comma-separated (default: all that can run)"
+    )
+    group.addoption("--moegate-bench-tokens", metavar="M,...", help="numbers of tokens, comma-separated")
+    group.addoption(
+        "--moegate-bench-routing", metavar="NAMES", default="uniform", help="uniform, zipf<exponent>, all-to-one"
+    )
+    group.addoption("--moegate-bench-dtype", metavar="NAME", help="bf16, fp16 or fp32")
+    group.addoption(
+        "--moegate-bench-device", metavar="DEVICE", help="cuda, cuda:N or cpu (default: a GPU if there is one)"
+    )
+    group.addoption(
+        "--moegate-bench-peer",
+        metavar="FILE.py:CALLABLE",
+        action="append",
+        default=[],
+        help="another fused_experts, timed beside ours; may be repeated",
+    )
+    group.addoption(
+        "--moegate-bench-budget",
+        metavar="SECONDS",
+        type=float,
+        default=0.6,
+        help="of samples for each workload (default: %(default)s)",
+    )
+    group.addoption(
+        "--moegate-bench-fixed-ceilings",
+        action="store_true",
+        help="floors from fixed H200 ceilings instead of measured ones",
+    )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Count our benchmarks."""
+    session.config.stash[COLLECTED] = sum(_ROOM in item.path.resolve().parents for item in session.items)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run of our benchmarks in which each was skipped is no success."""
+    config = session.config
+    collected, done = config.stash.get(COLLECTED, 0), config.stash.get(DONE, 0)
+    skipped_on_purpose = config.getoption("benchmark_skip", False) or config.getoption("collectonly")
+    if collected and not done and not skipped_on_purpose and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line("moegate bench: nothing was measured", red=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Iterable[str]) -> None:
+    """Refuse benchmarks under xdist, where pytest-benchmark would turn them off and the run would pass.
+
+    Raises:
+        pytest.UsageError: one of ours was collected, and benchmarks were not disabled or skipped on purpose.
+    """
+    config = node.config
+    if config.getoption("benchmark_disable", False) or config.getoption("benchmark_skip", False):
+        return
+    for node_id in ids:
+        if _ROOM in (config.rootpath / node_id.split("::")[0]).resolve().parents:
+            raise pytest.UsageError(
+                f"{node_id}: benchmarks were collected under pytest-xdist, which would disable them; "
+                "run them without -n, or pass --benchmark-disable to verify only"
+            )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Say which GPU, driver and kernel software our benchmarks ran on."""
+    if config.stash.get(COLLECTED, 0) or _asks_for_our_benchmarks(config):
+        from dataclasses import asdict
+
+        from .machine import describe_machine
+        from .selection import choose_device
+
+        machine_info["moegate"] = asdict(describe_machine(choose_device(config.getoption("moegate_bench_device"))))
+
+
+def _asks_for_our_benchmarks(config: pytest.Config) -> bool:
+    """Whether a command line argument names our benchmarks: what can be known before anything is collected."""
+    for argument in config.args:
+        name = argument.split("::")[0]
+        path = (config.invocation_params.dir / name).resolve()
+        if name.split(".")[:2] == ["moegate", "bench"] or _ROOM in (path, *path.parents):
+            return True
+    return False

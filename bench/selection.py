@@ -1,0 +1,83 @@
+"""Which workloads a run times: from the words of a command line or of pytest's options, with defaults per device."""
+
+from __future__ import annotations
+
+import torch
+
+from .workloads import DTYPES, MODELS, SMALL_MODELS, Routing, Workload, find_model
+
+GPU_TOKENS = (1, 8, 64, 512, 4096)
+CPU_TOKENS = (1, 64)
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device asked for, else the first GPU, else the CPU.
+
+    Raises:
+        ValueError: a device that this process does not have.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
+    return device
+
+
+def select_workloads(
+    device: torch.device,
+    *,
+    models: str | None = None,
+    tokens: str | None = None,
+    routings: str = "uniform",
+    dtype: str | None = None,
+) -> list[Workload]:
+    """The product of what was asked for, model by model.
+
+    Args:
+        device: decides the defaults: full layers, bf16 and a cold cache on a GPU; small layers, fp32 and a warm cache
+            on a CPU.
+        models: comma-separated names; None: all that can run. One named here is kept even if it cannot run yet, so
+            that the reason is reported.
+        tokens: comma-separated numbers of tokens.
+        routings: comma-separated routings (`Routing.parse`).
+        dtype: "bf16", "fp16" or "fp32".
+
+    Raises:
+        ValueError: an unknown name, or not a number.
+    """
+    on_gpu = device.type == "cuda"
+    if models is None:
+        known = MODELS if on_gpu else SMALL_MODELS
+        chosen = [model for model in known.values() if model.unsupported is None]
+    else:
+        chosen = [find_model(name) for name in _words(models)]
+    counts = (GPU_TOKENS if on_gpu else CPU_TOKENS) if tokens is None else [_count(word) for word in _words(tokens)]
+    dtype = dtype or ("bf16" if on_gpu else "fp32")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    workloads = [
+        Workload(model, count, Routing.parse(routing), dtype, "cold" if on_gpu else "warm")
+        for model in chosen
+        for routing in _words(routings)
+        for count in counts
+    ]
+    return list(dict.fromkeys(workloads))
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise ValueError(f"expected at least one name, got {text!r}")
+    return words
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise ValueError(f"tokens: expected a number of at least 1, got {word!r}")
+    return int(word)

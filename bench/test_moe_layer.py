@@ -1,0 +1,69 @@
+"""The routed experts of real models' layers: device time, floor and verdict as pytest-benchmark stores them."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from moegate.bench.plugin import DONE
+from moegate.bench.selection import choose_device, select_workloads
+from moegate.bench.session import LayerBench
+from moegate.bench.timer import SampleClock
+from moegate.bench.workloads import Workload
+
+CLOCK = SampleClock()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each workload that the options select."""
+    option = metafunc.config.getoption
+    try:
+        workloads = select_workloads(
+            choose_device(option("moegate_bench_device")),
+            models=option("moegate_bench_models"),
+            tokens=option("moegate_bench_tokens"),
+            routings=option("moegate_bench_routing"),
+            dtype=option("moegate_bench_dtype"),
+        )
+    except ValueError as error:
+        raise pytest.UsageError(f"--moegate-bench: {error}") from error
+    metafunc.parametrize("workload", workloads, ids=[workload.id for workload in workloads])
+
+
+@pytest.fixture(scope="session")
+def layer_bench(pytestconfig: pytest.Config) -> LayerBench:
+    """Weights, ceilings and contenders that all workloads share."""
+    option = pytestconfig.getoption
+    try:
+        return LayerBench(
+            choose_device(option("moegate_bench_device")),
+            peers=option("moegate_bench_peer"),
+            fixed_ceilings=option("moegate_bench_fixed_ceilings"),
+            budget=option("moegate_bench_budget"),
+        )
+    except ValueError as error:
+        raise pytest.UsageError(f"--moegate-bench: {error}") from error
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_moe_layer(
+    workload: Workload, layer_bench: LayerBench, benchmark: BenchmarkFixture, pytestconfig: pytest.Config
+) -> None:
+    if workload.model.unsupported:
+        pytest.skip(workload.model.unsupported)
+    if benchmark.enabled:
+        measured = layer_bench.measure(workload)
+        record = measured.records[0]
+        benchmark.group = f"{workload.model.name} {workload.dtype} {workload.routing} {record.cache_state}"
+        benchmark.extra_info.update(record.as_dict())
+        benchmark.extra_info["peers"] = [peer.as_dict() for peer in measured.records[1:]]
+        benchmark.extra_info["peer_failures"] = dict(measured.failures)
+        for name, reason in measured.failures.items():
+            warnings.warn(f"peer {name} was not timed: {reason}", stacklevel=1)
+        play = CLOCK.play(record.timing.samples)
+        benchmark.pedantic(play.advance, setup=play.next, rounds=len(record.timing.samples))
+    else:
+        benchmark.pedantic(layer_bench.check, args=(workload,))
+    pytestconfig.stash[DONE] = pytestconfig.stash.get(DONE, 0) + 1
