@@ -81,6 +81,7 @@ def align_place_kernel(
     HAS_EXPERT_MAP: tl.constexpr,
     DIRECT: tl.constexpr,
     CHUNK: tl.constexpr,
+    COMPARED: tl.constexpr,
     CHUNKS_PER_SPAN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -104,9 +105,23 @@ def align_place_kernel(
     )
     # The pair's position: its expert's start, plus the pairs of that expert before this chunk, plus those before it
     # in the chunk.
-    same = expert[:, None] == expert[None, :]
-    earlier = lane[None, :] < lane[:, None]
-    position = tl.sum((same & earlier).to(tl.int32), axis=1)
+    position = tl.zeros((CHUNK,), tl.int32)
+    for first_lane in range(0, CHUNK, COMPARED):
+        other_lane = first_lane + tl.arange(0, COMPARED)
+        other_pair = chunk * CHUNK + other_lane
+        other = local_expert(
+            topk_ids_ptr,
+            stride_topk_ids,
+            other_pair,
+            other_pair < num_pairs,
+            expert_map_ptr,
+            num_experts,
+            num_local_experts,
+            TOP_K,
+            HAS_EXPERT_MAP,
+        )
+        earlier = (expert[:, None] == other[None, :]) & (other_lane[None, :] < lane[:, None])
+        position += tl.sum(earlier.to(tl.int32), axis=1)
 
     run_start = 0
     for first_expert in range(0, num_local_experts, BLOCK_E):
@@ -184,6 +199,8 @@ def align_place_kernel(
 
 # Pairs that one program compares with each other: the square of it is the work.
 _CHUNK = 256
+# Of those, how many at a time: the comparisons of one round stay in registers.
+_COMPARED = 32
 _CHUNKS_PER_SPAN = 4
 # Up to here every program counts all pairs itself: cheaper than a second launch.
 _DIRECT_PAIRS = 4096
@@ -267,6 +284,7 @@ def align(
         HAS_EXPERT_MAP=expert_map is not None,
         DIRECT=direct,
         CHUNK=chunk,
+        COMPARED=min(chunk, _COMPARED),
         CHUNKS_PER_SPAN=_CHUNKS_PER_SPAN,
         BLOCK_M=block_size,
         BLOCK_E=block_e,

@@ -33,6 +33,7 @@ def grouped_gemm_kernel(
     MUL_WEIGHT: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    WIDE_B: tl.constexpr,
     SWAP_AB: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -45,7 +46,7 @@ def grouped_gemm_kernel(
     Aligned: `sorted_token_ids` lists the pairs of each row block, `expert_ids` the block's expert. Naive: block p is
     pair p alone, in row 0, and `expert_ids` is `topk_ids` itself, with its row stride.
 
-    Offsets that grow with the experts or the tokens are 64-bit and computed once; the loop only advances pointers.
+    Offsets that grow with the experts or the tokens are 64-bit, and computed once.
     """
     pid = tl.program_id(0)
     num_n_blocks = tl.cdiv(N, BLOCK_N)
@@ -74,50 +75,53 @@ def grouped_gemm_kernel(
         return
 
     real = pairs < num_pairs
-    rows = (pairs // A_TOP_K).to(tl.int64)
-    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = columns < N
+    a_rows = (pairs // A_TOP_K).to(tl.int64) * stride_am
     lane_k = tl.arange(0, BLOCK_K)
-    b_tile = b_ptr + expert.to(tl.int64) * stride_be
-    b_rows = columns.to(tl.int64) * stride_bn
+    lane_n = tl.arange(0, BLOCK_N)
+    inside = pid_n * BLOCK_N + lane_n < N
+    # The weight tile starts at a 64-bit address; within it 32 bits reach, unless rows are enormous.
+    b_tile_ptr = b_ptr + expert.to(tl.int64) * stride_be + (pid_n * BLOCK_N).to(tl.int64) * stride_bn
+    b_rows = (lane_n.to(tl.int64) if WIDE_B else lane_n) * stride_bn
 
+    # The loop advances two base addresses and keeps the offsets: a block of advancing pointers costs registers and a
+    # quarter more instructions a step.
     if SWAP_AB:
-        a_ptrs = a_ptr + rows[None, :] * stride_am + lane_k[:, None]
-        b_ptrs = b_tile + b_rows[:, None] + lane_k[None, :]
+        a_offsets = a_rows[None, :] + lane_k[:, None]
+        b_offsets = b_rows[:, None] + lane_k[None, :]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
-        a_ptrs = a_ptr + rows[:, None] * stride_am + lane_k[None, :]
-        b_ptrs = b_tile + b_rows[None, :] + lane_k[:, None]
+        a_offsets = a_rows[:, None] + lane_k[None, :]
+        b_offsets = b_rows[None, :] + lane_k[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     for k in range(0, K, BLOCK_K):
         if SWAP_AB:
             a_mask = real[None, :] if EVEN_K else real[None, :] & (lane_k < K - k)[:, None]
-            a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+            a = tl.load(a_ptr + a_offsets, mask=a_mask, other=0.0)
             if EVEN_N and EVEN_K:
-                b = tl.load(b_ptrs)
+                b = tl.load(b_tile_ptr + b_offsets)
             else:
                 b_mask = inside[:, None] if EVEN_K else inside[:, None] & (lane_k < K - k)[None, :]
-                b = tl.load(b_ptrs, mask=b_mask, other=0.0)
+                b = tl.load(b_tile_ptr + b_offsets, mask=b_mask, other=0.0)
             acc = tl.dot(b, a, acc, input_precision=INPUT_PRECISION)
         else:
             a_mask = real[:, None] if EVEN_K else real[:, None] & (lane_k < K - k)[None, :]
-            a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+            a = tl.load(a_ptr + a_offsets, mask=a_mask, other=0.0)
             if EVEN_N and EVEN_K:
-                b = tl.load(b_ptrs)
+                b = tl.load(b_tile_ptr + b_offsets)
             else:
                 b_mask = inside[None, :] if EVEN_K else inside[None, :] & (lane_k < K - k)[:, None]
-                b = tl.load(b_ptrs, mask=b_mask, other=0.0)
+                b = tl.load(b_tile_ptr + b_offsets, mask=b_mask, other=0.0)
             acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K
+        a_ptr += BLOCK_K
+        b_tile_ptr += BLOCK_K
 
     if SWAP_AB:
         acc = tl.trans(acc)
     if MUL_WEIGHT:
         weight_ptrs = topk_weights_ptr + (pairs // TOP_K).to(tl.int64) * stride_weights + pairs % TOP_K
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
-    c_ptrs = c_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
+    c_ptrs = c_ptr + pairs.to(tl.int64)[:, None] * N + pid_n * BLOCK_N + lane_n[None, :]
     c_mask = real[:, None] if EVEN_N else real[:, None] & inside[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=c_mask)
 
@@ -178,6 +182,7 @@ def grouped_gemm(
         MUL_WEIGHT=topk_weights is not None,
         EVEN_N=n % config.block_size_n == 0,
         EVEN_K=k % config.block_size_k == 0,
+        WIDE_B=b.stride(1) * config.block_size_n >= 2**31,
         SWAP_AB=config.swap_ab,
         INPUT_PRECISION="tf32" if allow_tf32 else "ieee",
         BLOCK_M=config.block_size_m,

@@ -1,0 +1,135 @@
+"""Compile the kernels that a call would launch, for a platform that this machine need not have.
+
+The call runs on meta tensors with the launcher replaced by a recorder, so what is compiled is what the launchers ask
+for, constants and alignments included. Run as a program: it reads a JSON list of jobs on its standard input, writes
+one JSON list of compiled kernels, and must have a process of its own, since one that interprets kernels cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import jit
+
+from moegate.impl import path
+from moegate.impl.fused_moe import fused_experts
+from moegate.impl.platform import Platform, Vendor
+from moegate.impl.routing import select_experts
+from moegate.impl.tuning.kernel_config import KernelConfig, use_kernel_configs
+
+_GFX = {(9, 0): "gfx90a", (9, 4): "gfx942", (9, 5): "gfx950"}
+
+
+def target(platform: Platform) -> GPUTarget:
+    """Triton's name for a platform."""
+    capability = platform.capability or (0, 0)
+    if platform.vendor is Vendor.AMD:
+        return GPUTarget("hip", _GFX[capability], 64)
+    return GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+
+
+def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """What `select_experts` and `fused_experts` would launch: kernel, arguments, constants and options."""
+    seen = []
+
+    def record(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+        seen.append((kernel, args, meta))
+
+    m, e, k, h, i = (job[name] for name in ("M", "E", "top_k", "H", "I"))
+    local = e // 2 if job.get("expert_map") else e
+    dtype = getattr(torch, job["dtype"])
+
+    def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    def run() -> None:
+        select_experts(meta(m, e), k)
+        fused_experts(
+            meta(m, h),
+            meta(local, 2 * i, h),
+            meta(local, h, i),
+            meta(m, k, of=torch.float32),
+            meta(m, k, of=torch.int32),
+            expert_map=meta(e, of=torch.int32) if job.get("expert_map") else None,
+        )
+
+    with mock.patch.object(path, "launch", record), mock.patch.object(Platform, "of", lambda device: platform):
+        configs = job.get("configs")
+        if configs:
+            with use_kernel_configs(*(KernelConfig(**config) for config in configs)):
+                run()
+        else:
+            run()
+    return seen
+
+
+def compile_launch(platform: Platform, kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> dict[str, Any]:
+    """Compile one launch; its name, constants, shared memory and, for NVIDIA, registers and spilled bytes."""
+    gpu = target(platform)
+    backend = make_backend(gpu)
+    binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **meta, debug=False, instrumentation_mode="")
+    options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=gpu, options=options.__dict__)
+    result = {
+        "kernel": kernel.__name__,
+        "platform": str(platform),
+        "constants": {name: value for name, value in meta.items() if isinstance(value, (int, bool, str))},
+        "shared_memory": compiled.metadata.shared,
+    }
+    if gpu.backend == "cuda":
+        result |= resources(compiled.asm["cubin"])
+        if len(sys.argv) > 1:
+            Path(sys.argv[1], f"{kernel.__name__}-{gpu.arch}-{compiled.hash[:8]}.cubin").write_bytes(
+                compiled.asm["cubin"]
+            )
+            result["hash"] = compiled.hash[:8]
+    return result
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of stack (where spills live), as cuobjdump reads them off the binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", text)[-1]),
+        "spilled": int(re.findall(r"STACK:(\d+)", text)[-1]) + int(re.findall(r"LOCAL:(\d+)", text)[-1]),
+    }
+
+
+def main() -> None:
+    """Compile the jobs on standard input."""
+    warnings.filterwarnings("ignore")
+    results = []
+    for job in json.load(sys.stdin):
+        platform = Platform.parse(job["platform"])
+        done = set()
+        for kernel, args, meta in launches(platform, job):
+            key = (kernel.__name__, str(meta))
+            if key in done or (job.get("only") and kernel.__name__ not in job["only"]):
+                continue
+            done.add(key)
+            results.append(compile_launch(platform, kernel, args, meta) | {"job": job})
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Every shipped kernel compiles for every platform that it is meant for, and fits it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moegate.impl.platform import Platform
+
+PLATFORMS = ("cuda:8.0", "cuda:9.0", "cuda:10.0", "rocm:gfx942")
+# Qwen3-30B-A3B's layer: M = 1 takes naive blocks, the others one tile size each; 64 adds an expert map.
+QWEN3 = {"E": 128, "top_k": 8, "H": 2048, "I": 768, "dtype": "bfloat16"}
+JOBS = [
+    {"platform": platform, "M": m, "expert_map": m == 64} | QWEN3
+    for platform, m in itertools.product(PLATFORMS, (1, 64, 128, 512, 4096))
+]
+# Ragged H and I, the other dtypes, more experts than a block holds, more choices than the iterative top-k takes.
+JOBS += [
+    *(
+        {"platform": "cuda:9.0", "M": m, "E": 8, "top_k": 2, "H": 200, "I": 72, "dtype": dtype}
+        for m, dtype in itertools.product((8, 40, 100, 400), ("float16", "float32"))
+    ),
+    {"platform": "cuda:9.0", "M": 64, "E": 128, "top_k": 4, "H": 2880, "I": 2880, "dtype": "bfloat16"},
+    {"platform": "cuda:9.0", "M": 1000, "E": 2100, "top_k": 40, "H": 512, "I": 64, "dtype": "bfloat16"},
+    {
+        "platform": "cuda:9.0",
+        "M": 64,
+        "configs": [{"block_size_m": 16, "block_size_n": 64, "block_size_k": 128, "num_stages": 4, "swap_ab": True}],
+    }
+    | QWEN3,
+]
+KERNELS = {
+    "topk_softmax_kernel",
+    "align_count_kernel",
+    "align_place_kernel",
+    "grouped_gemm_kernel",
+    "silu_and_mul_kernel",
+    "combine_kernel",
+}
+
+
+def compile_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("ahead_of_time.py"))],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode:
+        pytest.fail(f"{jobs}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(2) as pool:
+        return [kernel for part in pool.map(compile_jobs, (JOBS[0::2], JOBS[1::2])) for kernel in part]
+
+
+def describe(kernel: dict[str, Any]) -> str:
+    return f"{kernel['platform']} {kernel['kernel']} {kernel['constants']}: {kernel}"
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_kernel_compiles(compiled: list[dict[str, Any]], platform: str) -> None:
+    assert {kernel["kernel"] for kernel in compiled if kernel["platform"] == platform} == KERNELS
+
+
+def test_both_assignments_are_compiled(compiled: list[dict[str, Any]]) -> None:
+    assert {kernel["constants"].get("NAIVE") for kernel in compiled} >= {True, False}
+
+
+def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
+        assert kernel["shared_memory"] <= Platform.parse(kernel["platform"]).shared_memory, describe(kernel)
+
+
+def test_nothing_spills_on_hopper(compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
+        if kernel["platform"] == "cuda:9.0":
+            assert kernel["spilled"] == 0, describe(kernel)
+
+
+def test_resident_warps_on_hopper(compiled: list[dict[str, Any]]) -> None:
+    """Registers of a program fit the 65,536 of a multiprocessor; where weights are streamed, three programs' do."""
+    for kernel in compiled:
+        if kernel["platform"] == "cuda:9.0":
+            registers = kernel["registers"] * 32 * kernel["constants"]["num_warps"]
+            streams = kernel["kernel"] == "grouped_gemm_kernel" and kernel["constants"]["BLOCK_M"] == 16
+            assert registers * (3 if streams else 1) <= 65_536, describe(kernel)
