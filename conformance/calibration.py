@@ -1,0 +1,32 @@
+"""The limits of the budget's statistics, as `python -m moegate.conformance.calibrate` fitted them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest value of each statistic that an honest implementation may show (see `statistics.py`).
+
+    Attributes:
+        elementwise: lambda, of the error beyond the last rounding over sigma.
+        row_rms: of a row's RMS error over its RMS budget.
+        row_gain: of a row's gain error over its standard error.
+        expert_gain: of one expert's gain error over its standard error.
+    """
+
+    elementwise: float
+    row_rms: float
+    row_gain: float
+    expert_gain: float
+
+
+@cache
+def limits() -> Limits:
+    """The checked-in calibration."""
+    data = json.loads(files(__package__).joinpath("calibration.json").read_text())
+    return Limits(**{f.name: data["limits"][f.name] for f in fields(Limits)})

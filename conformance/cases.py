@@ -1,0 +1,240 @@
+"""From a spec to tensors: the operands of one case, in hostile memory, the same bits wherever the spec is replayed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .arena import Arena
+from .spec import AlignSpec, ExpertsSpec, RoutingSpec
+from .values import integers, on_grid
+
+# Poisoned elements behind each row of a padded operand; a multiple of 8, so that rows stay aligned as real ones are.
+ROW_PADDING = 24
+
+
+@dataclass(frozen=True)
+class RoutingCase:
+    """The operands of one routing call; shapes as in the reference."""
+
+    router_logits: Tensor
+    top_k: int
+    renormalize: bool
+    arena: Arena
+
+
+@dataclass(frozen=True)
+class AlignCase:
+    """The operands of one alignment.
+
+    Attributes:
+        topk_ids: `[M, top_k]` int32, global ids, -1 = no expert.
+        block_size: rows of a block.
+        num_experts: E, global.
+        num_local_experts: experts held here; E without a map.
+        expert_map: `[E]` int32 or None.
+    """
+
+    topk_ids: Tensor
+    block_size: int
+    num_experts: int
+    num_local_experts: int
+    expert_map: Tensor | None
+    arena: Arena
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    """The operands of one call of the routed experts.
+
+    Attributes:
+        hidden_states: `[M, H]`.
+        w13: `[E_local, 2I, H]`, gate rows first.
+        w2: `[E_local, H, I]`.
+        topk_weights: `[M, top_k]` float32.
+        topk_ids: `[M, top_k]` int32, global ids, -1 = no expert.
+        num_experts: E, global.
+        expert_map: `[E]` int32, global to local id, -1 = on another rank; or None.
+        apply_router_weight_on_input: the routing weight multiplies the experts' input.
+        activation: between the two GEMMs.
+    """
+
+    hidden_states: Tensor
+    w13: Tensor
+    w2: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    num_experts: int
+    expert_map: Tensor | None
+    apply_router_weight_on_input: bool
+    arena: Arena
+    activation: str = "silu"
+
+    @property
+    def num_tokens(self) -> int:
+        """M."""
+        return self.topk_ids.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """Experts chosen for each token."""
+        return self.topk_ids.shape[1]
+
+
+def _ranks(seed: int, tensor: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """A hashed permutation of the last axis, `shape` int64."""
+    return integers(seed, tensor, shape, 0, 1 << 40, device).argsort(dim=-1)
+
+
+def routed_ids(spec: AlignSpec | ExpertsSpec, device: torch.device | str) -> Tensor:
+    """`topk_ids [M, top_k]` int32 for a spec's routing."""
+    m, e, k = spec.M, spec.E, spec.top_k
+    ids = _ranks(spec.seed, "topk_ids", (m, e), device)[:, :k]
+    if spec.routing == "one_expert":
+        ids = ids[:1].expand(m, k)
+    elif spec.routing == "empty_expert":
+        # Expert 0's tokens go to an expert that is not yet in their row, where there is one.
+        others = 1 + _ranks(spec.seed, "others", (m, max(e - 1, 1)), device)
+        ids = others[:, :k] if e > k else ids
+    elif spec.routing in ("tile_minus_1", "tile", "tile_plus_1"):
+        count = 16 + {"tile_minus_1": -1, "tile": 0, "tile_plus_1": 1}[spec.routing]
+        others = 1 + _ranks(spec.seed, "others", (m, max(e - 1, 1)), device)
+        if e > k:
+            ids = others[:, :k].clone()
+            ids[:count, 0] = 0
+    elif spec.routing == "skewed" and m:
+        heavy = torch.arange(m, device=device) % 2 == 0
+        has_zero = (ids == 0).any(dim=1)
+        first = torch.where(heavy & ~has_zero, 0, ids[:, 0])
+        ids = torch.cat([first[:, None], ids[:, 1:]], dim=1)
+    elif spec.routing == "repeated":
+        ids = integers(spec.seed, "repeated", (m, k), 0, e, device)
+    elif spec.routing == "some_invalid":
+        ids = ids.masked_fill(integers(spec.seed, "invalid", (m, k), 0, 3, device) == 0, -1)
+    elif spec.routing == "all_invalid":
+        ids = torch.full_like(ids, -1)
+    return ids.to(torch.int32).contiguous()
+
+
+def local_experts(spec: AlignSpec | ExpertsSpec, device: torch.device | str) -> tuple[Tensor | None, int]:
+    """`expert_map [E]` int32 (or None) and the number of experts held here."""
+    e = spec.E
+    if spec.expert_map == "none":
+        return None, e
+    order = torch.arange(e, device=device)
+    if spec.expert_map == "linear":
+        owned = order[e // 2 :]
+    elif spec.expert_map == "round_robin":
+        owned = order[spec.seed % 2 :: 2] if e > 1 else order
+    elif spec.expert_map == "arbitrary":
+        owned = _ranks(spec.seed, "owned", (e,), device)[: max(1, e // 3)]
+    elif spec.expert_map == "owns_all":
+        owned = _ranks(spec.seed, "owned", (e,), device)
+    else:
+        owned = order[:0]
+    expert_map = torch.full((e,), -1, dtype=torch.int32, device=device)
+    expert_map[owned] = torch.arange(len(owned), dtype=torch.int32, device=device)
+    # A rank that owns nothing still holds one expert's weights, which nothing is routed to.
+    return expert_map, max(len(owned), 1)
+
+
+def _weights(spec: ExpertsSpec, device: torch.device | str) -> Tensor:
+    shape = (spec.M, spec.top_k)
+    raw = on_grid(spec.seed, "topk_weights", shape, torch.float32, device).abs() + 2.0**-6
+    if spec.weights == "spread":
+        return raw * on_grid(spec.seed, "spread", shape, torch.float32, device, spread=8).abs()
+    weights = raw / raw.sum(dim=-1, keepdim=True)
+    if spec.weights == "scaled":
+        weights = weights * 2.5
+    if spec.weights == "one_zero" and spec.top_k:
+        weights = torch.cat([torch.zeros_like(weights[:, :1]), weights[:, 1:]], dim=1)
+    return weights
+
+
+def build_experts(spec: ExpertsSpec, device: torch.device | str = "cpu") -> ExpertsCase:
+    """The operands of an experts spec. Weights are scaled by 1/sqrt(fan-in), as in trained models."""
+    dtype = getattr(torch, spec.dtype)
+    expert_map, num_local = local_experts(spec, device)
+    spread = 6 if spec.values == "spread" else 0
+    size = {"large": 3, "tiny": -6}.get(spec.values, 1)
+    fan_h, fan_i = round(math.log2(max(spec.H, 1)) / 2), round(math.log2(max(spec.I, 1)) / 2)
+    up = 4 if spec.values == "asymmetric" else 0
+
+    def values(name: str, *shape: int, exponent: int) -> Tensor:
+        return on_grid(spec.seed, name, shape, dtype, device, exponent=exponent, spread=spread)
+
+    w13 = torch.cat(
+        [
+            values("gate", num_local, spec.I, spec.H, exponent=1 - fan_h),
+            values("up", num_local, spec.I, spec.H, exponent=1 - fan_h + up),
+        ],
+        dim=1,
+    )
+    arena = Arena()
+    padding = ROW_PADDING if spec.padded_rows else 0
+    return ExpertsCase(
+        hidden_states=arena.place(
+            "hidden_states", values("hidden_states", spec.M, spec.H, exponent=size), row_padding=padding
+        ),
+        w13=arena.place("w13", w13, row_padding=padding),
+        w2=arena.place("w2", values("w2", num_local, spec.H, spec.I, exponent=1 - fan_i), row_padding=padding),
+        topk_weights=arena.place("topk_weights", _weights(spec, device)),
+        topk_ids=arena.place("topk_ids", routed_ids(spec, device)),
+        num_experts=spec.E,
+        expert_map=None if expert_map is None else arena.place("expert_map", expert_map),
+        apply_router_weight_on_input=spec.weight_on_input,
+        arena=arena,
+    )
+
+
+def build_align(spec: AlignSpec, device: torch.device | str = "cpu") -> AlignCase:
+    """The operands of an alignment spec."""
+    arena = Arena()
+    expert_map, num_local = local_experts(spec, device)
+    return AlignCase(
+        topk_ids=arena.place("topk_ids", routed_ids(spec, device)),
+        block_size=spec.block_size,
+        num_experts=spec.E,
+        num_local_experts=num_local,
+        expert_map=None if expert_map is None else arena.place("expert_map", expert_map),
+        arena=arena,
+    )
+
+
+def build_routing(spec: RoutingSpec, device: torch.device | str = "cpu") -> RoutingCase:
+    """The operands of a routing spec."""
+    dtype = getattr(torch, spec.dtype)
+    shape = (spec.M, spec.E)
+    exponent = 7 if spec.logits == "wide" else 2
+    logits = on_grid(spec.seed, "logits", shape, dtype, device, exponent=exponent)
+    if spec.logits == "ties":
+        logits = (integers(spec.seed, "ties", shape, 0, 3, device) * 0.5).to(dtype)
+    elif spec.logits == "equal":
+        logits = torch.full_like(logits, 0.25)
+    elif spec.logits == "negative":
+        logits = logits - 32
+    elif spec.logits == "tie_at_k" and spec.top_k < spec.E:
+        order = logits.argsort(dim=-1, descending=True)
+        kth, following = order[:, spec.top_k - 1 : spec.top_k], order[:, spec.top_k : spec.top_k + 1]
+        logits = logits.scatter(1, following, logits.gather(1, kth))
+    elif spec.logits in ("nan_rows", "infinite_rows"):
+        where = integers(spec.seed, "where", shape, 0, 4, device)
+        whole = integers(spec.seed, "whole", (spec.M, 1), 0, 4, device) == 0
+        if spec.logits == "nan_rows":
+            logits = logits.masked_fill((where == 0) | whole, float("nan"))
+        else:
+            # Rows with some -inf, rows with some +inf among them, rows of nothing but -inf.
+            logits = logits.masked_fill((where == 0) | whole, -torch.inf)
+            plus = integers(spec.seed, "plus", (spec.M, 1), 0, 2, device) == 0
+            logits = logits.masked_fill((where == 1) & plus & ~whole, torch.inf)
+    arena = Arena()
+    padding = ROW_PADDING if spec.padded_rows else 0
+    return RoutingCase(
+        router_logits=arena.place("router_logits", logits, row_padding=padding),
+        top_k=spec.top_k,
+        renormalize=spec.renormalize,
+        arena=arena,
+    )

@@ -1,0 +1,149 @@
+"""Properties, verdicts and the ledger: one execution of a subject, many judgements, each counted under its own id."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .spec import Spec
+
+
+class Finding(AssertionError):
+    """A property that does not hold. Each property raises a class of its own, so that Hypothesis keeps them apart."""
+
+
+@dataclass(frozen=True)
+class Property:
+    """One thing that must hold.
+
+    Attributes:
+        id: family and number, such as `ROUTE-03`.
+        sentence: what must hold.
+        facets: the subject's facets that it needs.
+        is_value: judges numbers; every null kernel must fail it.
+    """
+
+    id: str
+    sentence: str
+    facets: tuple[str, ...]
+    is_value: bool = False
+
+    def verdict(self, holds: bool, detail: str = "", *, budget_used: float | None = None) -> Verdict:
+        """This property's verdict on one execution."""
+        return Verdict(self, bool(holds), detail, budget_used)
+
+
+PROPERTIES: dict[str, Property] = {}
+_finding_classes: dict[str, type[Finding]] = {}
+
+
+def declare(id: str, sentence: str, *facets: str, is_value: bool = False) -> Property:
+    """Register a property.
+
+    Raises:
+        ValueError: an id that is taken.
+    """
+    if id in PROPERTIES:
+        raise ValueError(f"id: {id} is declared twice")
+    PROPERTIES[id] = Property(id, sentence, facets, is_value)
+    _finding_classes[id] = type(f"{id.replace('-', '_')}_Violated", (Finding,), {"__doc__": sentence})
+    return PROPERTIES[id]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one property says of one execution.
+
+    Attributes:
+        budget_used: the statistic over its limit, where there is one: the conformance score, 1 is the limit.
+    """
+
+    property: Property
+    holds: bool
+    detail: str = ""
+    budget_used: float | None = None
+
+
+@dataclass
+class Tally:
+    """One property over a run."""
+
+    cases: int = 0
+    violated: int = 0
+    budget_used: float | None = None
+    first_finding: str = ""
+
+    def add(self, other: Tally) -> None:
+        """Merge another worker's count."""
+        self.cases += other.cases
+        self.violated += other.violated
+        used = [u for u in (self.budget_used, other.budget_used) if u is not None]
+        self.budget_used = max(used) if used else None
+        self.first_finding = self.first_finding or other.first_finding
+
+
+@dataclass
+class Ledger:
+    """What a run judged.
+
+    Attributes:
+        tallies: by property id.
+        executions: calls of the subject, by variant.
+        pairs: how often each pair of features was run.
+        skipped: why something was not judged, and how often.
+        facts: whatever else the run counts (assignments taken, kernel variants compiled).
+    """
+
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    executions: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    facts: Counter[str] = field(default_factory=Counter)
+
+    def settle(self, verdicts: Sequence[Verdict], spec: Spec, replay: str) -> None:
+        """Count the verdicts of one execution, then raise the first that does not hold.
+
+        Raises:
+            Finding: the property's own class, with its id, its sentence, the detail, the spec and how to replay it.
+        """
+        for verdict in verdicts:
+            tally = self.tallies.setdefault(verdict.property.id, Tally())
+            one = Tally(1, not verdict.holds, verdict.budget_used, "" if verdict.holds else f"{verdict.detail}\n{spec!r}")
+            tally.add(one)
+        for verdict in verdicts:
+            if not verdict.holds:
+                prop = verdict.property
+                raise _finding_classes[prop.id](
+                    f"{prop.id}: {prop.sentence}\n  {verdict.detail}\n  spec:   {spec!r}\n  replay: {replay}"
+                )
+
+    def ran(self, variant: str, spec: Spec, executions: int = 1) -> None:
+        """Count executions of the subject and the spec's feature pairs."""
+        self.executions[variant] += executions
+        self.pairs.update(f"{a} & {b}" for a, b in spec.feature_pairs())
+
+    def merge(self, other: Ledger) -> None:
+        """Add another worker's ledger."""
+        for id, tally in other.tallies.items():
+            self.tallies.setdefault(id, Tally()).add(tally)
+        for name in ("executions", "pairs", "skipped", "facts"):
+            getattr(self, name).update(getattr(other, name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for the way from an xdist worker to its controller."""
+        return asdict(self) | {name: dict(getattr(self, name)) for name in ("executions", "pairs", "skipped", "facts")}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Ledger:
+        """The inverse of `as_dict`."""
+        return Ledger(
+            {id: Tally(**tally) for id, tally in data["tallies"].items()},
+            *(Counter(data[name]) for name in ("executions", "pairs", "skipped", "facts")),
+        )
+
+
+def first_violated(verdicts: Iterable[Verdict]) -> Verdict | None:
+    """The first verdict that does not hold."""
+    return next((v for v in verdicts if not v.holds), None)

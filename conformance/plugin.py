@@ -1,0 +1,189 @@
+"""The pytest plugin: options, markers, one worker a GPU, and the run's table.
+
+It loads in every pytest run of its environment, so it imports neither torch, Triton nor Hypothesis until a test of the
+suite is collected, and registers no Hypothesis profile for others' tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .selection import PROFILES, SELECTION
+
+if TYPE_CHECKING:
+    from .judge import Ledger
+
+_ledgers: list[Any] = []
+_collected: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The `--moegate-*` options."""
+    group = parser.getgroup("moegate", "conformance of Mixture-of-Experts layers")
+    group.addoption("--moegate-subject", default="moegate", help="implementation under test: a name, or FILE.py:CLASS")
+    group.addoption("--moegate-device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    group.addoption("--moegate-profile", choices=PROFILES, default="gate", help="how cases are drawn (default: gate)")
+    group.addoption("--moegate-scale", type=float, default=1.0, help="multiplies the number of cases")
+    group.addoption("--moegate-spec", metavar="LINE", help="run this one spec, as a failure printed it")
+    group.addoption("--moegate-report", metavar="FILE", help="write what was judged as JSON")
+    group.addoption("--moegate-progress", metavar="FILE", help="append one byte to FILE for each execution")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the selection from the options."""
+    config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
+    for name in ("subject", "device", "profile", "scale", "spec", "progress"):
+        setattr(SELECTION, name, config.getoption(f"moegate_{name}"))
+
+
+@pytest.fixture(scope="session")
+def moegate_session() -> Any:
+    """This process's session: subject, device and ledger."""
+    from .session import current_session
+
+    return current_session()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a variant of the subject; a facet that is not there is a skip with that reason."""
+    if "moegate_variant" not in metafunc.fixturenames:
+        return
+    from .session import current_session
+
+    try:
+        session = current_session()
+    except (ValueError, ImportError) as error:
+        raise pytest.UsageError(f"moegate: {error}") from error
+    marker = metafunc.definition.get_closest_marker("moegate_facets")
+    needed = marker.args if marker else ()
+    cases = []
+    for variant in session.subject.variants:
+        reason = session.subject.unavailable(variant, session.device)
+        missing = [facet for facet in needed if facet not in session.subject.facets(variant)]
+        if reason is None and missing:
+            reason = f"{session.subject.name} ({variant}) does not define {', '.join(missing)}"
+        marks = () if reason is None else pytest.mark.skip(reason=reason)
+        cases.append(pytest.param(variant, marks=marks, id=variant))
+    metafunc.parametrize("moegate_variant", cases)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Remember whether the suite itself is being run; a replay keeps only the tests that take its kind of spec."""
+    mine = [item for item in items if item.get_closest_marker("moegate_facets")]
+    _collected.extend(item.nodeid for item in mine)
+    if not mine or SELECTION.spec is None:
+        return
+    from .spec import parse_spec
+
+    try:
+        kind = type(parse_spec(SELECTION.spec)).__name__
+    except ValueError as error:
+        raise pytest.UsageError(f"--moegate-spec: {error}") from error
+    facet = {"RoutingSpec": "route", "AlignSpec": "align", "ExpertsSpec": "experts"}[kind]
+    takes = [item for item in mine if facet in item.get_closest_marker("moegate_facets").args]
+    config.hook.pytest_deselected(items=[item for item in items if item not in takes])
+    items[:] = takes
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A worker hands its ledger over; the controller refuses to call a run green that judged nothing."""
+    ledger = _own_ledger()
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        if ledger is not None:
+            config.workeroutput["moegate_ledger"] = ledger.as_dict()
+        config.workeroutput["moegate_collected"] = len(_collected)
+        return
+    merged = _merged(ledger)
+    if merged is None:
+        return
+    vacuous = _vacuous(merged)
+    if exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED) and vacuous:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if config.getoption("moegate_report"):
+        Path(config.getoption("moegate_report")).write_text(json.dumps(_report(merged, vacuous), indent=2) + "\n")
+
+
+def _own_ledger() -> Ledger | None:
+    if not _collected:
+        return None
+    from .session import current_session
+
+    return current_session().ledger
+
+
+def _merged(own: Ledger | None) -> Ledger | None:
+    from_workers = [ledger for ledger in _ledgers if ledger]
+    if own is None and not from_workers:
+        return None
+    from .judge import Ledger
+
+    merged = Ledger()
+    for ledger in from_workers:
+        merged.merge(Ledger.from_dict(ledger))
+    if own is not None:
+        merged.merge(own)
+    return merged
+
+
+def _vacuous(ledger: Ledger) -> list[str]:
+    """Why a run proves nothing: whole when every property whose facet is declared was judged at least once."""
+    if SELECTION.spec is not None:
+        return []
+    if not ledger.tallies:
+        reasons = ", ".join(ledger.skipped) or "every test was skipped"
+        return [f"nothing was judged: {reasons}"]
+    return []
+
+
+def _report(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
+    from .report import as_json
+
+    return as_json(ledger, vacuous)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of properties, where the suite was run."""
+    merged = _merged(_own_ledger())
+    if merged is None:
+        return
+    from .report import as_lines
+
+    terminalreporter.section("moegate")
+    for line in (*as_lines(merged), *(f"NOT JUDGED: {reason}" for reason in _vacuous(merged))):
+        terminalreporter.line(line)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    """Collect a worker's ledger."""
+    del error
+    _ledgers.append(getattr(node, "workeroutput", {}).get("moegate_ledger"))
+
+
+def _gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return [entry.name.removeprefix("nvidia") for entry in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Each worker sees one GPU; workers beyond their number share them."""
+    gpus = _gpus()
+    if not gpus or config.getoption("moegate_device") == "cpu":
+        return
+    for number, spec in enumerate(specs):
+        spec.env["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """`-n auto` with `--moegate-device cuda` means one worker a GPU; otherwise xdist decides."""
+    return len(_gpus()) or None if config.getoption("moegate_device") == "cuda" else None

@@ -1,0 +1,84 @@
+"""Hypothesis profiles, and the one way in which properties are explored.
+
+`moegate-gate`: every family seeded from its name, no database: each subject, folder and runner sees the same cases.
+`moegate-nightly`: random, with the example database. `moegate-soak`: random, high counts.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, Verbosity, example, given, seed, settings
+from hypothesis.strategies import SearchStrategy
+
+from .selection import SELECTION
+from .spec import Spec, parse_spec
+
+# No explain phase: under Triton's interpreter it costs five times the shrink.
+_PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink)
+# Kernels compile on first use, and a case is a whole layer: neither says anything about the strategy.
+_SLOW = (HealthCheck.too_slow,)
+
+settings.register_profile(
+    "moegate-gate",
+    database=None,
+    deadline=None,
+    phases=_PHASES,
+    suppress_health_check=_SLOW,
+    print_blob=False,
+    verbosity=Verbosity.normal,
+)
+settings.register_profile(
+    "moegate-nightly", deadline=None, phases=_PHASES, suppress_health_check=_SLOW, print_blob=True
+)
+settings.register_profile("moegate-soak", settings.get_profile("moegate-nightly"))
+
+_SCALE = {"gate": 1.0, "nightly": 4.0, "soak": 40.0}
+
+
+def examples_of(gate_examples: int) -> int:
+    """How many cases the selected profile draws where `gate` draws `gate_examples`."""
+    return max(1, round(gate_examples * _SCALE[SELECTION.profile] * SELECTION.scale))
+
+
+def explore(
+    strategy: SearchStrategy[Any],
+    body: Callable[[Any], None],
+    *,
+    name: str,
+    examples: int,
+    pinned: Iterable[Spec] = (),
+) -> None:
+    """Run `body` on drawn specs under the selected profile; on the one spec that the run was asked for, if any.
+
+    Args:
+        strategy: draws specs.
+        body: runs the subject on a spec and settles the verdicts.
+        name: seeds the gate; the family and whatever parametrises it.
+        examples: cases that the gate draws.
+        pinned: specs that are always run first.
+    """
+    if SELECTION.spec is not None:
+        body(parse_spec(SELECTION.spec))
+        return
+
+    def judged(spec: Any) -> None:
+        body(spec)
+
+    test = given(spec=strategy)(judged)
+    for spec in pinned:
+        test = example(spec=spec)(test)
+    profile = settings.get_profile(f"moegate-{SELECTION.profile}")
+    test = settings(profile, max_examples=examples_of(examples))(test)
+    if SELECTION.profile == "gate":
+        test = seed(zlib.crc32(name.encode()))(test)
+    # A failure's own text says all; Hypothesis's frames would bury it.
+    limit = getattr(sys, "tracebacklimit", None)
+    try:
+        test()
+    finally:
+        if limit is not None:
+            sys.tracebacklimit = limit

@@ -1,0 +1,95 @@
+"""NUM: the output is within the derived budget of the float64 reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...reference.experts import Trace, trace_experts
+from ..budget import Budget, experts_budget
+from ..calibration import limits
+from ..cases import ExpertsCase
+from ..judge import Verdict, declare
+from ..numerics import Numerics
+from ..statistics import statistics
+
+ELEMENT = declare("NUM-01", "every element is within its error budget of the float64 reference", "experts", is_value=True)
+ROW_RMS = declare("NUM-02", "the RMS error of every row is within its budget", "experts", is_value=True)
+ROW_GAIN = declare("NUM-03", "no row is scaled: its slope on the reference is 1 within its standard error", "experts", is_value=True)
+EXPERT_GAIN = declare(
+    "NUM-04", "no expert's share is scaled: its slope over all its rows is 1 within its standard error", "experts", is_value=True
+)
+ABSENT = declare("NUM-05", "tokens without an expert held here get rows of exactly zero", "experts")
+
+
+def reference_of(case: ExpertsCase) -> Trace:
+    """The reference's trace of a case."""
+    return trace_experts(
+        case.hidden_states,
+        case.w13,
+        case.w2,
+        case.topk_weights,
+        case.topk_ids,
+        expert_map=case.expert_map,
+        apply_router_weight_on_input=case.apply_router_weight_on_input,
+    )
+
+
+def budget_of(case: ExpertsCase, trace: Trace, numerics: Numerics) -> Budget:
+    """The budget of a case under declared numerics."""
+    return experts_budget(
+        trace,
+        case.hidden_states,
+        case.w13,
+        case.w2,
+        case.topk_weights,
+        numerics=numerics,
+        apply_router_weight_on_input=case.apply_router_weight_on_input,
+    )
+
+
+def judge_values(case: ExpertsCase, output: Tensor, trace: Trace, budget: Budget) -> list[Verdict]:
+    """Every NUM verdict on one output; none for a case without tokens."""
+    if case.num_tokens == 0:
+        return []
+    measured = statistics(output, trace, budget, case.w2)
+    limit = limits()
+    verdicts = []
+
+    used = measured.elementwise / limit.elementwise
+    worst = int(used.argmax())
+    token, column = divmod(worst, output.shape[1])
+    bad = ~torch.isfinite(output)
+    detail = (
+        f"token {token}, column {column}, experts {case.topk_ids[token].tolist()} (local "
+        f"{trace.local_ids[token].tolist()}): expected {float(trace.output[token, column]):.6g}, "
+        f"got {float(output[token, column]):.6g}; error over budget {float(used.max()):.3g}; "
+        f"{int((used > 1).sum())} of {used.numel()} elements over, {int(bad.sum())} not finite, "
+        f"{int((output == 0).sum())} zero"
+    )
+    verdicts.append(ELEMENT.verdict((used <= 1).all(), detail, budget_used=float(used.max())))
+    rms = measured.row_rms / limit.row_rms
+    verdicts.append(
+        ROW_RMS.verdict((rms <= 1).all(), f"token {int(rms.argmax())}: {detail}", budget_used=float(rms.max()))
+    )
+    for prop, values, bound, what in (
+        (ROW_GAIN, measured.row_gain, limit.row_gain, "token"),
+        (EXPERT_GAIN, measured.expert_gain, limit.expert_gain, "local expert"),
+    ):
+        gains = values / bound
+        seen = ~gains.isnan()
+        if seen.any():
+            gains = torch.where(seen, gains, 0.0)
+            holds = bool((gains <= 1).all())
+            verdicts.append(
+                prop.verdict(
+                    holds,
+                    f"{what} {int(gains.argmax())}: gain error over budget {float(gains.max()):.3g}; {detail}",
+                    budget_used=float(gains.max()),
+                )
+            )
+    absent = (trace.local_ids < 0).all(dim=1)
+    if absent.any():
+        rows = output[absent]
+        verdicts.append(ABSENT.verdict((rows == 0).all(), f"token {int(absent.nonzero()[0])} of {int(absent.sum())}"))
+    return verdicts

@@ -1,0 +1,59 @@
+"""PATH: the path that ran is the path that the table says. A lost fast path changes no number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..cases import ExpertsCase
+from ..judge import Verdict, declare
+
+Launches = Mapping[str, tuple[Mapping[str, int], ...]]
+"""By assignment (`naive`, `aligned`), the ways in which its kernels may be launched: kernel name to count."""
+
+NAIVE = declare(
+    "PATH-01",
+    "naive blocks are taken exactly where there is no expert map and M * top_k * 4 <= E, else pairs are aligned",
+    "experts",
+    "trace",
+)
+BACKEND = declare("PATH-02", "the backend that ran is the one that was asked for, with no silent fallback", "experts", "trace")
+LAUNCHES = declare(
+    "PATH-03", "the kernels launched, and how often, are those of the path's table", "experts", "trace"
+)
+NOTHING = declare("PATH-04", "without tokens nothing is launched", "experts", "trace")
+
+
+def expects_naive_blocks(case: ExpertsCase) -> bool:
+    """vLLM PR 39016's condition, for unquantised experts."""
+    return case.expert_map is None and case.num_tokens * case.top_k * 4 <= case.num_experts
+
+
+def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches) -> list[Verdict]:
+    """Every PATH verdict on one execution.
+
+    Args:
+        case: what ran.
+        record: with `last(name)` and `launches`, as `impl.path.PathRecord` has them.
+        variant: the backend asked for.
+        launches: the declared table.
+    """
+    launched = dict(record.launches)
+    if case.num_tokens == 0:
+        return [NOTHING.verdict(not launched, f"launched {launched}")]
+    verdicts = [BACKEND.verdict(record.last("backend") == variant, f"asked for {variant}, ran {record.last('backend')}")]
+    if not launches.get("naive"):
+        return verdicts
+    expected = "naive" if expects_naive_blocks(case) else "aligned"
+    taken = record.last("assignment")
+    verdicts.append(
+        NAIVE.verdict(
+            taken == expected,
+            f"M={case.num_tokens}, top_k={case.top_k}, E={case.num_experts}, map={case.expert_map is not None}: "
+            f"expected {expected}, ran {taken}",
+        )
+    )
+    verdicts.append(
+        LAUNCHES.verdict(launched in launches[expected], f"expected {launches[expected]}, launched {launched}")
+    )
+    return verdicts

@@ -1,0 +1,64 @@
+"""What a run judged, as a table for people and as JSON for machines (schema 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .judge import PROPERTIES, Ledger, Tally
+from .selection import SELECTION
+from .session import current_session
+
+SCHEMA = 1
+
+
+def _verdict(tally: Tally) -> str:
+    return "violated" if tally.violated else "holds"
+
+
+def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
+    """The report of `moegate check --json`."""
+    session = current_session()
+    violated = any(tally.violated for tally in ledger.tallies.values())
+    rows = [
+        {
+            "id": id,
+            "sentence": PROPERTIES[id].sentence,
+            "cases": tally.cases,
+            "violated": tally.violated,
+            "budget_used": tally.budget_used,
+            "verdict": _verdict(tally),
+            "first_finding": tally.first_finding,
+        }
+        for id, tally in sorted(ledger.tallies.items())
+    ]
+    return {
+        "schema": SCHEMA,
+        "verdict": "violated" if violated else "nothing judged" if vacuous else "holds",
+        "subject": session.subject.name,
+        "device": session.device,
+        "profile": SELECTION.profile,
+        "executions": sum(ledger.executions.values()),
+        "executions_by_variant": dict(sorted(ledger.executions.items())),
+        "properties": rows,
+        "feature_pairs": len(ledger.pairs),
+        "numerics": vars(session.subject.numerics),
+        "deviations": session.subject.deviations,
+        "not_judged": vacuous,
+        "skipped": dict(ledger.skipped),
+        "facts": dict(ledger.facts),
+    }
+
+
+def as_lines(ledger: Ledger) -> Iterator[str]:
+    """The table in plain text."""
+    report = as_json(ledger, [])
+    by_variant = ", ".join(f"{n} {variant}" for variant, n in report["executions_by_variant"].items())
+    yield f"{report['subject']} on {report['device']}: {report['executions']} executions ({by_variant})"
+    for row in report["properties"]:
+        used = "     -" if row["budget_used"] is None else f"{row['budget_used']:6.2f}"
+        yield f"{row['id']:<11} {row['cases']:>6} cases  budget used {used}  {row['verdict']:<9} {row['sentence']}"
+    for reason, count in report["skipped"].items():
+        yield f"skipped ({count}): {reason}"
+    for fact, count in report["facts"].items():
+        yield f"{fact}: {count}"

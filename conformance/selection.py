@@ -1,0 +1,34 @@
+"""What this run was asked for: set once by the plugin from its options, read by everything below it.
+
+No heavy import: the plugin loads in every pytest run of its environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROFILES = ("gate", "nightly", "soak")
+
+
+@dataclass
+class Selection:
+    """The `--moegate-*` options.
+
+    Attributes:
+        subject: name or `FILE.py:CLASS`.
+        device: torch device type; None until resolved (the GPU where there is one).
+        profile: one of PROFILES.
+        spec: the line of a single spec to replay, or None.
+        scale: multiplies the number of cases.
+        progress: a file to which each execution adds one byte, or None.
+    """
+
+    subject: str = "moegate"
+    device: str | None = None
+    profile: str = "gate"
+    spec: str | None = None
+    scale: float = 1.0
+    progress: str | None = None
+
+
+SELECTION = Selection()

@@ -1,0 +1,158 @@
+"""One run of the suite in one process: the subject, the device, and the ledger that the tests fill."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import ExpertsCase
+from .judge import Ledger, Verdict
+from .profiles import explore
+from .properties.hygiene import judge_form, poisoned_allocations
+from .selection import SELECTION
+from .spec import Spec
+from .subject import Subject, load_subject
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+class Session:
+    """What the tests of a run share.
+
+    Attributes:
+        subject: the implementation under test.
+        device: torch device type.
+        ledger: everything that was judged in this process.
+    """
+
+    def __init__(self, subject: Subject, device: str) -> None:
+        self.subject = subject
+        self.device = device
+        self.ledger = Ledger()
+        self._compiled: list[float] = []
+
+    def variants(self) -> list[str]:
+        """The subject's variants that run on this device; what cannot is counted with its reason."""
+        available = []
+        for variant in self.subject.variants:
+            reason = self.subject.unavailable(variant, self.device)
+            if reason is None:
+                available.append(variant)
+            else:
+                self.ledger.skipped[f"{variant}: {reason}"] += 1
+        return available
+
+    def explore(
+        self,
+        strategy: Any,
+        judge: Callable[[Any], list[Verdict]],
+        *,
+        name: str,
+        variant: str,
+        examples: int,
+        pinned: tuple[Spec, ...] = (),
+        runs: int = 1,
+    ) -> None:
+        """Judge drawn specs, each verdict counted, the first that does not hold raised.
+
+        Args:
+            strategy: draws specs.
+            judge: runs the subject on a spec and gives its verdicts.
+            name: seeds the gate.
+            variant: of the subject, for the count and the replay line.
+            examples: cases that the gate draws.
+            pinned: specs that are always run.
+            runs: how often `judge` calls the subject.
+        """
+
+        def body(spec: Spec) -> None:
+            verdicts = judge(spec)
+            self.ledger.ran(variant, spec, runs)
+            if SELECTION.progress is not None:
+                _tick(SELECTION.progress, runs)
+            self.ledger.settle(verdicts, spec, self.replay(spec))
+
+        explore(strategy, body, name=name, examples=examples, pinned=pinned)
+
+    def replay(self, spec: Spec) -> str:
+        """The command that runs a spec again."""
+        return f"moegate check --subject {self.subject.name} --device {self.device} --spec '{spec!r}'"
+
+    def run_experts(self, case: ExpertsCase, variant: str) -> Tensor:
+        """One call of the subject's experts with poisoned allocations; its form is settled before anyone reads it."""
+        with poisoned_allocations():
+            output = self.subject.experts(case, variant)
+        form = judge_form(case, output)
+        if not form.holds:
+            raise FormError(form)
+        return output
+
+    def count_compilations(self) -> None:
+        """Count the kernel variants that Triton compiles in this process, and the time that it takes."""
+        if INTERPRETED:
+            return
+        from triton import knobs
+
+        def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+            del src, metadata, metadata_group
+            if not cache_hit:
+                self.ledger.facts["kernel variants compiled"] += 1
+                self.ledger.facts["compile time, ms"] += round(times.total / 1000)
+
+        knobs.compilation.listener = listen
+
+
+class FormError(Exception):
+    """The subject's result has another form than declared; carries the verdict."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.detail)
+        self.verdict = verdict
+
+
+def _tick(path: str, executions: int) -> None:
+    """Say that executions are done: one byte each, appended, so that any number of workers can share the file."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(handle, b"." * executions)
+    finally:
+        os.close(handle)
+
+
+def default_device() -> str:
+    """`cuda` where torch sees a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def current_session() -> Session:
+    """This process's session, made from the selection when the first test asks."""
+    if INTERPRETED:
+        from . import interpreter
+
+        interpreter.install()
+    device = SELECTION.device or default_device()
+    if device == "cuda" and INTERPRETED:
+        raise ValueError("device: expected cpu under TRITON_INTERPRET=1, got cuda: a process has one Triton mode")
+    if device == "cpu":
+        # Small operands: more threads than one only get in each other's way, and xdist brings the processes.
+        torch.set_num_threads(1)
+    session = Session(load_subject(SELECTION.subject), device)
+    session.count_compilations()
+    return session
+
+
+@contextmanager
+def form_as_verdict() -> Iterator[list[Verdict]]:
+    """Collects the verdict of a `FormError` raised inside, so that a wrong form is a finding and not an error."""
+    verdicts: list[Verdict] = []
+    try:
+        yield verdicts
+    except FormError as error:
+        verdicts.append(error.verdict)

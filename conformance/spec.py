@@ -1,0 +1,152 @@
+"""Specs: small frozen values that say what a case is. Strategies draw them, and a failure shrinks to one line of them.
+
+A spec holds counts, names and a seed, never a tensor; `cases.py` builds the same tensors from it on every device.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Any, ClassVar
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+ROUTINGS = (
+    "uniform",  # distinct experts, each token its own
+    "one_expert",  # every token goes to the same top_k experts
+    "empty_expert",  # expert 0 gets nothing
+    "tile_minus_1",  # expert 0 gets one pair fewer than a tile of 16 ...
+    "tile",  # ... exactly a tile ...
+    "tile_plus_1",  # ... and one more
+    "skewed",  # half of the tokens to one expert
+    "repeated",  # a token may list an expert twice
+    "some_invalid",  # some ids are -1
+    "all_invalid",  # every id is -1
+)
+WEIGHTS = (
+    "softmax",  # positive, summing to 1
+    "scaled",  # positive, summing to 2.5
+    "one_zero",  # the first slot's weight is zero
+    "spread",  # exponents spread over 2**-8 .. 1
+)
+MAPS = (
+    "none",
+    "linear",  # a contiguous slice of the experts
+    "round_robin",  # every second expert
+    "arbitrary",  # a hashed subset in a hashed order
+    "owns_all",  # a permutation of all
+    "owns_nothing",  # a rank without a single routed expert
+)
+VALUES = (
+    "unit",  # activations of order 1
+    "large",  # gates that saturate the activation
+    "asymmetric",  # up rows 16 times gate rows
+    "spread",  # exponents spread over 2**-6 .. 1
+    "tiny",  # everything small
+)
+LOGITS = (
+    "unit",
+    "wide",  # differences that saturate the softmax
+    "ties",  # a few distinct values only, ties everywhere
+    "tie_at_k",  # the k-th and the next score are bit-equal
+    "equal",  # one value
+    "negative",  # all far below zero
+    "nan_rows",
+    "infinite_rows",
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every spec shares: its features, and the line that replays it."""
+
+    # Fields that say how large a case is; the others are features, whose pairs the coverage counts.
+    SIZES: ClassVar[frozenset[str]] = frozenset({"M", "H", "I", "E", "top_k", "block_size", "seed"})
+
+    def features(self) -> dict[str, Any]:
+        """The features by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.SIZES}
+
+    def feature_pairs(self) -> Iterator[tuple[str, str]]:
+        """Every pair of features, as `name=value` strings."""
+        named = [f"{name}={value}" for name, value in sorted(self.features().items())]
+        return combinations(named, 2)
+
+
+@dataclass(frozen=True)
+class RoutingSpec(Spec):
+    """One call of the routing."""
+
+    M: int
+    E: int
+    top_k: int
+    dtype: str = "float32"
+    logits: str = "unit"
+    renormalize: bool = True
+    padded_rows: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AlignSpec(Spec):
+    """One alignment of routed pairs to blocks."""
+
+    M: int
+    E: int
+    top_k: int
+    block_size: int = 16
+    routing: str = "uniform"
+    expert_map: str = "none"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertsSpec(Spec):
+    """One call of the routed experts."""
+
+    M: int
+    H: int
+    I: int
+    E: int
+    top_k: int
+    dtype: str = "bfloat16"
+    routing: str = "uniform"
+    weights: str = "softmax"
+    expert_map: str = "none"
+    values: str = "unit"
+    weight_on_input: bool = False
+    padded_rows: bool = False
+    seed: int = 0
+
+
+_SPECS = {cls.__name__: cls for cls in (RoutingSpec, AlignSpec, ExpertsSpec)}
+
+
+def parse_spec(line: str) -> Spec:
+    """The spec that a failure printed, from its line; nothing in the line is evaluated but literals.
+
+    Raises:
+        ValueError: not a spec, an unknown field, or a value that is not a literal.
+    """
+    try:
+        call = ast.parse(line.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"spec: expected a line such as AlignSpec(M=1, E=2, top_k=1), got {line!r}") from error
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _SPECS and not call.args):
+        raise ValueError(f"spec: expected one of {sorted(_SPECS)} with named fields, got {line!r}")
+    cls = _SPECS[call.func.id]
+    known = {f.name for f in fields(cls)}
+    values = {}
+    for keyword in call.keywords:
+        if keyword.arg not in known:
+            raise ValueError(f"spec: {call.func.id} has fields {sorted(known)}, got {keyword.arg!r}")
+        try:
+            values[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError as error:
+            raise ValueError(f"spec: expected a literal for {keyword.arg}, got {ast.unparse(keyword.value)}") from error
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"spec: {error}") from error

@@ -1,0 +1,68 @@
+"""How far an output is from the reference, in units of the budget: four statistics, each with its own limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..reference.experts import Trace
+from .budget import Budget, projected_error
+
+# Rows beyond which the gains (which cost top_k times the second GEMM) are judged on the first rows alone.
+MAX_GAIN_ELEMENTS = 1 << 27
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Errors in units of the budget; each is compared with its calibrated limit.
+
+    Attributes:
+        elementwise: `[M, H]`, (|error| - last rounding) / sigma, 0 where within the last rounding.
+        row_rms: `[M]`, RMS error of a row over its RMS budget.
+        row_gain: `[M]`, |slope of the output on the reference - 1| over its standard error; NaN for a zero row.
+        expert_gain: `[E_local]`, the same over all rows of an expert, along that expert's share; NaN without rows.
+    """
+
+    elementwise: Tensor
+    row_rms: Tensor
+    row_gain: Tensor
+    expert_gain: Tensor
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator with 0 / 0 = 0 and x / 0 = inf."""
+    return torch.where(numerator == 0, 0.0, numerator / denominator)
+
+
+def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor) -> Statistics:
+    """The statistics of an output `[M, H]`; not-a-number counts as an infinite error."""
+    error = (output.to(trace.output.dtype) - trace.output).nan_to_num(torch.inf, torch.inf, torch.inf)
+    elementwise = _ratio((error.abs() - budget.last).clamp(min=0), budget.sigma)
+    whole = budget.sigma**2 + budget.last**2
+    row_rms = _ratio((error**2).sum(dim=1).sqrt(), whole.sum(dim=1).sqrt())
+
+    top_k = trace.local_ids.shape[1]
+    rows = max(1, MAX_GAIN_ELEMENTS // max(1, top_k * (top_k + 1) * max(trace.gate.shape[2], trace.output.shape[1])))
+    part = Trace(*(getattr(trace, name)[:rows] for name in Trace.__dataclass_fields__))
+    error = error[:rows]
+    shares = part.output_weights[..., None] * part.expert_output  # [M, top_k, H]
+    directions = torch.cat([part.output[:, None], shares], dim=1)
+    variance, linear = projected_error(budget.first_rows(rows), part, w2, directions)
+    along = torch.einsum("mdh,mh->md", directions, error)
+    along = torch.where(directions.abs().sum(dim=2) == 0, 0.0, along)
+    norm = (directions**2).sum(dim=2)
+
+    row_gain = _ratio((along[:, 0].abs() - linear[:, 0]).clamp(min=0), variance[:, 0].sqrt())
+    row_gain = torch.where(norm[:, 0] == 0, torch.nan, row_gain)
+    num_local = w2.shape[0]
+    ids = torch.where(part.local_ids < 0, num_local, part.local_ids).flatten()
+    zeros = torch.zeros(num_local + 1, dtype=error.dtype, device=error.device)
+    expert_along = zeros.index_add(0, ids, along[:, 1:].flatten())[:num_local]
+    expert_linear = zeros.index_add(0, ids, linear[:, 1:].flatten())[:num_local]
+    expert_variance = zeros.index_add(0, ids, variance[:, 1:].flatten())[:num_local]
+    expert_norm = zeros.index_add(0, ids, norm[:, 1:].flatten())[:num_local]
+    beyond = (expert_along.abs() - expert_linear).clamp(min=0)
+    expert_gain = torch.where(expert_norm == 0, torch.nan, _ratio(beyond, expert_variance.sqrt()))
+    return Statistics(elementwise, row_rms, row_gain, expert_gain)

@@ -1,0 +1,152 @@
+"""Strategies: how specs are drawn. They draw what the subject declares, so that nothing drawn has to be thrown away.
+
+Compile-relevant values (H, I, dtype) come from small named pools; nasty shapes and routings have names (`spec.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from .spec import VALUES, AlignSpec, ExpertsSpec, RoutingSpec
+from .subject import Capabilities
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Sizes that cases are drawn from.
+
+    Attributes:
+        shapes: (H, I) pairs; each is a set of compiled kernels.
+        experts: E of most cases.
+        many_experts: E of the cases that reach the low-latency path.
+        max_tokens: of most cases.
+        routing_experts: E of routing cases.
+        block_sizes: of alignment cases.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    experts: tuple[int, ...]
+    many_experts: tuple[int, ...]
+    max_tokens: int
+    routing_experts: tuple[int, ...]
+    block_sizes: tuple[int, ...] = (16, 32, 64)
+
+
+POOLS = {
+    # Small shapes that still take every turn of small tiles: several K steps with a tail, two N tiles with a tail.
+    "cpu": Pools(
+        shapes=((64, 32), (40, 24), (96, 16), (72, 56), (16, 8), (33, 17)),
+        experts=(1, 2, 3, 5, 8),
+        many_experts=(32, 64),
+        max_tokens=33,
+        routing_experts=(1, 2, 5, 8, 60, 64, 128, 257),
+    ),
+    "cuda": Pools(
+        shapes=((256, 128), (512, 192), (200, 72), (320, 464)),
+        experts=(1, 2, 5, 8, 16),
+        many_experts=(64, 128, 256),
+        max_tokens=300,
+        routing_experts=(1, 2, 5, 8, 60, 64, 128, 257, 512, 1024),
+        block_sizes=(16, 64, 128),
+    ),
+}
+
+SEEDS = st.integers(0, 255)
+
+
+def routing_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[RoutingSpec]:
+    """Calls of the routing, every kind of logits that the subject declares."""
+    pools = POOLS[device]
+
+    @st.composite
+    def specs(draw: st.DrawFn) -> RoutingSpec:
+        num_experts = draw(st.sampled_from(pools.routing_experts))
+        return RoutingSpec(
+            M=draw(st.integers(0 if capabilities.empty else 1, 9)),
+            E=num_experts,
+            top_k=draw(st.integers(1, min(num_experts, 10))),
+            dtype=draw(st.sampled_from(capabilities.dtypes)),
+            logits=draw(st.sampled_from(capabilities.logits)),
+            renormalize=draw(st.booleans()),
+            padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
+            seed=draw(SEEDS),
+        )
+
+    return specs()
+
+
+def align_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[AlignSpec]:
+    """Alignments, from no token to several blocks an expert; now and then more pairs than one block of threads sorts."""
+    pools = POOLS[device]
+
+    @st.composite
+    def specs(draw: st.DrawFn) -> AlignSpec:
+        num_experts = draw(st.sampled_from((*pools.experts, *pools.many_experts)))
+        large = draw(st.integers(0, 7)) == 7
+        return AlignSpec(
+            M=draw(st.integers(300, 700)) if large else draw(st.integers(0 if capabilities.empty else 1, 70)),
+            E=num_experts,
+            top_k=draw(st.integers(1, min(num_experts, 8))),
+            block_size=draw(st.sampled_from(pools.block_sizes)),
+            routing=draw(st.sampled_from(capabilities.routings)),
+            expert_map=draw(st.sampled_from(capabilities.maps)),
+            seed=draw(SEEDS),
+        )
+
+    return specs()
+
+
+def experts_specs(
+    device: str,
+    capabilities: Capabilities,
+    *,
+    dtypes: tuple[str, ...] | None = None,
+    low_latency: bool | None = None,
+) -> st.SearchStrategy[ExpertsSpec]:
+    """Calls of the routed experts.
+
+    Args:
+        device: which pools.
+        capabilities: of the subject.
+        dtypes: restricts the dtypes.
+        low_latency: True draws M * top_k * 4 <= E without a map (the naive-block condition), False its opposite or
+            anything with a map, None both.
+    """
+    pools = POOLS[device]
+
+    @st.composite
+    def specs(draw: st.DrawFn) -> ExpertsSpec:
+        few_pairs = draw(st.booleans()) if low_latency is None else low_latency
+        hidden, intermediate = draw(st.sampled_from(pools.shapes))
+        if few_pairs:
+            num_experts = draw(st.sampled_from((*pools.many_experts, 8)))
+            top_k = draw(st.integers(1, min(8, num_experts // 4)))
+            tokens = draw(st.integers(1, num_experts // (4 * top_k)))
+            expert_map = "none"
+        else:
+            num_experts = draw(st.sampled_from(pools.experts))
+            top_k = draw(st.integers(1, min(num_experts, 6)))
+            tokens = draw(st.integers(0 if capabilities.empty else 1, pools.max_tokens))
+            expert_map = draw(st.sampled_from(capabilities.maps))
+        on_input = capabilities.weight_on_input and top_k == 1 and draw(st.booleans())
+        return ExpertsSpec(
+            M=tokens,
+            H=hidden,
+            I=intermediate,
+            E=num_experts,
+            top_k=top_k,
+            dtype=draw(st.sampled_from(dtypes or capabilities.dtypes)),
+            routing=draw(st.sampled_from(capabilities.routings)),
+            weights=draw(st.sampled_from(capabilities.weights)),
+            expert_map=expert_map,
+            values=draw(st.sampled_from(VALUES)),
+            weight_on_input=on_input,
+            padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
+            seed=draw(SEEDS),
+        )
+
+    return specs()
+
+

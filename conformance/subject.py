@@ -1,0 +1,151 @@
+"""The implementation under test: what it can do, how it rounds, and the calls that the suite makes.
+
+A subject is one class in a file of its own. It declares its capabilities and numerics and defines the facets that it
+has; a facet that it does not define is skipped with that reason, and can never look like a pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .cases import AlignCase, ExpertsCase, RoutingCase
+from .numerics import Numerics
+from .properties.path import Launches
+from .spec import DTYPES, LOGITS, MAPS, ROUTINGS, WEIGHTS
+
+FACETS = ("route", "align", "experts", "trace", "api", "oracle", "configs")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a subject declares that it can do; what is declared must pass, what is not is never asked for.
+
+    Attributes:
+        devices: torch device types that it runs on.
+        dtypes: of the activations and weights.
+        routings, weights, maps: the names of `spec.py` that it takes.
+        logits: kinds of router logits that its routing takes.
+        weight_on_input: takes routing weights on the experts' input (top_k = 1).
+        padded_rows: takes operands whose rows are farther apart than they are wide.
+        empty: takes zero tokens.
+    """
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = DTYPES
+    routings: tuple[str, ...] = ROUTINGS
+    weights: tuple[str, ...] = WEIGHTS
+    maps: tuple[str, ...] = MAPS
+    logits: tuple[str, ...] = LOGITS
+    weight_on_input: bool = True
+    padded_rows: bool = True
+    empty: bool = True
+
+
+class Subject:
+    """Base class of subjects. Define the facets that exist; leave the others as they are.
+
+    Attributes:
+        name: shown in every report.
+        variants: names of ways to run it (backends, say) that the suite runs side by side.
+        capabilities: what it declares.
+        numerics: its rounding points, by which its error budget is derived.
+        deviations: for each rounding point that is looser than the default declaration, the reason.
+        launches: by variant, the kernels that each path launches; judged where declared (needs `trace`).
+    """
+
+    name: ClassVar[str] = ""
+    variants: ClassVar[tuple[str, ...]] = ("default",)
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    numerics: ClassVar[Numerics] = Numerics()
+    deviations: ClassVar[dict[str, str]] = {}
+    launches: ClassVar[Mapping[str, Launches]] = {}
+
+    def unavailable(self, variant: str, device: str) -> str | None:
+        """Why `variant` cannot run on `device` in this process (not installed, say); None where it can."""
+        if device not in self.capabilities.devices:
+            return f"{self.name} declares devices {list(self.capabilities.devices)}, not {device}"
+        return None
+
+    def facets(self, variant: str) -> tuple[str, ...]:
+        """The facets that this subject defines; override it where a variant lacks one."""
+        del variant
+        return tuple(f for f in FACETS if getattr(type(self), f) is not getattr(Subject, f))
+
+    def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
+        """`topk_weights [M, top_k]` float32 and `topk_ids [M, top_k]` int32 of softmax top-k routing."""
+        raise NotImplementedError
+
+    def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Routed pairs sorted into blocks of one expert each.
+
+        Returns:
+            `sorted_token_ids` int32, flat pair indices by block, padded with M * top_k;
+            `expert_ids` int32, the local expert of each block, -1 for blocks that hold nothing;
+            `num_tokens_post_padded` int32 `[1]`, the rows in use.
+        """
+        raise NotImplementedError
+
+    def experts(self, case: ExpertsCase, variant: str) -> Tensor:
+        """The routed experts' weighted sum, `[M, H]` in the dtype of `hidden_states`."""
+        raise NotImplementedError
+
+    def trace(self) -> AbstractContextManager[Any]:
+        """A context whose value, after a call inside it, has `last(name)` and `launches` as `impl.path` has them."""
+        raise NotImplementedError
+
+    def api(self) -> dict[str, Any]:
+        """The public functions whose handling of bad input is checked, by name: `fused_experts`, `select_experts`, ..."""
+        raise NotImplementedError
+
+    def oracle(self) -> Any:
+        """The backend oracle."""
+        raise NotImplementedError
+
+    def configs(self) -> Any:
+        """The lookup of tuned kernel configurations."""
+        raise NotImplementedError
+
+
+SHIPPED = {
+    "moegate": "moegate.conformance.subjects.moegate:MoegateSubject",
+    "torch": "moegate.conformance.subjects.eager:EagerSubject",
+}
+
+
+def load_subject(name: str) -> Subject:
+    """A subject that ships here, by name, or a user's own: `path/to/file.py:Class` or `package.module:Class`.
+
+    Raises:
+        ValueError: an unknown name, a file that is not there, no such class, or a class that is no Subject.
+    """
+    target = SHIPPED.get(name, name)
+    place, _, class_name = target.rpartition(":")
+    if not place:
+        raise ValueError(f"subject: expected one of {sorted(SHIPPED)} or FILE.py:CLASS, got {name!r}")
+    if place.endswith(".py"):
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise ValueError(f"subject: expected a file, got {place!r}, which does not exist")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"subject: expected an importable module, got {place!r}: {error}") from error
+    cls = getattr(module, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Subject)):
+        raise ValueError(f"subject: expected a class derived from moegate.conformance.subject.Subject, got {name!r}")
+    return cls()
+

@@ -1,0 +1,21 @@
+import pytest
+from moegate.conformance.properties.api import BAD_CALLS, judge_bad_call, judge_empty
+from moegate.conformance.spec import Spec
+
+pytestmark = pytest.mark.moegate_facets("api")
+
+
+@pytest.mark.parametrize("call", BAD_CALLS, ids=str)
+def test_bad_input_is_refused_by_name(moegate_session, moegate_variant, call):
+    session = moegate_session
+    functions = session.subject.api()
+    if call.function not in functions:
+        pytest.skip(f"{session.subject.name} does not declare {call.function}")
+    if call.function == "moe_align_block_size" and "align" not in session.subject.facets(moegate_variant):
+        pytest.skip(f"{moegate_variant} does not align")
+    session.ledger.settle(judge_bad_call(call, functions, session.device), Spec(), f"moegate check --select '{call}'")
+
+
+def test_zero_tokens_give_an_empty_result(moegate_session, moegate_variant):
+    session = moegate_session
+    session.ledger.settle(judge_empty(session.subject.api(), session.device), Spec(), "moegate check")

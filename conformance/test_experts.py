@@ -1,0 +1,55 @@
+import pytest
+from moegate.conformance.cases import build_experts
+from moegate.conformance.properties.hygiene import judge_hygiene
+from moegate.conformance.properties.num import budget_of, judge_values, reference_of
+from moegate.conformance.properties.path import judge_path
+from moegate.conformance.session import form_as_verdict
+from moegate.conformance.spec import DTYPES, ExpertsSpec
+from moegate.conformance.strategies import experts_specs
+
+pytestmark = pytest.mark.moegate_facets("experts")
+
+# Always run, whatever is drawn: the smallest case, no token, and each way for a token to have no expert.
+PINNED = {
+    True: (ExpertsSpec(M=1, H=64, I=32, E=64, top_k=8), ExpertsSpec(M=1, H=40, I=24, E=32, top_k=8, routing="all_invalid")),
+    False: (
+        ExpertsSpec(M=0, H=64, I=32, E=8, top_k=2),
+        ExpertsSpec(M=17, H=96, I=16, E=5, top_k=3, expert_map="owns_nothing"),
+        ExpertsSpec(M=33, H=72, I=56, E=2, top_k=1, routing="tile_plus_1", weight_on_input=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("low_latency", [True, False], ids=["few_pairs", "many_pairs"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, moegate_variant, dtype, low_latency):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+    if dtype not in subject.capabilities.dtypes:
+        pytest.skip(f"{subject.name} does not declare {dtype}")
+    traced = "trace" in subject.facets(variant)
+
+    def judge(spec):
+        case = build_experts(spec, session.device)
+        with form_as_verdict() as verdicts:
+            if traced:
+                with subject.trace() as record:
+                    output = session.run_experts(case, variant)
+                verdicts += judge_path(case, record, variant, subject.launches.get(variant, {}))
+            else:
+                output = session.run_experts(case, variant)
+            kept = output.clone()
+            again = subject.experts(case, variant)
+            trace = reference_of(case)
+            verdicts += judge_values(case, kept, trace, budget_of(case, trace, subject.numerics))
+            verdicts += judge_hygiene(case, output, again, subject.numerics)
+        return verdicts
+
+    session.explore(
+        experts_specs(session.device, subject.capabilities, dtypes=(dtype,), low_latency=low_latency),
+        judge,
+        name=f"NUM/{variant}/{dtype}/{low_latency}",
+        variant=variant,
+        examples=60,
+        pinned=PINNED[low_latency] if dtype == "bfloat16" else (),
+        runs=2,
+    )

@@ -1,0 +1,32 @@
+import pytest
+from moegate.conformance.cases import build_experts
+from moegate.conformance.properties.meta import LAWS
+from moegate.conformance.properties.num import budget_of, reference_of
+from moegate.conformance.session import form_as_verdict
+from moegate.conformance.strategies import experts_specs
+
+pytestmark = pytest.mark.moegate_facets("experts")
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.property.id)
+def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant, law):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+
+    def judge(spec):
+        case = build_experts(spec, session.device)
+        with form_as_verdict() as verdicts:
+            output = session.run_experts(case, variant).clone()
+            trace = reference_of(case)
+            budget = budget_of(case, trace, subject.numerics)
+            verdict = law.judge(case, output, trace, budget, subject.numerics, lambda c: session.run_experts(c, variant))
+            verdicts.append(verdict)
+        return verdicts
+
+    session.explore(
+        experts_specs(session.device, subject.capabilities).map(law.adapt).filter(law.applies),
+        judge,
+        name=f"{law.property.id}/{variant}",
+        variant=variant,
+        examples=60,
+        runs=law.runs,
+    )
