@@ -154,14 +154,11 @@ def _experts(backend: str, platform: Platform) -> Experts:
 
 
 def _check_activation(activation: Activation | str) -> Activation:
-    try:
-        member = Activation(activation)
-    except ValueError:
-        member = None
-    if member not in _SUPPORTED_ACTIVATIONS:
-        supported = [supported.value for supported in _SUPPORTED_ACTIVATIONS]
-        raise ValueError(f"activation: expected one of {supported}, got {activation!r}")
-    return member
+    for supported in _SUPPORTED_ACTIVATIONS:
+        if activation == supported:
+            return supported
+    names = [supported.value for supported in _SUPPORTED_ACTIVATIONS]
+    raise ValueError(f"activation: expected one of {names}, got {activation!r}")
 
 
 def _check_num_experts(

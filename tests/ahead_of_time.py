@@ -65,7 +65,7 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[A
             expert_map=meta(e, of=torch.int32) if job.get("expert_map") else None,
         )
 
-    with mock.patch.object(path, "launch", record), mock.patch.object(Platform, "of", lambda device: platform):
+    with mock.patch.object(path, "launch", record), mock.patch.object(Platform, "of", return_value=platform):
         configs = job.get("configs")
         if configs:
             with use_kernel_configs(*(KernelConfig(**config) for config in configs)):

@@ -37,7 +37,7 @@ def combine_kernel(
     rows = tokens.to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_TOKENS, BLOCK_H), tl.float32)
     for first in range(0, TOP_K, UNROLL):
-        for j in tl.static_range(UNROLL):
+        for j in tl.static_range(UNROLL):  # pyright: ignore[reportGeneralTypeIssues]
             choice = first + j
             chosen = live & (choice < TOP_K)
             expert = local_expert(

@@ -161,8 +161,9 @@ def default_kernel_config(
     # step divides are not aligned either, and their loads go through registers, of which a small tile leaves some.
     if k % config.block_size_k and k % 64 == 0:
         config = replace(config, block_size_k=64, num_stages=min(6, 2 * config.num_stages))
-    elif k % config.block_size_k and config.block_size_k > 32:
-        config = replace(config, block_size_k=32, block_size_n=min(64, config.block_size_n))
+    elif k % config.block_size_k and platform.vendor is not Vendor.CPU:
+        block_size_n = min(128 // dtype.itemsize, config.block_size_n)
+        config = replace(config, block_size_k=32, block_size_n=block_size_n)
     return _fit(config, dtype, platform)
 
 
