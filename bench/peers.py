@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import cast
 
 from .operands import ExpertsCall
 
@@ -40,4 +41,4 @@ def load_peer(reference: str) -> tuple[str, ExpertsCall]:
     call = getattr(module, attribute, None)
     if not callable(call):
         raise ValueError(f"peer: expected a callable {attribute} in {path}, got {type(call).__name__}")
-    return str(getattr(module, "NAME", path.stem)), call
+    return str(getattr(module, "NAME", path.stem)), cast(ExpertsCall, call)

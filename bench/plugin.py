@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from .session import LayerBench
+    from .workloads import Workload
 
 _ROOM = Path(__file__).resolve().parent
 # How many of our benchmarks were collected, and how many of them were really measured (or, disabled, verified).
 COLLECTED = pytest.StashKey[int]()
 DONE = pytest.StashKey[int]()
+_BENCH = pytest.StashKey["LayerBench"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,6 +55,57 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="floors from fixed H200 ceilings instead of measured ones",
     )
+
+
+def selected_workloads(config: pytest.Config) -> list[Workload]:
+    """The workloads that the options select.
+
+    Raises:
+        pytest.UsageError: an option that cannot be understood.
+    """
+    from .selection import choose_device, select_workloads
+
+    option = config.getoption
+    try:
+        return select_workloads(
+            choose_device(option("moegate_bench_device")),
+            models=option("moegate_bench_models"),
+            tokens=option("moegate_bench_tokens"),
+            routings=option("moegate_bench_routing"),
+            dtype=option("moegate_bench_dtype"),
+        )
+    except ValueError as error:
+        raise pytest.UsageError(f"--moegate-bench: {error}") from error
+
+
+def layer_bench_of(config: pytest.Config) -> LayerBench:
+    """The one bench of this run.
+
+    Raises:
+        pytest.UsageError: a device that is not there, or a peer that cannot be loaded.
+    """
+    if _BENCH not in config.stash:
+        from .selection import choose_device
+        from .session import LayerBench
+
+        option = config.getoption
+        try:
+            config.stash[_BENCH] = LayerBench(
+                choose_device(option("moegate_bench_device")),
+                peers=option("moegate_bench_peer"),
+                fixed_ceilings=option("moegate_bench_fixed_ceilings"),
+                budget=option("moegate_bench_budget"),
+            )
+        except ValueError as error:
+            raise pytest.UsageError(f"--moegate-bench: {error}") from error
+    return config.stash[_BENCH]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse bad options before anything is collected, where benchmarks were asked for by name."""
+    if not hasattr(session.config, "workerinput") and _asks_for_our_benchmarks(session.config):
+        selected_workloads(session.config)
+        layer_bench_of(session.config)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -78,60 +79,61 @@ def measure_workload(
         bank = WeightBank(workload.model, workload.torch_dtype, device)
     elif not bank.serves(workload, device):
         raise ValueError(f"bank: expected weights of {workload.model.name} in {workload.dtype}, got another model's")
-    on_gpu = device.type == "cuda"
-    rotation = plan_rotation(
-        workload,
-        l2_bytes(device),
-        multiple=multiple,
-        max_copies=min(16, bank.room_for(workload)),
-        min_calls=None if on_gpu else _HOST_CALLS,
-    )
-    operands = [make_operands(workload, bank, call, rotation.copy_of(call)) for call in range(rotation.calls)]
-    clock = clock or (CudaClock(device) if on_gpu else HostClock())
-    failures: dict[str, str] = {}
-    prepared: dict[str, _Prepared] = {}
-    for index, (name, experts) in enumerate(subjects.items()):
-        try:
-            judge = verify if index == 0 else verify_rows
-            prepared[name] = _prepare(name, experts, operands, verify=judge, device=device, clock=clock)
-        except Exception as error:
-            if index == 0:
-                raise
-            failures[name] = f"{type(error).__name__}: {error}"
-    passes = {name: contender.captured.run for name, contender in prepared.items()}
-    rounds = choose_rounds(passes, clock, budget=budget)
-    before = read_clocks(device)
-    during: list[Clocks] = []
-    samples = interleave(
-        passes, clock, rounds=rounds, seed=seed, while_running=lambda: during.append(read_clocks(device))
-    )
-    timings = {name: Timing(tuple(s / rotation.calls for s in values)) for name, values in samples.items()}
-    least = floor(workload, ceilings, range(rotation.calls))
-    records = tuple(
-        Record(
-            workload=workload.id,
-            model=workload.model.name,
-            num_tokens=workload.num_tokens,
-            routing=str(workload.routing),
-            dtype=workload.dtype,
-            subject=name,
-            timing=timings[name],
-            method=contender.captured.method,
-            method_note=contender.captured.note,
-            floor=least,
-            ceilings=ceilings.as_dict(),
-            cache_state=_cache_state(workload, rotation.is_cold),
-            rotation=rotation,
-            machine=describe_machine(device),
-            clocks_before=before,
-            clocks_after=during[0],
-            path=contender.path,
-            verdict=contender.verdict,
-            versus={other: PairedRatio.of(timings[name], timings[other]) for other in timings if other != name},
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        on_gpu = device.type == "cuda"
+        rotation = plan_rotation(
+            workload,
+            l2_bytes(device),
+            multiple=multiple,
+            max_copies=min(16, bank.room_for(workload)),
+            min_calls=None if on_gpu else _HOST_CALLS,
         )
-        for name, contender in prepared.items()
-    )
-    return Measurement(records, failures)
+        operands = [make_operands(workload, bank, call, rotation.copy_of(call)) for call in range(rotation.calls)]
+        clock = clock or (CudaClock(device) if on_gpu else HostClock())
+        failures: dict[str, str] = {}
+        prepared: dict[str, _Prepared] = {}
+        for index, (name, experts) in enumerate(subjects.items()):
+            try:
+                judge = verify if index == 0 else verify_rows
+                prepared[name] = _prepare(name, experts, operands, verify=judge, device=device, clock=clock)
+            except Exception as error:
+                if index == 0:
+                    raise
+                failures[name] = f"{type(error).__name__}: {error}"
+        passes = {name: contender.captured.run for name, contender in prepared.items()}
+        rounds = choose_rounds(passes, clock, budget=budget)
+        before = read_clocks(device)
+        during: list[Clocks] = []
+        samples = interleave(
+            passes, clock, rounds=rounds, seed=seed, while_running=lambda: during.append(read_clocks(device))
+        )
+        timings = {name: Timing(tuple(s / rotation.calls for s in values)) for name, values in samples.items()}
+        least = floor(workload, ceilings, range(rotation.calls))
+        records = tuple(
+            Record(
+                workload=workload.id,
+                model=workload.model.name,
+                num_tokens=workload.num_tokens,
+                routing=str(workload.routing),
+                dtype=workload.dtype,
+                subject=name,
+                timing=timings[name],
+                method=contender.captured.method,
+                method_note=contender.captured.note,
+                floor=least,
+                ceilings=ceilings.as_dict(),
+                cache_state=_cache_state(workload, rotation.is_cold),
+                rotation=rotation,
+                machine=describe_machine(device),
+                clocks_before=before,
+                clocks_after=during[0],
+                path=contender.path,
+                verdict=contender.verdict,
+                versus={other: PairedRatio.of(timings[name], timings[other]) for other in timings if other != name},
+            )
+            for name, contender in prepared.items()
+        )
+        return Measurement(records, failures)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ import warnings
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from moegate.bench.plugin import DONE
-from moegate.bench.selection import choose_device, select_workloads
-from moegate.bench.session import LayerBench
+from moegate.bench.plugin import DONE, layer_bench_of, selected_workloads
 from moegate.bench.timer import SampleClock
 from moegate.bench.workloads import Workload
 
@@ -18,39 +16,13 @@ CLOCK = SampleClock()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each workload that the options select."""
-    option = metafunc.config.getoption
-    try:
-        workloads = select_workloads(
-            choose_device(option("moegate_bench_device")),
-            models=option("moegate_bench_models"),
-            tokens=option("moegate_bench_tokens"),
-            routings=option("moegate_bench_routing"),
-            dtype=option("moegate_bench_dtype"),
-        )
-    except ValueError as error:
-        raise pytest.UsageError(f"--moegate-bench: {error}") from error
+    workloads = selected_workloads(metafunc.config)
     metafunc.parametrize("workload", workloads, ids=[workload.id for workload in workloads])
 
 
-@pytest.fixture(scope="session")
-def layer_bench(pytestconfig: pytest.Config) -> LayerBench:
-    """Weights, ceilings and contenders that all workloads share."""
-    option = pytestconfig.getoption
-    try:
-        return LayerBench(
-            choose_device(option("moegate_bench_device")),
-            peers=option("moegate_bench_peer"),
-            fixed_ceilings=option("moegate_bench_fixed_ceilings"),
-            budget=option("moegate_bench_budget"),
-        )
-    except ValueError as error:
-        raise pytest.UsageError(f"--moegate-bench: {error}") from error
-
-
 @pytest.mark.benchmark(timer=CLOCK)
-def test_moe_layer(
-    workload: Workload, layer_bench: LayerBench, benchmark: BenchmarkFixture, pytestconfig: pytest.Config
-) -> None:
+def test_moe_layer(workload: Workload, benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> None:
+    layer_bench = layer_bench_of(pytestconfig)
     if workload.model.unsupported:
         pytest.skip(workload.model.unsupported)
     if benchmark.enabled:

@@ -58,19 +58,27 @@ def verify_rows(experts: ExpertsCall, operands: Operands) -> RowErrorVerdict:
 
     It needs no declaration of the subject's numerics, so it judges peers too; its allowance per dtype is fixed.
     """
-    out = operands.pass_to(experts)
-    right = _plain_experts(operands)
-    if out.shape != right.shape or out.dtype != operands.hidden_states.dtype:
+    return judge_rows(operands.pass_to(experts), plain_experts(operands), operands.hidden_states.dtype)
+
+
+def judge_rows(out: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> RowErrorVerdict:
+    """Judge an output that should be of `dtype` against the right one, `[M, H]` in a higher precision."""
+    if out.shape != right.shape or out.dtype != dtype:
         return RowErrorVerdict(False, float("inf"))
     error = torch.linalg.vector_norm(out.to(right.dtype) - right, dim=1)
     size = torch.linalg.vector_norm(right, dim=1)
     # A row without any expert on this rank is zero, and must be exactly that.
     relative = torch.where(size > 0, error / size, torch.where(error == 0, 0.0, float("inf")))
-    used = float(torch.nan_to_num(relative, nan=float("inf")).max()) / _ROW_ERROR[out.dtype]
+    used = float(torch.nan_to_num(relative, nan=float("inf")).max()) / _ROW_ERROR[dtype]
     return RowErrorVerdict(used <= 1, used)
 
 
-def _plain_experts(operands: Operands) -> torch.Tensor:
+def plain_experts(operands: Operands) -> torch.Tensor:
+    """`[M, H]`: the layer in float64 for float32 operands, else in float32.
+
+    Raises:
+        ValueError: another activation than silu.
+    """
     if operands.activation != "silu":
         raise ValueError(f"activation: expected silu, got {operands.activation!r}")
     x = operands.hidden_states
