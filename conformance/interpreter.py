@@ -35,7 +35,6 @@ from typing import Any
 import numpy as np
 import triton
 import triton.language as tl
-from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as upstream
 
 _LIBDEVICE = {
@@ -210,21 +209,19 @@ def _repair_casts(formats: frozenset[str]) -> None:
 
 @_repair
 def bf16_casts() -> None:
-    # Upstream truncates float32 to bfloat16 (twice the rounding error, and always toward zero), so that some NaNs
-    # become infinite; and it loses subnormals in both directions.
+    """@@SPLIT@@Upstream truncates float32 to bfloat16 (twice the rounding error, and always toward zero), so that some NaNs become infinite; and it loses subnormals in both directions."""
     _repair_casts(frozenset({"bf16"}))
 
 
 @_repair
 def fp8_casts() -> None:
-    # Upstream rounds halves up, drops the carry out of the mantissa, wraps around on overflow (449 to e4m3 is 32), and
-    # makes NaN a number. On the GPU this is cvt.rn.satfinite: nearest even, saturating (infinities too), NaN kept.
+    """@@SPLIT@@Upstream rounds halves up, drops the carry out of the mantissa, wraps around on overflow (449 to e4m3 is 32), and makes NaN a number. On the GPU this is cvt.rn.satfinite: nearest even, saturating (infinities too), NaN kept."""
     _repair_casts(frozenset(_FP8))
 
 
 @_repair
 def bf16_from_other_types() -> None:
-    # Upstream stores an integer, a boolean or a float64 as the bit pattern of a bfloat16: 1 becomes 9.2e-41.
+    """Upstream stores an integer, a boolean or a float64 as the bit pattern of a bfloat16: 1 becomes 9.2e-41."""
     cast_upstream = upstream.InterpreterBuilder.cast_impl
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
@@ -238,7 +235,8 @@ def bf16_from_other_types() -> None:
 
 @_repair
 def bf16_constants() -> None:
-    # Upstream cannot make a bfloat16 constant other than zero, so `x * 2.0` and `tl.full(.., 1.0, tl.bfloat16)` fail.
+    """@@SPLIT@@Upstream cannot make a bfloat16 constant other than zero, so `x * 2.0` and `tl.full(.., 1.0, tl.bfloat16)` fail."""
+
     def get_bf16(self: Any, value: float) -> Any:
         return upstream.TensorHandle(_narrow(np.array([value], dtype=np.float32), "bf16"), tl.bfloat16)
 
@@ -265,8 +263,8 @@ _COMPARISONS = {
 
 @_repair
 def comparison_types() -> None:
-    # Upstream labels the result of a comparison with the type of its operands, so that a later cast reads the booleans
-    # as if they were such numbers: `(x > y).to(tl.bfloat16)` fails or yields noise.
+    """@@SPLIT@@Upstream labels the result of a comparison with the type of its operands, so that a later cast reads the booleans as if they were such numbers: `(x > y).to(tl.bfloat16)` fails or yields noise."""
+
     def comparison(op: np.ufunc) -> Callable[[Any, Any, Any], Any]:
         def compare(self: Any, lhs: Any, rhs: Any) -> Any:
             result = self.binary_op(lhs, rhs, op)
@@ -281,8 +279,7 @@ def comparison_types() -> None:
 
 @_repair
 def bf16_arithmetic() -> None:
-    # Upstream computes sums, products and comparisons on the bit patterns, as on unsigned integers. The GPU rounds the
-    # exact result once; float32 is wide enough that rounding through it gives the same.
+    """@@SPLIT@@Upstream computes sums, products and comparisons on the bit patterns, as on unsigned integers. The GPU rounds the exact result once; float32 is wide enough that rounding through it gives the same."""
     binary_upstream = upstream.InterpreterBuilder.binary_op
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: np.ufunc) -> Any:
@@ -298,21 +295,29 @@ def bf16_arithmetic() -> None:
 
 @_repair
 def fused_multiply_add() -> None:
-    # Upstream rounds the product of `tl.fma` before it adds, and computes on the bit patterns of bfloat16.
+    """Upstream rounds the product of `tl.fma` before it adds, and computes on the bit patterns of bfloat16."""
+
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         dtype = z.dtype.scalar
         if not dtype.is_floating() or dtype.is_fp64():
             return upstream.TensorHandle(x.data * y.data + z.data, dtype)
         x, y, z = (_widen(operand.data, dtype.name).astype(np.float64) for operand in (x, y, z))
-        return upstream.TensorHandle(_round_once(x * y + z, dtype.name), dtype)
+        product = x * y  # exact in float64
+        total = product + z
+        addend = total - product
+        lost = (product - (total - addend)) + (z - addend)
+        # Where bits were lost, make the last one odd: the total is then never mistaken for a tie when it is rounded.
+        inexact = ((lost < 0) | (lost > 0)) & (total.view(np.int64) & 1 == 0)
+        total = np.where(inexact, np.nextafter(total, np.copysign(np.inf, lost)), total)
+        return upstream.TensorHandle(_round_once(total, dtype.name), dtype)
 
     upstream.InterpreterBuilder.create_fma = create_fma
 
 
 @_repair
 def nan_rules() -> None:
-    # Upstream lets every minimum, maximum and clamp propagate NaN. Without PropagateNan.ALL the number wins, and a NaN
-    # clamps to the lower bound.
+    """@@SPLIT@@Upstream lets every minimum, maximum and clamp propagate NaN. Without PropagateNan.ALL the number wins, and a NaN clamps to the lower bound."""
+
     def minimum(self: Any, lhs: Any, rhs: Any) -> Any:
         return self.binary_op(lhs, rhs, np.fmin)
 
@@ -331,7 +336,8 @@ def nan_rules() -> None:
 
 @_repair
 def unsigned_invert() -> None:
-    # Upstream builds the all-ones value as -1, which numpy 2 refuses for unsigned types: `~mask` on uint8 fails.
+    """Upstream builds the all-ones value as -1, which numpy 2 refuses for unsigned types: `~mask` on uint8 fails."""
+
     def get_all_ones_value(self: Any, type: Any) -> Any:
         dtype = upstream._get_np_dtype(type)
         return upstream.TensorHandle(np.invert(np.zeros(1, dtype=dtype)), type.scalar)
@@ -341,12 +347,12 @@ def unsigned_invert() -> None:
 
 @_repair
 def narrow_dot() -> None:
-    # Upstream multiplies the bit patterns of bfloat16. (It converts fp8 to fp16 first, which is exact but slow.)
+    """Upstream multiplies the bit patterns of bfloat16. (It converts fp8 to fp16 first, which is exact but slow.)"""
     dot_upstream = upstream.InterpreterBuilder.create_dot
 
-    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         if d.dtype.name != "fp32" or a.dtype.name not in _NARROW or b.dtype.name not in _NARROW:
-            return dot_upstream(self, a, b, d, input_precision, max_num_imprecise_acc)
+            return dot_upstream(self, a, b, d, *rest)
         product = np.matmul(_widen(a.data, a.dtype.name), _widen(b.data, b.dtype.name))
         return upstream.TensorHandle(product + d.data, d.dtype.scalar)
 
@@ -355,14 +361,13 @@ def narrow_dot() -> None:
 
 @_repair
 def narrow_atomic_add() -> None:
-    # Upstream has no atomic addition for bfloat16, and the one for fp16 fails wherever a sum is subnormal and inexact
-    # or overflows. Lanes may point at one address, so they are added one by one.
+    """@@SPLIT@@Upstream has no atomic addition for bfloat16, and the one for fp16 fails wherever a sum is subnormal and inexact or overflows. Lanes may point at one address, so they are added one by one."""
     rmw_upstream = upstream.InterpreterBuilder.create_atomic_rmw
 
-    def create_atomic_rmw(self: Any, rmwOp: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
+    def create_atomic_rmw(self: Any, operation: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
         name = val.dtype.scalar.name
-        if rmwOp != upstream._ir.ATOMIC_OP.FADD or name not in ("bf16", "fp16"):
-            return rmw_upstream(self, rmwOp, ptr, val, mask, sem, scope)
+        if operation != upstream._ir.ATOMIC_OP.FADD or name not in ("bf16", "fp16"):
+            return rmw_upstream(self, operation, ptr, val, mask, *rest)
         lanes = np.broadcast_arrays(ptr.data, val.data, mask.data)
         pointers, values, active = (np.ascontiguousarray(lane).reshape(-1) for lane in lanes)
         before = np.zeros_like(values)
@@ -410,7 +415,7 @@ def _reduce(
 
 @_repair
 def negative_axes() -> None:
-    # Upstream takes an axis counted from the end as it stands, and slices and indexes shapes with it.
+    """Upstream takes an axis counted from the end as it stands, and slices and indexes shapes with it."""
     apply_upstream = upstream.ReduceScanOpInterface.apply
 
     def apply(self: Any, input: Any) -> Any:
@@ -425,7 +430,7 @@ def negative_axes() -> None:
 
 @_repair
 def narrow_sums() -> None:
-    # Upstream adds the bit patterns of bfloat16, and accumulates fp16 in float32. The GPU rounds every partial sum.
+    """Upstream adds the bit patterns of bfloat16, and accumulates fp16 in float32. The GPU rounds every partial sum."""
     sum_upstream = upstream.ReduceOps.sum
     scan_upstream = {np.cumsum: upstream.ScanOps.cumsum, np.cumprod: upstream.ScanOps.cumprod}
 
@@ -462,8 +467,7 @@ def narrow_sums() -> None:
 
 @_repair
 def extremes() -> None:
-    # Upstream compares the bit patterns of bfloat16; lets NaN win argmax and argmin, where on the GPU the outcome
-    # depends on the order (see `block_combine`); ignores the indices given and returns positions; and warns of NaN.
+    """@@SPLIT@@Upstream compares the bit patterns of bfloat16; lets NaN win argmax and argmin, where on the GPU the outcome depends on the order (see `block_combine`); ignores the indices given and returns positions; and warns of NaN."""
     apply_upstream = upstream.ReduceOps.apply_impl
     standard = tl.standard
     plain = {standard._elementwise_max: np.fmax, standard._elementwise_min: np.fmin}
@@ -507,8 +511,7 @@ class _BlockConditionError(ValueError):
 
 @_repair
 def block_combine() -> None:
-    # Upstream calls the combine function once per element, scalar by scalar: `tl.sort` of 64 numbers takes hundreds of
-    # calls. Whole blocks do the same, unless the function branches on its arguments.
+    """@@SPLIT@@Upstream calls the combine function once per element, scalar by scalar: `tl.sort` of 64 numbers takes hundreds of calls. Whole blocks do the same, unless the function branches on its arguments."""
     reduce_upstream, scan_upstream = upstream.ReduceOps.generic_reduce, upstream.ScanOps.generic_scan
     bitwise = {tl.standard._xor_combine: np.bitwise_xor, tl.standard._or_combine: np.bitwise_or}
 
@@ -558,8 +561,8 @@ def block_combine() -> None:
 
 @_repair
 def histogram() -> None:
-    # Upstream counts a value equal to `num_bins` into the last bin. What the GPU does with values outside the bins is
-    # undefined (it drops some and miscounts others), so they are an error here.
+    """@@SPLIT@@Upstream counts a value equal to `num_bins` into the last bin. What the GPU does with values outside the bins is undefined (it drops some and miscounts others), so they are an error here."""
+
     def create_histogram(self: Any, data: Any, bins: int, mask: Any) -> Any:
         values = data.data if mask is None else data.data[mask.data]
         if values.size and not (values.min() >= 0 and values.max() < bins):
@@ -571,7 +574,8 @@ def histogram() -> None:
 
 @_repair
 def reduction_methods() -> None:
-    # Upstream replaces `tl.reduce` and `tl.associative_scan`, but not the methods of a tensor that forward to them.
+    """Upstream replaces `tl.reduce` and `tl.associative_scan`, but not the methods of a tensor that forward to them."""
+
     def reduce(self: tl.tensor, axis: Any, combine_fn: Any, keep_dims: bool = False) -> Any:
         return tl.reduce(self, axis, combine_fn, keep_dims)
 
@@ -587,7 +591,7 @@ def reduction_methods() -> None:
 
 @_repair
 def scalar_index() -> None:
-    # Upstream takes `int()` of an array with one element, which numpy 2.4 refuses: `range(n)` fails in every kernel.
+    """@@SPLIT@@Upstream takes `int()` of an array with one element, which numpy 2.4 refuses: `range(n)` fails in every kernel."""
     patch_upstream = upstream._patch_lang_tensor
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
@@ -599,8 +603,7 @@ def scalar_index() -> None:
 
 @_repair
 def scalar_arguments() -> None:
-    # Upstream leaves a float argument a Python number, which does not take part in type promotion: `x * scale` stays
-    # bfloat16 where compiled code has float32. It refuses booleans, and stores 2**31 and above in the wrong type.
+    """@@SPLIT@@Upstream leaves a float argument a Python number, which does not take part in type promotion: `x * scale` stays bfloat16 where compiled code has float32. It refuses booleans, and stores 2**31 and above in the wrong type."""
     convert_upstream = upstream._implicit_cvt
 
     def implicit_cvt(arg: Any) -> Any:
@@ -641,8 +644,8 @@ _LOGIC = (_logical, _not, _condition)
 
 @_repair
 def block_logic() -> None:
-    # Upstream leaves `and`, `or`, `not` and `if` to Python, for which every block is true: `a < b and c < d` is just
-    # `c < d`. Compiled, the operators work element by element (without short-circuit), and `if` on a block is refused.
+    """@@SPLIT@@Upstream leaves `and`, `or`, `not` and `if` to Python, for which every block is true: `a < b and c < d` is just `c < d`. Compiled, the operators work element by element (without short-circuit), and `if` on a block is refused."""
+
     def call(function: Callable[..., Any], *arguments: ast.expr) -> ast.Call:
         name = ast.Name(id=f"_moegate{function.__name__}", ctx=ast.Load())
         return ast.Call(func=name, args=list(arguments), keywords=[])
@@ -678,8 +681,8 @@ def block_logic() -> None:
 
 @_repair
 def kernel_namespace() -> None:
-    # Upstream copies all its own globals into the module of every kernel, so that a kernel which uses an undefined
-    # name (`np`, `partial`, `math`) runs here and fails to compile.
+    """@@SPLIT@@Upstream copies all its own globals into the module of every kernel, so that a kernel which uses an undefined name (`np`, `partial`, `math`) runs here and fails to compile."""
+
     def compile_and_exec(self: Any, transformed_ast: ast.AST) -> Any:
         namespace = dict(self.kwargs)
         names = self.fn.__globals__
@@ -693,19 +696,32 @@ def kernel_namespace() -> None:
 
 @_repair
 def nan_padding() -> None:
-    # Upstream cannot pad a block of a descriptor or block pointer with NaN if it is bfloat16 or fp8.
-    not_a_number = {"bf16": 0x7FFF, **{name: nan for name, (_, _, _, nan) in _FP8.items()}}
-    full_like = np.full_like
+    """Upstream pads a bfloat16 block of a descriptor or block pointer with zeros where NaN is asked for."""
+    builder, nan = upstream.InterpreterBuilder, upstream._ir.PADDING_OPTION.PAD_NAN
+    descriptor_upstream, pointer_upstream = builder.create_descriptor_load, builder.create_tensor_pointer_load
 
-    def full_like_of_nan(array: np.ndarray, value: float, dtype: Any) -> np.ndarray:
-        return full_like(array, value, dtype=dtype)
+    def load(self: Any, pointers: Any, masks: np.ndarray) -> Any:
+        other = upstream.TensorHandle(np.full(masks.shape, 0x7FFF, dtype=np.uint16), tl.bfloat16)
+        return self.create_masked_load(pointers, upstream.TensorHandle(masks, tl.int1), other, None, None, False)
 
-    _ = (not_a_number, full_like_of_nan)
+    def create_descriptor_load(self: Any, desc: Any, indices: Any, *rest: Any) -> Any:
+        if desc.padding != nan or desc.base.get_element_ty().name != "bf16":
+            return descriptor_upstream(self, desc, indices, *rest)
+        return load(self, *desc.materialize_pointers(indices))
+
+    def create_tensor_pointer_load(self: Any, ptr: Any, boundary_check: Any, padding_option: Any, *rest: Any) -> Any:
+        if padding_option != nan or ptr.base.get_element_ty().name != "bf16":
+            return pointer_upstream(self, ptr, boundary_check, padding_option, *rest)
+        return load(self, *ptr.materialize_pointers(boundary_check))
+
+    builder.create_descriptor_load = create_descriptor_load
+    builder.create_tensor_pointer_load = create_tensor_pointer_load
 
 
 @_repair
 def gpu_only_functions() -> None:
-    # Upstream has neither programmatic dependent launch, which a sequential interpreter may ignore, nor libdevice.
+    """Upstream has neither programmatic dependent launch, which a sequential interpreter may ignore, nor libdevice."""
+
     def nothing() -> None:
         pass
 
@@ -738,8 +754,7 @@ class _NothingToRestore:
 
 @_repair
 def patch_once() -> None:
-    # Upstream patches all of triton.language at every launch and at every call of a jitted function from another one,
-    # and takes the patches back after the launch. A process has one Triton mode, so once is enough.
+    """@@SPLIT@@Upstream patches all of triton.language at every launch and at every call of a jitted function from another one, and takes the patches back after the launch. A process has one Triton mode, so once is enough."""
     wrapper_code = tl.core.load.__code__  # what `@builtin` wraps a function in, to demand the argument `_semantic`
     semantic = upstream.interpreter_semantic
 
@@ -760,14 +775,14 @@ def patch_once() -> None:
 
 @_repair
 def no_overflow_checks() -> None:
-    # Upstream repeats every integer operation in 64 bits for an overflow check that is off unless debugging is on.
+    """Upstream repeats every integer operation in 64 bits for an overflow check that is off unless debugging is on."""
     builder = upstream.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @_repair
 def no_host_copies() -> None:
-    # Upstream copies the whole storage of every tensor argument onto itself after a launch, when it is on the CPU.
+    """Upstream copies the whole storage of every tensor argument onto itself after a launch, when it is on the CPU."""
     init_upstream, restore_upstream = upstream.GridExecutor._init_args_hst, upstream.GridExecutor._restore_args_dev
 
     def on_host(arg: Any) -> bool:
@@ -792,7 +807,7 @@ def no_host_copies() -> None:
 
 @_repair
 def no_float_warnings() -> None:
-    # Upstream lets numpy warn of overflow, division by zero and NaN, which on a GPU are values like any other.
+    """Upstream lets numpy warn of overflow, division by zero and NaN, which on a GPU are values like any other."""
     call_upstream = upstream.GridExecutor.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -824,8 +839,7 @@ def _lazy(owner: type, name: str, compute: Callable[[Any], Any]) -> None:
 
 @_repair
 def shared_types() -> None:
-    # Upstream builds the type of every intermediate result anew: its shape as a tuple of constants, each with a type
-    # of its own, and its name. There are few shapes, and hardly anybody asks for the types of constants.
+    """@@SPLIT@@Upstream builds the type of every intermediate result anew: its shape as a tuple of constants, each with a type of its own, and its name. There are few shapes, and hardly anybody asks for the types of constants."""
     core = tl.core
     constexpr, triton_tuple, block_type = core.constexpr, core.tuple, core.block_type
     yes, no = constexpr(True), constexpr(False)
@@ -892,22 +906,6 @@ def shared_types() -> None:
         return known
 
     upstream._get_np_dtype = get_np_dtype
-
-    unwrap_upstream, broadcast_upstream = core._unwrap_if_constexpr, TritonSemantic.broadcast_impl_value
-    dtype_eq_upstream = core.dtype.__eq__
-
-    def unwrap(value: Any) -> Any:
-        if isinstance(value, constexpr):
-            return value.value
-        return unwrap_upstream(value) if isinstance(value, (list, tuple, triton_tuple)) else value
-
-    def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
-        same = lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape
-        return (lhs, rhs) if same else broadcast_upstream(self, lhs, rhs)
-
-    core._unwrap_if_constexpr = unwrap
-    TritonSemantic.broadcast_impl_value = broadcast
-    core.dtype.__eq__ = lambda self, other: self is other or dtype_eq_upstream(self, other)
 
 
 _POINTER = np.dtype(np.uint64)

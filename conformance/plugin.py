@@ -102,7 +102,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     merged = _merged(ledger)
     if merged is None:
         return
-    vacuous = _vacuous(merged)
+    vacuous = _vacuous(config, merged)
     if exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED) and vacuous:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if config.getoption("moegate_report"):
@@ -131,14 +131,20 @@ def _merged(own: Ledger | None) -> Ledger | None:
     return merged
 
 
-def _vacuous(ledger: Ledger) -> list[str]:
-    """Why a run proves nothing: whole when every property whose facet is declared was judged at least once."""
-    if SELECTION.spec is not None:
+def _is_partial(config: pytest.Config) -> bool:
+    """Whether somebody chose a part of the suite, which then owes no completeness."""
+    chosen = config.option.keyword or config.option.markexpr or any("::" in str(arg) for arg in config.args)
+    return bool(chosen or SELECTION.spec is not None or SELECTION.scale < 1)
+
+
+def _vacuous(config: pytest.Config, ledger: Ledger) -> list[str]:
+    from .catalogue import vacuity
+    from .session import current_session
+
+    if _is_partial(config) and ledger.tallies:
         return []
-    if not ledger.tallies:
-        reasons = ", ".join(ledger.skipped) or "every test was skipped"
-        return [f"nothing was judged: {reasons}"]
-    return []
+    session = current_session()
+    return vacuity(ledger, session.subject, session.device)
 
 
 def _report(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
@@ -147,7 +153,7 @@ def _report(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
     return as_json(ledger, vacuous)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The table of properties, where the suite was run."""
     merged = _merged(_own_ledger())
     if merged is None:
@@ -155,7 +161,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     from .report import as_lines
 
     terminalreporter.section("moegate")
-    for line in (*as_lines(merged), *(f"NOT JUDGED: {reason}" for reason in _vacuous(merged))):
+    for line in (*as_lines(merged), *(f"NOT JUDGED: {reason}" for reason in _vacuous(config, merged))):
         terminalreporter.line(line)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .judge import PROPERTIES, Ledger, Tally
+from .catalogue import PROPERTIES, declared_pairs
+from .judge import Ledger, Tally
 from .selection import SELECTION
 from .session import current_session
 
@@ -14,6 +15,11 @@ SCHEMA = 1
 
 def _verdict(tally: Tally) -> str:
     return "violated" if tally.violated else "holds"
+
+
+def _pairs(ledger: Ledger) -> dict[str, int]:
+    declared = declared_pairs(current_session().subject.capabilities)
+    return {"declared": len(declared), "run": len(declared & set(ledger.pairs))}
 
 
 def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
         "executions": sum(ledger.executions.values()),
         "executions_by_variant": dict(sorted(ledger.executions.items())),
         "properties": rows,
-        "feature_pairs": len(ledger.pairs),
+        "feature_pairs": _pairs(ledger),
         "numerics": vars(session.subject.numerics),
         "deviations": session.subject.deviations,
         "not_judged": vacuous,
@@ -58,6 +64,9 @@ def as_lines(ledger: Ledger) -> Iterator[str]:
     for row in report["properties"]:
         used = "     -" if row["budget_used"] is None else f"{row['budget_used']:6.2f}"
         yield f"{row['id']:<11} {row['cases']:>6} cases  budget used {used}  {row['verdict']:<9} {row['sentence']}"
+    pairs = report["feature_pairs"]
+    yield f"feature pairs run: {pairs['run']} of {pairs['declared']} declared"
+    yield f"numerics judged by: {', '.join(f'{k}={v}' for k, v in report['numerics'].items())}"
     for reason, count in report["skipped"].items():
         yield f"skipped ({count}): {reason}"
     for fact, count in report["facts"].items():

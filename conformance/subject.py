@@ -22,7 +22,7 @@ from .numerics import Numerics
 from .properties.path import Launches
 from .spec import DTYPES, LOGITS, MAPS, ROUTINGS, WEIGHTS
 
-FACETS = ("route", "align", "experts", "trace", "api", "oracle", "configs")
+FACETS = ("route", "align", "experts", "trace", "launches", "api", "oracle", "configs")
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,29 @@
+from dataclasses import replace
+
 import pytest
 from moegate.conformance.cases import build_experts
-from moegate.conformance.properties.hygiene import judge_hygiene
+from moegate.conformance.properties.hygiene import judge_form, judge_hygiene
 from moegate.conformance.properties.num import budget_of, judge_values, reference_of
 from moegate.conformance.properties.path import judge_path
 from moegate.conformance.session import form_as_verdict
 from moegate.conformance.spec import DTYPES, ExpertsSpec
-from moegate.conformance.strategies import experts_specs
+from moegate.conformance.strategies import POOLS, experts_specs
 
 pytestmark = pytest.mark.moegate_facets("experts")
 
-# Always run, whatever is drawn: the smallest case, no token, and each way for a token to have no expert.
-PINNED = {
-    True: (ExpertsSpec(M=1, H=64, I=32, E=64, top_k=8), ExpertsSpec(M=1, H=40, I=24, E=32, top_k=8, routing="all_invalid")),
-    False: (
-        ExpertsSpec(M=0, H=64, I=32, E=8, top_k=2),
-        ExpertsSpec(M=17, H=96, I=16, E=5, top_k=3, expert_map="owns_nothing"),
-        ExpertsSpec(M=33, H=72, I=56, E=2, top_k=1, routing="tile_plus_1", weight_on_input=True),
-    ),
-}
+
+
+def pinned(device, low_latency):
+    """Always run, whatever is drawn: the smallest case, no token, and each way for a token to have no expert."""
+    hidden, intermediate = POOLS[device].shapes[0]
+    base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=64, top_k=8)
+    if low_latency:
+        return (base, replace(base, routing="all_invalid"))
+    return (
+        replace(base, M=0, E=8, top_k=2),
+        replace(base, M=17, E=5, top_k=3, expert_map="owns_nothing"),
+        replace(base, M=33, E=2, top_k=1, routing="tile_plus_1", weight_on_input=True),
+    )
 
 
 @pytest.mark.parametrize("low_latency", [True, False], ids=["few_pairs", "many_pairs"])
@@ -37,6 +43,7 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
                 verdicts += judge_path(case, record, variant, subject.launches.get(variant, {}))
             else:
                 output = session.run_experts(case, variant)
+            verdicts.append(judge_form(case, output))
             kept = output.clone()
             again = subject.experts(case, variant)
             trace = reference_of(case)
@@ -50,6 +57,6 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
         name=f"NUM/{variant}/{dtype}/{low_latency}",
         variant=variant,
         examples=60,
-        pinned=PINNED[low_latency] if dtype == "bfloat16" else (),
+        pinned=pinned(session.device, low_latency) if dtype == "bfloat16" else (),
         runs=2,
     )

@@ -13,7 +13,6 @@ from ..judge import Verdict, declare
 
 NAMED = declare("API-01", "bad input raises ValueError or TypeError with a message that names the argument", "api")
 UNTOUCHED = declare("API-02", "a refused call leaves its inputs as they were", "api")
-EMPTY = declare("API-03", "zero tokens give an empty result of the right form", "api")
 
 
 @dataclass(frozen=True)
@@ -198,15 +197,3 @@ def judge_bad_call(call: BadCall, functions: dict[str, Any], device: str) -> lis
         if value.device.type != "meta" and not torch.equal(value.view(torch.uint8), bad[name].reshape(value.shape).contiguous().view(torch.uint8))
     ]
     return [verdict, UNTOUCHED.verdict(not changed, f"{call}: changed {changed}")]
-
-
-def judge_empty(functions: dict[str, Any], device: str) -> list[Verdict]:
-    """API-03 on every function."""
-    verdicts = []
-    for name, want in (("fused_experts", (0, 32)), ("select_experts", (0, 2))):
-        arguments = good_arguments(name, device)
-        empty = {k: v[:0] if k in ("hidden_states", "topk_weights", "topk_ids", "router_logits") else v for k, v in arguments.items()}
-        result = functions[name](**empty)
-        first = result[0] if isinstance(result, tuple) else result
-        verdicts.append(EMPTY.verdict(tuple(first.shape) == want, f"{name}: expected {want}, got {tuple(first.shape)}"))
-    return verdicts

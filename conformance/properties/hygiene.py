@@ -13,7 +13,7 @@ from ..cases import ExpertsCase
 from ..judge import Verdict, declare
 from ..numerics import Numerics
 
-FORM = declare("HYGIENE-01", "the result is [M, H] in the dtype and on the device of hidden_states", "experts")
+FORM = declare("HYGIENE-01", "the result is [M, H] in the dtype and on the device of hidden_states, also for M = 0", "experts")
 INPUTS = declare("HYGIENE-02", "no input, nor the memory around it, is written", "experts")
 ALIAS = declare("HYGIENE-03", "the result shares no memory with an input", "experts")
 REPEATABLE = declare("HYGIENE-04", "the same call gives the same bits, whatever uninitialised memory held", "experts")

@@ -16,10 +16,11 @@ NAIVE = declare(
     "naive blocks are taken exactly where there is no expert map and M * top_k * 4 <= E, else pairs are aligned",
     "experts",
     "trace",
+    "launches",
 )
 BACKEND = declare("PATH-02", "the backend that ran is the one that was asked for, with no silent fallback", "experts", "trace")
 LAUNCHES = declare(
-    "PATH-03", "the kernels launched, and how often, are those of the path's table", "experts", "trace"
+    "PATH-03", "the kernels launched, and how often, are those of the path's table", "experts", "trace", "launches"
 )
 NOTHING = declare("PATH-04", "without tokens nothing is launched", "experts", "trace")
 

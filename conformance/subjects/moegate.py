@@ -45,8 +45,9 @@ class MoegateSubject(Subject):
         return None
 
     def facets(self, variant: str) -> tuple[str, ...]:
-        """The CPU backend has no alignment of its own."""
-        return tuple(f for f in super().facets(variant) if variant != "cpu" or f != "align")
+        """The CPU backend neither aligns nor launches kernels."""
+        lacks = ("align", "launches") if variant == "cpu" else ()
+        return tuple(f for f in super().facets(variant) if f not in lacks)
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
         """`select_experts`."""

@@ -1,0 +1,184 @@
+"""`moegate check`: the conformance suite with a progress bar, a table and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moegate import exit_codes
+
+PROFILES = ("gate", "nightly", "soak")
+
+
+def check(
+    subject: Annotated[str, typer.Option(help="Implementation under test: moegate, torch, or FILE.py:CLASS.")] = "moegate",
+    device: Annotated[str, typer.Option(help="auto, cpu (Triton's interpreter) or cuda.")] = "auto",
+    profile: Annotated[str, typer.Option(help="gate (the same cases everywhere), nightly or soak.")] = "gate",
+    workers: Annotated[int, typer.Option("--workers", "-n", help="Processes; 0: one a core, at most 8 on one GPU.")] = 0,
+    scale: Annotated[float, typer.Option(help="Multiplies the number of cases.")] = 1.0,
+    spec: Annotated[str | None, typer.Option(help="Run this one spec, as a failure printed it.")] = None,
+    select: Annotated[str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")] = None,
+) -> None:
+    """Judge a Mixture-of-Experts implementation by the properties of the suite.
+
+    Exit codes: 0 all hold, 1 a finding, 3 nothing could be judged, 4 bad arguments.
+    """
+    console = Console(stderr=json_file == "-")
+    if profile not in PROFILES:
+        _refuse(console, f"--profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
+    if device not in ("auto", "cpu", "cuda"):
+        _refuse(console, f"--device: expected auto, cpu or cuda, got {device!r}")
+    if scale <= 0:
+        _refuse(console, f"--scale: expected more than 0, got {scale}")
+    if workers < 0:
+        _refuse(console, f"--workers: expected at least 0, got {workers}")
+    device = _resolve(device, console)
+    workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
+
+    with tempfile.TemporaryDirectory(prefix="moegate-") as folder:
+        report_file, progress_file = Path(folder, "report.json"), Path(folder, "progress")
+        progress_file.touch()
+        command = [sys.executable, "-m", "pytest", "--pyargs", "moegate.conformance", "-q", "-p", "no:cacheprovider"]
+        command += ["-p", "no:benchmark", "--tb=short", "--no-header", "--import-mode=importlib"]
+        command += [f"--moegate-{name}={value}" for name, value in (("subject", subject), ("device", device))]
+        command += [f"--moegate-profile={profile}", f"--moegate-scale={scale}"]
+        command += [f"--moegate-report={report_file}", f"--moegate-progress={progress_file}"]
+        command += [f"--moegate-spec={spec}"] if spec else []
+        command += ["-k", select] if select else []
+        command += ["-n", str(workers)] if workers > 1 else []
+        environment = dict(os.environ)
+        # A process has one Triton mode, read when Triton is imported: it is set here, for the child alone.
+        environment["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
+        if device == "cuda":
+            _precompile(subject, workers, environment, console)
+        started = time.monotonic()
+        output, status = _run(command, environment, folder, progress_file, console)
+        seconds = time.monotonic() - started
+        report = json.loads(report_file.read_text()) if report_file.exists() else None
+
+    if report is None:
+        console.print(output, markup=False, highlight=False)
+        # pytest's usage errors (4) are ours; whatever else left no report judged nothing.
+        raise typer.Exit(exit_codes.BAD_ARGUMENTS if status == 4 else exit_codes.NOTHING_DONE)
+    report["seconds"] = round(seconds, 1)
+    if json_file == "-":
+        typer.echo(json.dumps(report, indent=2))
+    elif json_file:
+        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
+    _print(report, status, output, console)
+    raise typer.Exit(_exit_code(report, status))
+
+
+def _refuse(console: Console, message: str) -> None:
+    console.print(f"moegate check: {message}", markup=False, style="red")
+    raise typer.Exit(exit_codes.BAD_ARGUMENTS)
+
+
+def _resolve(device: str, console: Console) -> str:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        console.print("moegate check: --device cuda: torch sees no GPU here", style="red")
+        raise typer.Exit(exit_codes.NOTHING_DONE)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _precompile(subject: str, workers: int, environment: dict[str, str], console: Console) -> None:
+    """Compile the kernels of the suite's shapes in parallel, so that no worker waits for another's compilation."""
+    started = time.monotonic()
+    with console.status(f"compiling kernels in {workers} processes"):
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-m", "moegate.conformance.precompile", subject, str(part), str(workers)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for part in range(workers)
+        ]
+        counts = [json.loads(out) if (out := child.communicate()[0]).strip() else {} for child in children]
+    compiled = sum(count.get("compiled", 0) for count in counts)
+    console.print(f"compiled {compiled} kernel variants in {time.monotonic() - started:.0f} s, {workers} processes")
+
+
+def _run(
+    command: list[str], environment: dict[str, str], folder: str, progress_file: Path, console: Console
+) -> tuple[str, int]:
+    log = Path(folder, "log")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with log.open("w") as sink, Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("executions", total=None)
+        child = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            while child.poll() is None:
+                # The first byte of each execution's line is all that is needed; totals come with the collection.
+                total = progress_file.with_suffix(".total")
+                if total.exists() and total.read_text().strip():
+                    progress.update(task, total=int(total.read_text()))
+                progress.update(task, completed=progress_file.stat().st_size)
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            child.terminate()
+            child.wait()
+            raise
+    return log.read_text(), child.returncode
+
+
+def _print(report: dict[str, Any], status: int, output: str, console: Console) -> None:
+    table = Table(title=None, box=None, pad_edge=False)
+    for name in ("property", "cases", "budget used", "verdict", "what must hold"):
+        table.add_column(name, justify="right" if name in ("cases", "budget used") else "left", overflow="fold")
+    for row in report["properties"]:
+        used = "-" if row["budget_used"] is None else f"{row['budget_used']:.2f}"
+        style = "red" if row["verdict"] == "violated" else None
+        table.add_row(row["id"], str(row["cases"]), used, row["verdict"], row["sentence"], style=style)
+    if status == 1 and report["verdict"] == "violated":
+        console.print(_findings(output), markup=False, highlight=False)
+    elif status not in (0, 1):
+        console.print(output[-4000:], markup=False, highlight=False)
+    console.print(table)
+    numerics = ", ".join(f"{name} {value}" for name, value in report["numerics"].items())
+    console.print(f"numerics declared: {numerics}", highlight=False)
+    variants = ", ".join(f"{count} {variant}" for variant, count in report["executions_by_variant"].items())
+    pairs = report["feature_pairs"]
+    console.print(
+        f"{report['subject']} on {report['device']}, profile {report['profile']}: {report['executions']} executions "
+        f"({variants}), {pairs['run']} of {pairs['declared']} feature pairs, {report['seconds']} s",
+        highlight=False,
+    )
+    for reason, count in report["skipped"].items():
+        console.print(f"skipped ({count}): {reason}", highlight=False)
+    for fact, count in report["facts"].items():
+        console.print(f"{fact}: {count}", highlight=False)
+    for reason in report["not_judged"]:
+        console.print(f"not judged: {reason}", style="red", highlight=False)
+    style = "green" if _exit_code(report, status) == exit_codes.HOLDS else "red"
+    console.print(f"verdict: {report['verdict']}", style=style)
+
+
+def _findings(output: str) -> str:
+    """The findings' own text, without frames."""
+    lines = output.splitlines()
+    return "\n".join(line.removeprefix("E").rstrip() for line in lines if line.startswith("E  "))[:8000]
+
+
+def _exit_code(report: dict[str, Any], status: int) -> int:
+    if report["verdict"] == "violated":
+        return exit_codes.FINDING
+    if not report["properties"]:
+        return exit_codes.NOTHING_DONE
+    return exit_codes.HOLDS if status == 0 else exit_codes.FINDING

@@ -1,0 +1,44 @@
+"""The command line: `moegate check | explain | doctor | bench | ...`."""
+
+from __future__ import annotations
+
+import typer
+
+from moegate import __version__
+
+app = typer.Typer(
+    name="moegate",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Whether a Mixture-of-Experts layer still computes the right thing, the right way, as fast as before.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moegate {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Property-testing conformance and speed gate for Mixture-of-Experts layers."""
+
+
+def _mount() -> None:
+    # Each command is a file of its own; none of them imports torch before it runs.
+    from moegate import check, doctor
+
+    app.command("check")(check.check)
+    app.command("doctor")(doctor.doctor)
+
+
+_mount()
+
+
+def run() -> None:
+    """Console entry point."""
+    app()

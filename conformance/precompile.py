@@ -1,0 +1,48 @@
+"""Compile the kernels that the gate will ask for, one part of them: `python -m moegate.conformance.precompile`.
+
+Several of these run side by side before the suite does; Triton's cache on disk carries the results to the workers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+from .cases import build_experts, build_routing
+from .selection import SELECTION
+from .session import current_session
+from .spec import DTYPES, ExpertsSpec, RoutingSpec
+from .strategies import POOLS
+
+
+def warm_up_specs(device: str) -> Iterator[ExpertsSpec]:
+    """Specs that between them need the kernels of every shape, dtype and tile of the pools."""
+    pools = POOLS[device]
+    for hidden, intermediate in pools.shapes:
+        for dtype in DTYPES:
+            base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=1, top_k=1, dtype=dtype)
+            for tokens in (8, 16, 32, 64):  # 16, 32, 64 and 128 rows a block
+                yield ExpertsSpec(**{**vars(base), "M": tokens})
+                yield ExpertsSpec(**{**vars(base), "M": tokens, "weight_on_input": True})
+            yield ExpertsSpec(**{**vars(base), "E": pools.many_experts[0]})
+
+
+def main(subject: str, part: int, parts: int) -> None:
+    """Compile every `parts`-th spec's kernels, from `part` on, and print how many variants that took."""
+    SELECTION.subject = subject
+    session = current_session()
+    for variant in session.variants():
+        for number, spec in enumerate(warm_up_specs(session.device)):
+            if number % parts == part:
+                session.subject.experts(build_experts(spec, session.device), variant)
+        for number, num_experts in enumerate(POOLS[session.device].routing_experts):
+            if number % parts == part and "route" in session.subject.facets(variant):
+                for dtype in DTYPES:
+                    spec = RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype)
+                    session.subject.route(build_routing(spec, session.device), variant)
+    print(json.dumps({"compiled": session.ledger.facts["kernel variants compiled"]}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
