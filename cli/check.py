@@ -35,7 +35,7 @@ def check(
 
     Exit codes: 0 all hold, 1 a finding, 3 nothing could be judged, 4 bad arguments.
     """
-    console = Console(stderr=json_file == "-")
+    console = wide_console(stderr=json_file == "-")
     if profile not in PROFILES:
         _refuse(console, f"--profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
     if device not in ("auto", "cpu", "cuda"):
@@ -79,6 +79,12 @@ def check(
         Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
     _print(report, status, output, console)
     raise typer.Exit(_exit_code(report, status))
+
+
+def wide_console(*, stderr: bool = False) -> Console:
+    """A console that a log file does not squeeze into 80 columns."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=140)
 
 
 def _refuse(console: Console, message: str) -> None:
@@ -125,7 +131,7 @@ def _run(
         child = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
         try:
             while child.poll() is None:
-                # The first byte of each execution's line is all that is needed; totals come with the collection.
+                # The suite announces how many executions are to come, and adds a byte for each that is done.
                 total = progress_file.with_suffix(".total")
                 if total.exists() and total.read_text().strip():
                     progress.update(task, total=int(total.read_text()))
@@ -146,10 +152,12 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
         used = "-" if row["budget_used"] is None else f"{row['budget_used']:.2f}"
         style = "red" if row["verdict"] == "violated" else None
         table.add_row(row["id"], str(row["cases"]), used, row["verdict"], row["sentence"], style=style)
-    if status == 1 and report["verdict"] == "violated":
-        console.print(_findings(output), markup=False, highlight=False)
-    elif status not in (0, 1):
-        console.print(output[-4000:], markup=False, highlight=False)
+    for row in report["properties"]:
+        if row["finding"]:
+            console.print(row["finding"], markup=False, highlight=False, soft_wrap=True)
+    if status not in (0, 1) or (status == 1 and report["verdict"] == "holds" and not report["not_judged"]):
+        # Something failed that is no finding: a test that could not run, a worker that died.
+        console.print(output[-6000:], markup=False, highlight=False)
     console.print(table)
     numerics = ", ".join(f"{name} {value}" for name, value in report["numerics"].items())
     console.print(f"numerics declared: {numerics}", highlight=False)
@@ -168,12 +176,6 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
         console.print(f"not judged: {reason}", style="red", highlight=False)
     style = "green" if _exit_code(report, status) == exit_codes.HOLDS else "red"
     console.print(f"verdict: {report['verdict']}", style=style)
-
-
-def _findings(output: str) -> str:
-    """The findings' own text, without frames."""
-    lines = output.splitlines()
-    return "\n".join(line.removeprefix("E").rstrip() for line in lines if line.startswith("E  "))[:8000]
 
 
 def _exit_code(report: dict[str, Any], status: int) -> int:

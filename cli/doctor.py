@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moegate import __version__, exit_codes
+from moegate.check import wide_console
 
 # Distribution, what it is for, and whether the suite cannot run without it.
 PACKAGES = (
@@ -71,8 +72,8 @@ def doctor(
         table = Table(box=None, pad_edge=False, show_header=False)
         for line in lines:
             style = {"ok": "green", "missing": "yellow", "broken": "red"}[line.state]
-            table.add_row(line.name, f"[{style}]{line.state}[/]", line.detail)
-        Console().print(table)
+            table.add_row(line.name, Text(line.state, style=style), Text(line.detail))
+        wide_console().print(table)
     broken = any(line.state == "broken" for line in lines)
     raise typer.Exit(exit_codes.NOTHING_DONE if broken else exit_codes.HOLDS)
 
@@ -108,10 +109,12 @@ def _devices() -> list[Line]:
 
 
 def _modes() -> list[Line]:
-    from moegate.conformance import interpreter
+    import triton
+    from moegate.conformance.interpreter import SUPPORTED
 
-    supported = interpreter.is_supported()
-    detail = "repaired while the suite runs on the CPU" if supported else "this Triton's interpreter is not known here"
+    supported = triton.__version__.startswith(tuple(f"{release}." for release in SUPPORTED))
+    releases = ", ".join(f"{release}.x" for release in SUPPORTED)
+    detail = "repaired while the suite runs on the CPU" if supported else f"can be repaired only in Triton {releases}"
     lines = [Line("triton interpreter", "ok" if supported else "missing", detail)]
     if os.environ.get("TRITON_INTERPRET"):
         lines.append(Line("TRITON_INTERPRET", "ok", f"set to {os.environ['TRITON_INTERPRET']!r} in this shell"))

@@ -68,12 +68,19 @@ class Verdict:
 
 @dataclass
 class Tally:
-    """One property over a run."""
+    """One property over a run.
+
+    Attributes:
+        cases: executions judged.
+        violated: how many of them violated it, those of Hypothesis's shrinking included.
+        budget_used: the largest seen, where the property has one.
+        finding: the newest violation's text: Hypothesis runs the minimal one last.
+    """
 
     cases: int = 0
     violated: int = 0
     budget_used: float | None = None
-    first_finding: str = ""
+    finding: str = ""
 
     def add(self, other: Tally) -> None:
         """Merge another worker's count."""
@@ -81,7 +88,7 @@ class Tally:
         self.violated += other.violated
         used = [u for u in (self.budget_used, other.budget_used) if u is not None]
         self.budget_used = max(used) if used else None
-        self.first_finding = self.first_finding or other.first_finding
+        self.finding = other.finding or self.finding
 
 
 @dataclass
@@ -108,16 +115,16 @@ class Ledger:
         Raises:
             Finding: the property's own class, with its id, its sentence, the detail, the spec and how to replay it.
         """
+        findings = []
         for verdict in verdicts:
-            tally = self.tallies.setdefault(verdict.property.id, Tally())
-            one = Tally(1, not verdict.holds, verdict.budget_used, "" if verdict.holds else f"{verdict.detail}\n{spec!r}")
-            tally.add(one)
-        for verdict in verdicts:
+            prop, text = verdict.property, ""
             if not verdict.holds:
-                prop = verdict.property
-                raise _finding_classes[prop.id](
-                    f"{prop.id}: {prop.sentence}\n  {verdict.detail}\n  spec:   {spec!r}\n  replay: {replay}"
-                )
+                text = f"{prop.id}: {prop.sentence}\n  {verdict.detail}\n  spec:   {spec!r}\n  replay: {replay}"
+                findings.append(_finding_classes[prop.id](text))
+            one = Tally(1, not verdict.holds, verdict.budget_used, text)
+            self.tallies.setdefault(prop.id, Tally()).add(one)
+        if findings:
+            raise findings[0]
 
     def ran(self, variant: str, spec: Spec, executions: int = 1) -> None:
         """Count executions of the subject and the spec's feature pairs."""

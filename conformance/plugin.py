@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Set the selection from the options."""
     config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
+    config.addinivalue_line("markers", "moegate_executions(examples, runs): what the test will run, for the progress")
     for name in ("subject", "device", "profile", "scale", "spec", "progress"):
         setattr(SELECTION, name, config.getoption(f"moegate_{name}"))
 
@@ -77,6 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mine = [item for item in items if item.get_closest_marker("moegate_facets")]
     _collected.extend(item.nodeid for item in mine)
     if not mine or SELECTION.spec is None:
+        _announce(config, mine)
         return
     from .spec import parse_spec
 
@@ -88,6 +90,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     takes = [item for item in mine if facet in item.get_closest_marker("moegate_facets").args]
     config.hook.pytest_deselected(items=[item for item in items if item not in takes])
     items[:] = takes
+
+
+def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say how many executions are to come, beside the file that counts them; with xdist the first worker does."""
+    if SELECTION.progress is None or getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0":
+        return
+    from .profiles import examples_of
+
+    total = 0
+    for item in items:
+        marker = item.get_closest_marker("moegate_executions")
+        if marker is not None and item.get_closest_marker("skip") is None:
+            total += examples_of(marker.args[0]) * marker.args[1]
+    Path(SELECTION.progress).with_suffix(".total").write_text(str(total))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -34,7 +34,7 @@ def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
             "violated": tally.violated,
             "budget_used": tally.budget_used,
             "verdict": _verdict(tally),
-            "first_finding": tally.first_finding,
+            "finding": tally.finding,
         }
         for id, tally in sorted(ledger.tallies.items())
     ]

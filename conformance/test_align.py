@@ -4,7 +4,8 @@ from moegate.conformance.properties.align import judge_alignment
 from moegate.conformance.properties.hygiene import judge_inputs, poisoned_allocations
 from moegate.conformance.strategies import align_specs
 
-pytestmark = pytest.mark.moegate_facets("align")
+EXAMPLES = 150
+pytestmark = [pytest.mark.moegate_facets("align"), pytest.mark.moegate_executions(EXAMPLES, 1)]
 
 
 def test_alignment_puts_every_routed_pair_into_one_block_of_its_expert(moegate_session, moegate_variant):
@@ -21,5 +22,5 @@ def test_alignment_puts_every_routed_pair_into_one_block_of_its_expert(moegate_s
         judge,
         name=f"ALIGN/{variant}",
         variant=variant,
-        examples=150,
+        examples=EXAMPLES,
     )

@@ -9,7 +9,8 @@ from moegate.conformance.session import form_as_verdict
 from moegate.conformance.spec import DTYPES, ExpertsSpec
 from moegate.conformance.strategies import POOLS, experts_specs
 
-pytestmark = pytest.mark.moegate_facets("experts")
+EXAMPLES, RUNS = 60, 2  # each case runs twice: with poisoned allocations and without
+pytestmark = [pytest.mark.moegate_facets("experts"), pytest.mark.moegate_executions(EXAMPLES, RUNS)]
 
 
 
@@ -56,7 +57,7 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
         judge,
         name=f"NUM/{variant}/{dtype}/{low_latency}",
         variant=variant,
-        examples=60,
+        examples=EXAMPLES,
         pinned=pinned(session.device, low_latency) if dtype == "bfloat16" else (),
-        runs=2,
+        runs=RUNS,
     )

@@ -4,7 +4,8 @@ from moegate.conformance.properties.hygiene import judge_inputs, poisoned_alloca
 from moegate.conformance.properties.route import judge_routing
 from moegate.conformance.strategies import routing_specs
 
-pytestmark = pytest.mark.moegate_facets("route")
+EXAMPLES = 200
+pytestmark = [pytest.mark.moegate_facets("route"), pytest.mark.moegate_executions(EXAMPLES, 1)]
 
 
 def test_routing_chooses_the_top_experts_with_their_softmax_weights(moegate_session, moegate_variant):
@@ -21,5 +22,5 @@ def test_routing_chooses_the_top_experts_with_their_softmax_weights(moegate_sess
         judge,
         name=f"ROUTE/{variant}",
         variant=variant,
-        examples=200,
+        examples=EXAMPLES,
     )
