@@ -61,11 +61,12 @@ def expect_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    wanted = "[" + ", ".join(str(size) for size in shape) + "]"
-    if value.ndim != len(shape):
-        raise ValueError(f"{name}: expected shape {wanted}, got {value.ndim} dimensions {list(value.shape)}")
-    if any(isinstance(want, int) and want != got for want, got in zip(shape, value.shape, strict=True)):
-        raise ValueError(f"{name}: expected shape {wanted}, got {list(value.shape)}")
+    sizes = value.shape
+    if len(sizes) != len(shape):
+        raise ValueError(f"{name}: expected shape {_wanted(shape)}, got {len(sizes)} dimensions {list(sizes)}")
+    for want, got in zip(shape, sizes, strict=True):
+        if want != got and not isinstance(want, str):
+            raise ValueError(f"{name}: expected shape {_wanted(shape)}, got {list(sizes)}")
     if value.dtype not in dtypes:
         names = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
@@ -76,6 +77,10 @@ def expect_tensor(
     if contiguous and not value.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
     return value
+
+
+def _wanted(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
 
 
 def expect_int(name: str, value: Any, *, low: int, high: int | None = None) -> int:

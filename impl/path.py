@@ -55,6 +55,11 @@ def record_path() -> Iterator[PathRecord]:
         _listener.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether somebody listens: ask before building a value that costs something."""
+    return _listener.get() is not None
+
+
 def note(name: str, value: Any) -> None:
     """Record a decision, where somebody listens."""
     record = _listener.get()

@@ -61,7 +61,7 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[A
             meta(local, 2 * i, h),
             meta(local, h, i),
             meta(m, k, of=torch.float32),
-            meta(m, k, of=torch.int32),
+            meta(m, k, of=getattr(torch, job.get("ids", "int32"))),
             expert_map=meta(e, of=torch.int32) if job.get("expert_map") else None,
         )
 

@@ -76,8 +76,9 @@ class TritonExperts(Experts):
             dtype=hidden_states.dtype,
             platform=platform,
         )
-        path.note("config", config13.as_dict() | {"source": source})
-        path.note("config_w2", config2.as_dict() | {"source": source})
+        if path.is_recording():
+            path.note("config", config13.as_dict() | {"source": source})
+            path.note("config_w2", config2.as_dict() | {"source": source})
         assignment = prepare_expert_assignment(
             topk_ids,
             block_size=config13.block_size_m,

@@ -9,6 +9,7 @@ import triton.language as tl
 from .. import path
 from ..platform import Platform, Vendor
 from .pairs import local_expert
+from .sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -69,7 +70,7 @@ def silu_and_mul(
         block_pairs, block_i, num_warps = (4 if num_pairs <= 2048 else 16), 256, 4
     path.launch(
         silu_and_mul_kernel,
-        (triton.cdiv(num_pairs, block_pairs), triton.cdiv(size, block_i)),
+        (cdiv(num_pairs, block_pairs), cdiv(size, block_i)),
         gate_up,
         out,
         topk_ids,

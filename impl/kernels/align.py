@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .. import path
 from .pairs import local_expert
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -225,9 +226,9 @@ def align(
     top_k = topk_ids.shape[1]
     num_blocks = max_num_blocks(num_pairs, num_local_experts, block_size)
     num_slots = num_blocks * block_size
-    num_chunks = triton.cdiv(num_pairs, _CHUNK)
+    num_chunks = cdiv(num_pairs, _CHUNK)
     direct = num_pairs <= _DIRECT_PAIRS
-    num_spans = 0 if direct else triton.cdiv(num_chunks, _CHUNKS_PER_SPAN)
+    num_spans = 0 if direct else cdiv(num_chunks, _CHUNKS_PER_SPAN)
     num_counts = num_spans * _CHUNKS_PER_SPAN * num_local_experts
 
     # One allocation; every part starts on 16 bytes, so that no launch differs from another by a pointer's alignment.
@@ -240,7 +241,7 @@ def align(
         memory[start : start + size] for start, size in zip(starts, sizes, strict=False)
     )
 
-    block_e = min(_BLOCK_E, triton.next_power_of_2(num_local_experts))
+    block_e = min(_BLOCK_E, next_power_of_2(num_local_experts))
     if not direct:
         path.launch(
             align_count_kernel,
@@ -262,7 +263,7 @@ def align(
         )
     # The comparison inside a chunk is quadratic in its lanes; one small variant is enough.
     chunk = 64 if num_pairs <= 64 else _CHUNK
-    blocks_per_program = triton.cdiv(num_blocks, num_chunks)
+    blocks_per_program = cdiv(num_blocks, num_chunks)
     path.launch(
         align_place_kernel,
         (num_chunks,),

@@ -9,6 +9,7 @@ import triton.language as tl
 from .. import path
 from ..platform import Platform, Vendor
 from .pairs import local_expert
+from .sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -79,7 +80,7 @@ def combine(
         block_tokens, block_h, num_warps = 1, 512, 2
     path.launch(
         combine_kernel,
-        (triton.cdiv(num_tokens, block_tokens), triton.cdiv(hidden_size, block_h)),
+        (cdiv(num_tokens, block_tokens), cdiv(hidden_size, block_h)),
         y,
         out,
         topk_ids,

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .. import path
 from ..tuning.kernel_config import KernelConfig
+from .sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -160,7 +161,7 @@ def grouped_gemm(
     num_m_blocks = num_pairs if expert_ids is None else expert_ids.shape[0]
     path.launch(
         grouped_gemm_kernel,
-        (num_m_blocks * triton.cdiv(n, config.block_size_n),),
+        (num_m_blocks * cdiv(n, config.block_size_n),),
         a,
         b,
         c,

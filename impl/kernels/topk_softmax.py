@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .. import path
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -94,11 +95,11 @@ def topk_softmax(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> 
     num_tokens, num_experts = router_logits.shape
     topk_weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=router_logits.device)
     topk_ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device=router_logits.device)
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = next_power_of_2(num_experts)
     block_rows = max(1, min(8, _LANES // block_e))
     path.launch(
         topk_softmax_kernel,
-        (triton.cdiv(num_tokens, block_rows),),
+        (cdiv(num_tokens, block_rows),),
         router_logits,
         topk_weights,
         topk_ids,
@@ -110,7 +111,7 @@ def topk_softmax(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> 
         SORT=top_k >= _SORT_FROM,
         BLOCK_ROWS=block_rows,
         BLOCK_E=block_e,
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=next_power_of_2(top_k),
         num_warps=4 if block_e <= 2 * _LANES else 8,
     )
     return topk_weights, topk_ids
