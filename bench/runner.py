@@ -15,7 +15,19 @@ from .machine import Clocks, describe_machine, l2_bytes, read_clocks
 from .operands import ExpertsCall, Operands, WeightBank, make_operands
 from .record import Record, VerdictRecord
 from .rotation import plan_rotation
-from .timer import Captured, Clock, CudaClock, HostClock, PairedRatio, Timing, capture_graph, choose_rounds, interleave
+from .timer import (
+    Capture,
+    Captured,
+    Clock,
+    CudaClock,
+    HostClock,
+    PairedRatio,
+    Timing,
+    capture_graph,
+    choose_rounds,
+    interleave,
+    one_after_another,
+)
 from .verification import Verdict, Verify, WrongKernelError, verify_rows
 from .workloads import Workload
 
@@ -45,6 +57,7 @@ def measure_workload(
     verify: Verify = verify_rows,
     bank: WeightBank | None = None,
     clock: Clock | None = None,
+    capture: Capture | None = None,
     budget: float = 0.6,
     multiple: float = 2.0,
     seed: int = 0,
@@ -60,6 +73,7 @@ def measure_workload(
         verify: judges ours on the first call's operands; peers are judged by `verify_rows`.
         bank: weights to share with the model's other workloads; None: new ones.
         clock: what times a pass; None: the device's own.
+        capture: what makes one pass of a rotation's calls; None: a CUDA graph on a GPU.
         budget: seconds of samples, all subjects together; at least ten rounds are run whatever they take.
         multiple: how many L2 sizes must be read between two reads of the same weights.
         seed: of the order of contenders in each round.
@@ -90,12 +104,13 @@ def measure_workload(
         )
         operands = [make_operands(workload, bank, call, rotation.copy_of(call)) for call in range(rotation.calls)]
         clock = clock or (CudaClock(device) if on_gpu else HostClock())
+        capture = capture or (capture_graph if on_gpu else one_after_another)
         failures: dict[str, str] = {}
         prepared: dict[str, _Prepared] = {}
         for index, (name, experts) in enumerate(subjects.items()):
             try:
                 judge = verify if index == 0 else verify_rows
-                prepared[name] = _prepare(name, experts, operands, verify=judge, device=device, clock=clock)
+                prepared[name] = _prepare(name, experts, operands, verify=judge, capture=capture, clock=clock)
             except Exception as error:
                 if index == 0:
                     raise
@@ -144,7 +159,7 @@ class _Prepared:
 
 
 def _prepare(
-    name: str, experts: ExpertsCall, operands: Sequence[Operands], *, verify: Verify, device: torch.device, clock: Clock
+    name: str, experts: ExpertsCall, operands: Sequence[Operands], *, verify: Verify, capture: Capture, clock: Clock
 ) -> _Prepared:
     """Verify a contender, and make one pass of all its calls, whose outputs are verified again."""
     verdict = verify(experts, operands[0])
@@ -152,16 +167,13 @@ def _prepare(
     with record_path() as path:
         operands[0].pass_to(experts)
     calls: list[Callable[[], torch.Tensor]] = [partial(each.pass_to, experts) for each in operands]
-    if device.type == "cuda":
-        captured = capture_graph(calls, device)
-    else:
-        captured = Captured(lambda: [call() for call in calls], [], clock.method)
+    captured = capture(calls, operands[0].hidden_states.device)
     if captured.outputs:
         # What is timed are the graph's replays, so their outputs must be right too, and be written by each replay.
         for out in captured.outputs:
             out.fill_(float("nan"))
         captured.run()
-        torch.cuda.synchronize(device)
+        clock.finish()
         for call, (out, each) in enumerate(zip(captured.outputs, operands, strict=True)):
             replayed = verify_rows(lambda *_, result=out, **__: result, each)
             expect_right(name, f"call {call} of its graph", replayed)

@@ -214,6 +214,15 @@ class Captured:
     note: str = ""
 
 
+Capture = Callable[[Sequence[Callable[[], torch.Tensor]], torch.device], Captured]
+
+
+def one_after_another(calls: Sequence[Callable[[], torch.Tensor]], device: torch.device) -> Captured:
+    """All calls in one pass of the host: nothing to capture on a CPU."""
+    del device
+    return Captured(lambda: [call() for call in calls], [], "host")
+
+
 def capture_graph(calls: Sequence[Callable[[], torch.Tensor]], device: torch.device) -> Captured:
     """All calls in one CUDA graph, or in one eager pass where they cannot be captured, with the reason.
 

@@ -35,7 +35,7 @@ from .operands import ExpertsCall, Operands, WeightBank, make_operands
 from .rotation import plan_rotation
 from .runner import expect_right
 from .selection import choose_device, select_workloads
-from .timer import CudaClock, HostClock, Timing, capture_graph, interleave
+from .timer import CudaClock, HostClock, Timing, capture_graph, interleave, one_after_another
 from .verification import judge_rows, plain_experts
 from .workloads import Workload
 
@@ -239,7 +239,7 @@ def _one_pass(
             return each.pass_to(experts)
 
     calls = [partial(call, each) for each in operands]
-    return capture_graph(calls, device).run if device.type == "cuda" else lambda: [run() for run in calls]
+    return (capture_graph if device.type == "cuda" else one_after_another)(calls, device).run
 
 
 def _compile_all(workload: Workload, pairs: Sequence[Pair], device: torch.device, processes: int | None) -> list[str]:
