@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, product
 from typing import Any, ClassVar, Protocol
 
-from .judge import Property, Tally, declare
+from .judge import Property, declare
 from .spec import Spec
 
-CUDA = tuple(
-    f"cuda:{capability}" for capability in "7.0 7.2 7.5 8.0 8.6 8.7 8.9 9.0 10.0 10.1 10.3 11.0 12.0 12.1".split()
+_CAPABILITIES = (
+    *("7.0", "7.2", "7.5", "8.0", "8.6", "8.7", "8.9"),
+    *("9.0", "10.0", "10.1", "10.3", "11.0", "12.0", "12.1"),
 )
+CUDA = tuple(f"cuda:{capability}" for capability in _CAPABILITIES)
 ROCM = ("rocm:gfx90a", "rocm:gfx942", "rocm:gfx950")
 CPUS = ("cpu", "cpu:interpreted")
 OWN_EXPERTS = ("tpu", "out_of_tree")
@@ -219,7 +221,7 @@ CPU_AUTO = declare("ORACLE-13", "auto on a CPU is cpu, with LoRA too", "oracle")
 NAMES = declare("ORACLE-14", "an unknown backend's name is an error that lists the names", "oracle")
 TRUTH = declare(
     "ORACLE-15",
-    "no decision breaks what is known of a backend: fp8 types, families, alignment, LoRA, formats, weights on the input",
+    "no decision breaks what is known of a backend: fp8, families, alignment, LoRA, formats, weights on the input",
     "oracle",
 )
 SAME_FROM_ENVIRONMENT = declare(
@@ -290,7 +292,7 @@ def _supported(point: Point) -> str | None:
         return None
     if backend not in KERNELS:
         return f"decided on {backend}, which has no kernel"
-    obstacle = point.obstacle(backend, asked_for=point.question.asked == backend or point.question.asked == "triton")
+    obstacle = point.obstacle(backend, asked_for=point.question.asked in (backend, "triton"))
     return "" if obstacle is None else f"decided on {backend}: {obstacle}"
 
 
@@ -299,7 +301,7 @@ def _lora(point: Point) -> str | None:
     if not question.gpu_lora or not point.known:
         return None
     if answer.backend is None:
-        if point.obstacle(question.triton, asked_for=True) is None:
+        if point.obstacle(question.triton, asked_for=question.asked in (question.triton, "triton")) is None:
             return f"refused though {question.triton} can serve: {answer.refusal}"
         return ""
     return "" if answer.backend == question.triton else f"decided on {answer.backend}, not on {question.triton}"
@@ -568,23 +570,82 @@ def availabilities(platforms: Iterable[str] = PLATFORMS) -> Iterator[OracleSpec]
             yield replace(question, on_request=("flashinfer_cutlass",), request=request)
 
 
+def oracle_specs() -> Any:
+    """A Hypothesis strategy for a larger space: any sizes, any set of kernels, argument and variable at once."""
+    from hypothesis import strategies as st
+
+    ranks = st.sampled_from((1, 2, 3, 4, 8, 64))
+    requested = st.sampled_from(REQUESTS)
+    kernels = st.lists(st.sampled_from(KERNELS), unique=True, max_size=len(KERNELS)).map(tuple)
+    rare = st.sampled_from((False, False, True))
+    return st.builds(
+        lambda weights, **rest: OracleSpec(dtype=weights[0], scheme=weights[1], block_shape=weights[2], **rest),
+        weights=st.sampled_from(WEIGHTS),
+        platform=st.sampled_from(PLATFORMS),
+        activation=st.sampled_from(ACTIVATIONS),
+        is_batched=rare,
+        is_lora_enabled=rare,
+        weight_on_input=rare,
+        dp=ranks,
+        ep=ranks.filter(lambda size: size <= 60),
+        tp=ranks,
+        intermediate_size=st.one_of(st.sampled_from((128, 256, 704, 768, 1856, 2880)), st.integers(1, 20_000)),
+        absent=kernels,
+        on_request=st.sampled_from(((), ("flashinfer_cutlass",), ("triton",))),
+        request=requested,
+        environment=requested,
+    )
+
+
+def covering() -> Iterator[OracleSpec]:
+    """A few thousand points on which every rule meets every kind of platform: what planted faults are judged on."""
+    platforms = ("cuda:8.0", "cuda:8.9", "cuda:9.0", "cuda:10.0", "cuda:12.0", *ROCM[:2], "xpu", *CPUS, "tpu")
+    flags = (False, True)
+    for platform, weights, activation, batched, lora, dp in product(
+        platforms, _TYPICAL_WEIGHTS, ("silu", "swigluoai"), flags, flags, (1, 2)
+    ):
+        question = OracleSpec(platform, *weights, activation, batched, lora, dp=dp)
+        for on_input, size in product(flags, INTERMEDIATE_SIZES):
+            yield replace(question, weight_on_input=on_input, intermediate_size=size)
+        for request in ("auto", "triton", "batched_triton", "flashinfer_cutlass", "flashinfer_trtllm", "flashinfer"):
+            yield replace(question, request=request)
+        yield replace(question, absent=(question.triton,))
+        yield replace(question, absent=("flashinfer_trtllm",), on_request=("flashinfer_cutlass",))
+        yield replace(question, ep=4, tp=2)
+
+
+@dataclass
+class Count:
+    """One property over an enumeration.
+
+    Attributes:
+        cases: answers judged.
+        violated: how many of them violate it.
+        first: the first violation and the question that showed it.
+    """
+
+    cases: int = 0
+    violated: int = 0
+    first: tuple[str, OracleSpec] | None = None
+
+
 @dataclass
 class Enumeration:
     """What an enumeration found.
 
     Attributes:
         points: questions asked.
-        tallies: by property id.
+        counts: by property.
         decisions: how often each backend was decided on ("refused" for none).
     """
 
     points: int = 0
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    counts: dict[Property, Count] = field(default_factory=dict)
     decisions: Counter[str] = field(default_factory=Counter)
 
     def violated(self) -> dict[str, str]:
-        """The first finding of each property that does not hold."""
-        return {id: tally.first_finding for id, tally in self.tallies.items() if tally.violated}
+        """The first finding of each property that does not hold, by id."""
+        return {p.id: f"{p.sentence}\n{c.first}" for p, c in self.counts.items() if c.first is not None}
 
 
 def enumerate_oracle(facet: OracleFacet, questions: Iterable[OracleSpec], *, relations_every: int = 0) -> Enumeration:
@@ -596,19 +657,17 @@ def enumerate_oracle(facet: OracleFacet, questions: Iterable[OracleSpec], *, rel
         relations_every: relate every n-th question to its neighbours; 0 relates none.
     """
     result = Enumeration()
-    cases: Counter[Property] = Counter()
     for index, question in enumerate(questions):
         answer = facet.ask(question)
         verdicts = judge_question(facet, question, answer)
         if relations_every and index % relations_every == 0:
             verdicts += judge_relations(facet, question, answer)
         for prop, violation in verdicts:
-            cases[prop] += 1
+            count = result.counts.setdefault(prop, Count())
+            count.cases += 1
             if violation:
-                tally = result.tallies.setdefault(prop.id, Tally())
-                tally.add(Tally(0, 1, None, f"{violation}\n{question!r}"))
+                count.violated += 1
+                count.first = count.first or (violation, question)
         result.points += 1
         result.decisions[answer.backend or "refused"] += 1
-    for prop, count in cases.items():
-        result.tallies.setdefault(prop.id, Tally()).cases += count
     return result

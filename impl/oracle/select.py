@@ -138,9 +138,8 @@ def _with_lora(question: _Question, asked: Backend | None, origin: str) -> Decis
             f"{chosen} is used ({LORA_SOURCE})",
         )
     why = f"LoRA is enabled: the {question.config.activation_format} format's Triton experts apply it"
-    reasons = question.settle(
-        chosen, why, LORA_SOURCE, "LoRA is enabled, which the Triton experts apply alone", asked_for=asked is not None
-    )
+    others = "LoRA is enabled, which the Triton experts apply alone"
+    reasons = question.settle(chosen, why, LORA_SOURCE, others, asked_for=meant is chosen)
     return Decision(chosen, experts_class(chosen), reasons, question.demotions, warnings)
 
 
