@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, product
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from .judge import Property, declare
 from .spec import Spec
@@ -64,8 +64,6 @@ class OracleSpec(Spec):
         environment: the environment variable's value, None where it is not set.
     """
 
-    SIZES: ClassVar[frozenset[str]] = frozenset({"intermediate_size", "absent", "on_request"})
-
     platform: str = "cuda:9.0"
     dtype: str = "bfloat16"
     scheme: str = "none"
@@ -82,6 +80,10 @@ class OracleSpec(Spec):
     on_request: tuple[str, ...] = ()
     request: str | None = None
     environment: str | None = None
+
+    def features(self) -> dict[str, Any]:
+        """None: the coverage of feature pairs counts what was computed, and a question computes nothing."""
+        return {}
 
     @property
     def triton(self) -> str:
