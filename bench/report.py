@@ -54,7 +54,10 @@ def run_table(run: Run) -> Table:
         for peer in peers:
             if peer in others:
                 versus = ours.versus[peer]
-                cells += [f"{others[peer].timing.median * 1e6:.2f}", f"{versus.median:.3f}"]
+                cells += [
+                    f"{others[peer].timing.median * 1e6:.2f}",
+                    f"{versus.median:.3f} ±{(versus.high - versus.low) / 2:.3f}",
+                ]
             else:
                 cells += ["failed" if (workload, peer) in failed else "-", "-"]
         method = "" if ours.method in ("cuda-graph", "host") else " (eager)"

@@ -44,6 +44,8 @@ Pair = tuple[KernelConfig, KernelConfig]
 
 # A compiling process holds the layer's weights, since Triton specialises on what it is called with.
 _COMPILE_MEMORY_SHARE = 0.5
+# What the driver says of a fault after which no kernel runs in the process any more.
+_DEVICE_FAULTS = ("illegal memory access", "misaligned address", "launch failure", "illegal instruction", "device-side")
 _BRIEF_ROUNDS, _FINAL_ROUNDS, _FINALISTS = 5, 30, 6
 
 
@@ -125,7 +127,7 @@ def measure_pairs(
         workload: the layer, its tokens and routing.
         pairs: candidates.
         device: where.
-        experts: the implementation; it must follow `use_kernel_configs`.
+        experts: the implementation; it must follow `use_kernel_configs`. Only `fused_experts` is compiled beforehand.
         bank: weights to share with other searches.
         compile_processes: processes that compile beforehand; None: as cores and memory allow, 0: none.
         on_progress: called once a pair.
@@ -143,18 +145,20 @@ def measure_pairs(
             workload, l2_bytes(device), max_copies=min(16, bank.room_for(workload)), min_calls=4 if on_gpu else 1
         )
         operands = [make_operands(workload, bank, call, rotation.copy_of(call)) for call in range(rotation.calls)]
-        outcomes = _compile_all(workload, pairs, device, compile_processes if on_gpu else 0)
+        outcomes = _compile_all(workload, pairs, device, compile_processes if experts is fused_experts else 0)
         clock = CudaClock(device) if on_gpu else HostClock()
         right = plain_experts(operands[0])
         trials: list[Trial] = []
+        broken = False
         for pair, outcome in zip(pairs, outcomes, strict=True):
-            if outcome:
-                trials.append(Trial(*pair, error=outcome))
+            if outcome or broken:
+                trials.append(Trial(*pair, error=outcome or "not tried: an earlier pair broke the device"))
             else:
                 trials.append(_try_pair(pair, experts, operands, right, clock))
+                broken = _is_device_fault(trials[-1].error)
             on_progress()
         best = sorted((trial for trial in trials if not trial.error), key=lambda trial: trial.seconds)[:_FINALISTS]
-        if len(best) > 1:
+        if len(best) > 1 and not broken:
             passes = {
                 str(i): _one_pass((trial.w13, trial.w2), experts, operands, device) for i, trial in enumerate(best)
             }
@@ -244,6 +248,8 @@ def _one_pass(
 
 def _compile_all(workload: Workload, pairs: Sequence[Pair], device: torch.device, processes: int | None) -> list[str]:
     """Run each pair once in processes of their own: "" where that went well or was not tried, else the error."""
+    if processes is None and device.type != "cuda":
+        processes = 0
     if processes is None:
         layer = expert_bytes(workload) * workload.model.local_experts
         free = torch.cuda.mem_get_info(device)[0]
@@ -272,19 +278,27 @@ def _compile_one(workload: Workload, pair: Pair, device: str) -> str:
         return ""
     where = torch.device(device)
     try:
-        torch.cuda.set_device(where)
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
         operands = _compile_state.get("operands")
         if not isinstance(operands, Operands):
             operands = make_operands(workload, WeightBank(workload.model, workload.torch_dtype, where), 0, 0)
             _compile_state["operands"] = operands
         with use_kernel_configs(*pair):
             operands.pass_to(fused_experts)
-        torch.cuda.synchronize(where)
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+    except torch.OutOfMemoryError:
+        return ""  # its neighbours hold the memory, which says nothing about the pair
     except Exception as error:
         # After a fault on the device nothing more runs in this process; what it was given next is still unjudged.
-        _compile_state["broken"] = "CUDA error" in str(error)
+        _compile_state["broken"] = _is_device_fault(str(error))
         return f"{type(error).__name__}: {error}"[:300]
     return ""
+
+
+def _is_device_fault(message: str) -> bool:
+    return any(fault in message for fault in _DEVICE_FAULTS)
 
 
 def _indexed(device: torch.device) -> torch.device:

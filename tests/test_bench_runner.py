@@ -249,6 +249,19 @@ def test_tiles_that_fail_are_recorded_and_the_others_measured():
     assert json.dumps([trial.as_dict() for trial in trials])
 
 
+def test_a_pair_that_breaks_the_device_ends_the_trying_and_not_the_run():
+    calls = []
+
+    def breaks(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        return fused_experts(*args, **kwargs)
+
+    trials = measure_pairs(WORKLOAD, [(KernelConfig(16, n, 32),) * 2 for n in (32, 64)], device="cpu", experts=breaks)
+    assert any("not tried" in trial.error for trial in trials)
+
+
 def test_a_search_tries_the_default_first_and_then_the_second_gemm():
     ticks = []
     trials = search(
