@@ -451,7 +451,10 @@ def _truth(point: Point) -> str | None:
         (is_declared and question.is_lora_enabled, "LoRA"),
         (is_declared and question.is_batched, "the batched format"),
         (backend in FLASHINFER and platform not in CUDA, "another vendor's platform"),
-        (backend == "flashinfer_trtllm" and not platform.startswith("cuda:10."), "a capability other than 10.x"),
+        (
+            backend == "flashinfer_trtllm" and platform not in ("cuda:10.0", "cuda:10.3"),
+            "another capability than 10.0, 10.3",
+        ),
         (backend in FLASHINFER and question.intermediate_size % 128 != 0, "an unaligned intermediate size"),
         (backend in FLASHINFER and question.weight_on_input, "routing weights on the input"),
         (backend in FLASHINFER and question.dtype == "float32", "float32"),

@@ -10,13 +10,14 @@ from ..config import Activation, MoEConfig, QuantScheme
 from ..platform import Platform, Vendor
 from .declared import DeclaredExperts, common_checks, first_refusal
 
+_CAPABILITIES = ((10, 0), (10, 3))
 _ACTIVATIONS = (Activation.SILU, Activation.SWIGLUOAI, Activation.RELU2_NO_MUL)
 
 
 class FlashInferTrtllmExperts(DeclaredExperts):
     """`trtllm_bf16_moe` and `trtllm_fp8_block_scale_moe` of flashinfer-python, which route and compute in one call.
 
-    They ship as binaries for compute capability 10.x and no other family: not 9.0, 11.0 or 12.x
+    They ship as binaries for compute capability 10.0 and 10.3 and for no other: not 9.0, 11.0 or 12.x
     (https://github.com/NVIDIA/TensorRT-LLM/pull/17570, https://github.com/sgl-project/sglang/pull/39807). Weights are
     laid out in blocks of 128 columns (https://github.com/vllm-project/vllm/issues/41360).
     """
@@ -31,8 +32,8 @@ class FlashInferTrtllmExperts(DeclaredExperts):
         size = config.intermediate_size_per_partition
         return first_refusal(
             (
-                platform.vendor is Vendor.NVIDIA and platform.family == 100,
-                f"its binaries are for compute capability 10.x, not {platform}",
+                platform.vendor is Vendor.NVIDIA and platform.capability in _CAPABILITIES,
+                f"its binaries are for compute capability 10.0 and 10.3, not {platform}",
             ),
             *common_checks(config),
             (config.dtype is torch.bfloat16, f"takes bfloat16, got {config.dtype}"),
