@@ -28,7 +28,7 @@ from .timer import (
     interleave,
     one_after_another,
 )
-from .verification import Verdict, Verify, WrongKernelError, verify_rows
+from .verification import Verdict, Verify, WrongKernelError, verify_by_budget, verify_rows
 from .workloads import Workload
 
 # A host call is milliseconds long, and its cache holds a good part of a small layer whatever is done.
@@ -54,7 +54,7 @@ def measure_workload(
     *,
     device: torch.device | str,
     ceilings: Ceilings,
-    verify: Verify = verify_rows,
+    verify: Verify = verify_by_budget,
     bank: WeightBank | None = None,
     clock: Clock | None = None,
     capture: Capture | None = None,

@@ -15,7 +15,7 @@ from .operands import ExpertsCall, WeightBank, make_operands
 from .peers import load_peer
 from .record import Record
 from .runner import Measurement, expect_right, measure_workload
-from .verification import Verify, verify_rows
+from .verification import Verify, verify_by_budget
 from .workloads import Workload
 
 OURS = "moegate"
@@ -45,7 +45,7 @@ class LayerBench:
         ours: ExpertsCall | None = None,
         fixed_ceilings: bool = False,
         budget: float = 0.6,
-        verify: Verify = verify_rows,
+        verify: Verify = verify_by_budget,
     ) -> None:
         if device == torch.device("cuda"):
             device = torch.device("cuda", torch.cuda.current_device())

@@ -11,8 +11,10 @@ from typing import Protocol
 
 import torch
 
+from ..conformance.verify import ExpertsVerdict, verify_experts
 from .operands import ExpertsCall, Operands
 
+_BUDGET_TOKENS = 64
 # The largest error of a row, as ||out - right|| / ||right||, that is taken for rounding: several times what the
 # engines' kernels show (0.0043 in bf16), and far under what a lost expert or scale does.
 _ROW_ERROR = {torch.bfloat16: 0.015, torch.float16: 0.002, torch.float32: 1e-4}
@@ -53,10 +55,33 @@ class RowErrorVerdict:
     budget_used: float
 
 
+def verify_by_budget(experts: ExpertsCall, operands: Operands) -> ExpertsVerdict:
+    """Judge the output as conformance does: within the error budget derived for the numerics that moegate declares.
+
+    At most `_BUDGET_TOKENS` tokens, spread evenly over the batch, since the budget is worked out in float64.
+
+    Raises:
+        ValueError: another activation than silu.
+    """
+    if operands.activation != "silu":
+        raise ValueError(f"activation: expected silu, got {operands.activation!r}")
+    return verify_experts(
+        operands.pass_to(experts),
+        operands.hidden_states,
+        operands.w13,
+        operands.w2,
+        operands.topk_weights,
+        operands.topk_ids,
+        expert_map=operands.expert_map,
+        max_tokens=_BUDGET_TOKENS,
+    )
+
+
 def verify_rows(experts: ExpertsCall, operands: Operands) -> RowErrorVerdict:
     """Judge all rows against the layer in plain torch, expert by expert and in a higher precision.
 
-    It needs no declaration of the subject's numerics, so it judges peers too; its allowance per dtype is fixed.
+    It needs no declaration of the subject's numerics, so it judges peers too, and it is fast enough for every row of
+    every graph; its allowance per dtype is fixed.
     """
     return judge_rows(operands.pass_to(experts), plain_experts(operands), operands.hidden_states.dtype)
 
