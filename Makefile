@@ -28,9 +28,10 @@ bench: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	mkdir -p .links && ln -sfn .. .links/moegate
+	rm -rf .links && mkdir -p .links/moegate
+	ln -s $(foreach room,reference impl conformance bench,../../$(room)) $(patsubst %,../../%,$(wildcard cli/*.py)) .links/moegate/
 	$(RUN) -m pyright --pythonpath $(RUN)
-	$(VENV)/bin/lint-imports
+	PYTHONPATH=.links $(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
 setup: $(READY)
 

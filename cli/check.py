@@ -22,14 +22,22 @@ PROFILES = ("gate", "nightly", "soak")
 
 
 def check(
-    subject: Annotated[str, typer.Option(help="Implementation under test: moegate, torch, or FILE.py:CLASS.")] = "moegate",
+    subject: Annotated[
+        str, typer.Option(help="Implementation under test: moegate, torch, or FILE.py:CLASS.")
+    ] = "moegate",
     device: Annotated[str, typer.Option(help="auto, cpu (Triton's interpreter) or cuda.")] = "auto",
     profile: Annotated[str, typer.Option(help="gate (the same cases everywhere), nightly or soak.")] = "gate",
-    workers: Annotated[int, typer.Option("--workers", "-n", help="Processes; 0: one a core, at most 8 on one GPU.")] = 0,
+    workers: Annotated[
+        int, typer.Option("--workers", "-n", help="Processes; 0: one a core, at most 8 on one GPU.")
+    ] = 0,
     scale: Annotated[float, typer.Option(help="Multiplies the number of cases.")] = 1.0,
     spec: Annotated[str | None, typer.Option(help="Run this one spec, as a failure printed it.")] = None,
-    select: Annotated[str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")] = None,
-    json_file: Annotated[str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")] = None,
+    select: Annotated[
+        str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")
+    ] = None,
 ) -> None:
     """Judge a Mixture-of-Experts implementation by the properties of the suite.
 

@@ -53,7 +53,9 @@ class Line:
 
 
 def doctor(
-    json_file: Annotated[str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")
+    ] = None,
 ) -> None:
     """Say what this machine can run (GPU, interpreter, compilers, packages) and what is missing.
 
@@ -92,7 +94,9 @@ def _devices() -> list[Line]:
     import torch
 
     if not torch.cuda.is_available():
-        return [Line("gpu", "missing", "none that torch sees: Triton kernels run under its interpreter, on small shapes")]
+        return [
+            Line("gpu", "missing", "none that torch sees: Triton kernels run under its interpreter, on small shapes")
+        ]
     lines = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -110,6 +114,7 @@ def _devices() -> list[Line]:
 
 def _modes() -> list[Line]:
     import triton
+
     from moegate.conformance.interpreter import SUPPORTED
 
     supported = triton.__version__.startswith(tuple(f"{release}." for release in SUPPORTED))

@@ -54,5 +54,7 @@ class Arena:
     def changed(self) -> list[str]:
         """The inputs whose arena, margins and padding included, no longer holds the bits that it was given."""
         return [
-            name for name, whole, before in self._held if not torch.equal(whole.view(torch.uint8), before.view(torch.uint8))
+            name
+            for name, whole, before in self._held
+            if not torch.equal(whole.view(torch.uint8), before.view(torch.uint8))
         ]

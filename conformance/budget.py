@@ -192,10 +192,9 @@ def experts_budget(
     independent = torch.where(present, times * own, 0).sum(dim=1) + accumulation(
         trace.local_ids.shape[1], trace.output, (weighted**2).sum(dim=1), at_combine
     )
-    independent_floor = (
-        (weights.abs() * floor(trace.expert_output, at_output) + floor(weighted, at_weighted)).sum(dim=1)
-        + floor(trace.output, output)
-    )
+    independent_floor = (weights.abs() * floor(trace.expert_output, at_output) + floor(weighted, at_weighted)).sum(
+        dim=1
+    ) + floor(trace.output, output)
     weight_error = (1 - on_input) * weight_error
     variance = (
         (times * weights**2 * shared).sum(dim=1) + independent + ((weight_error[..., None] * weighted) ** 2).sum(dim=1)

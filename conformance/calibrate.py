@@ -39,9 +39,9 @@ EMULATED = (
 )
 
 
-def drawn_spec(rng: random.Random) -> ExpertsSpec:
+def drawn_spec(rng: random.Random, shapes: tuple[tuple[int, int], ...] = SHAPES) -> ExpertsSpec:
     """A spec from the same pools as the suite's, by plain chance."""
-    hidden, intermediate = rng.choice(SHAPES)
+    hidden, intermediate = rng.choice(shapes)
     num_experts = rng.choice((1, 2, 3, 5, 8))
     top_k = rng.randint(1, min(num_experts, 6))
     return ExpertsSpec(

@@ -12,8 +12,8 @@ from .arena import Arena
 from .spec import AlignSpec, ExpertsSpec, RoutingSpec
 from .values import integers, on_grid
 
-# Poisoned elements behind each row of a padded operand; a multiple of 8, so that rows stay aligned as real ones are.
-ROW_PADDING = 24
+# Poisoned elements behind each row of a padded operand; a multiple of 16, so that rows stay aligned as real ones are.
+ROW_PADDING = 32
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _check_mode() -> None:
 
 
 def _repair(function: Callable[[], None]) -> Callable[[], None]:
-    REPAIRS[function.__name__.removeprefix("_")] = function
+    REPAIRS[function.__name__] = function
     return function
 
 
@@ -179,7 +179,6 @@ def _narrow_to_fp8(values: np.ndarray, name: str) -> np.ndarray:
     return code.astype(np.uint8)
 
 
-
 def _round_once(values: np.ndarray, name: str) -> np.ndarray:
     """float64 values as storage of the format `name`, to nearest even, without rounding to float32 on the way."""
     if name == "bf16":
@@ -209,13 +208,20 @@ def _repair_casts(formats: frozenset[str]) -> None:
 
 @_repair
 def bf16_casts() -> None:
-    """@@SPLIT@@Upstream truncates float32 to bfloat16 (twice the rounding error, and always toward zero), so that some NaNs become infinite; and it loses subnormals in both directions."""
+    """Upstream truncates float32 to bfloat16, and loses bfloat16's subnormals.
+
+    Truncation doubles the rounding error, has a bias toward zero, and turns some NaNs into infinities.
+    """
     _repair_casts(frozenset({"bf16"}))
 
 
 @_repair
 def fp8_casts() -> None:
-    """@@SPLIT@@Upstream rounds halves up, drops the carry out of the mantissa, wraps around on overflow (449 to e4m3 is 32), and makes NaN a number. On the GPU this is cvt.rn.satfinite: nearest even, saturating (infinities too), NaN kept."""
+    """Upstream garbles fp8: rounding, overflow and NaN.
+
+    It rounds halves up, drops the carry out of the mantissa, wraps around on overflow (449 becomes 32 in e4m3) and
+    makes NaN a number. The GPU has cvt.rn.satfinite: nearest even, saturating (infinities too), NaN kept.
+    """
     _repair_casts(frozenset(_FP8))
 
 
@@ -235,7 +241,10 @@ def bf16_from_other_types() -> None:
 
 @_repair
 def bf16_constants() -> None:
-    """@@SPLIT@@Upstream cannot make a bfloat16 constant other than zero, so `x * 2.0` and `tl.full(.., 1.0, tl.bfloat16)` fail."""
+    """Upstream cannot make a bfloat16 constant other than zero.
+
+    So `x * 2.0` and `tl.full(shape, 1.0, tl.bfloat16)` fail.
+    """
 
     def get_bf16(self: Any, value: float) -> Any:
         return upstream.TensorHandle(_narrow(np.array([value], dtype=np.float32), "bf16"), tl.bfloat16)
@@ -245,41 +254,13 @@ def bf16_constants() -> None:
 
 # --- Arithmetic -----------------------------------------------------------------------------------------------------
 
-_ORDERINGS = {
-    "LT": np.less,
-    "LE": np.less_equal,
-    "GT": np.greater,
-    "GE": np.greater_equal,
-    "EQ": np.equal,
-    "NE": np.not_equal,
-}
-_COMPARISONS = {
-    **{f"create_fcmp{order}{name}": op for order in "OU" for name, op in _ORDERINGS.items()},
-    **{f"create_icmp{sign}{name}": op for sign in "SU" for name, op in _ORDERINGS.items() if name not in ("EQ", "NE")},
-    "create_icmpEQ": np.equal,
-    "create_icmpNE": np.not_equal,
-}
-
-
-@_repair
-def comparison_types() -> None:
-    """@@SPLIT@@Upstream labels the result of a comparison with the type of its operands, so that a later cast reads the booleans as if they were such numbers: `(x > y).to(tl.bfloat16)` fails or yields noise."""
-
-    def comparison(op: np.ufunc) -> Callable[[Any, Any, Any], Any]:
-        def compare(self: Any, lhs: Any, rhs: Any) -> Any:
-            result = self.binary_op(lhs, rhs, op)
-            result.dtype = tl.int1
-            return result
-
-        return compare
-
-    for name, op in _COMPARISONS.items():
-        setattr(upstream.InterpreterBuilder, name, comparison(op))
-
 
 @_repair
 def bf16_arithmetic() -> None:
-    """@@SPLIT@@Upstream computes sums, products and comparisons on the bit patterns, as on unsigned integers. The GPU rounds the exact result once; float32 is wide enough that rounding through it gives the same."""
+    """Upstream computes and compares the bit patterns of bfloat16, as unsigned integers.
+
+    The GPU rounds the exact result once. Float32 is wide enough that rounding through it gives the same.
+    """
     binary_upstream = upstream.InterpreterBuilder.binary_op
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: np.ufunc) -> Any:
@@ -316,7 +297,10 @@ def fused_multiply_add() -> None:
 
 @_repair
 def nan_rules() -> None:
-    """@@SPLIT@@Upstream lets every minimum, maximum and clamp propagate NaN. Without PropagateNan.ALL the number wins, and a NaN clamps to the lower bound."""
+    """Upstream lets every minimum, maximum and clamp propagate NaN.
+
+    Without PropagateNan.ALL the number wins, and NaN clamps to the lower bound.
+    """
 
     def minimum(self: Any, lhs: Any, rhs: Any) -> Any:
         return self.binary_op(lhs, rhs, np.fmin)
@@ -347,7 +331,7 @@ def unsigned_invert() -> None:
 
 @_repair
 def narrow_dot() -> None:
-    """Upstream multiplies the bit patterns of bfloat16. (It converts fp8 to fp16 first, which is exact but slow.)"""
+    """Upstream multiplies the bit patterns of bfloat16; and it converts fp8 to fp16 first, which is slow."""
     dot_upstream = upstream.InterpreterBuilder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
@@ -361,7 +345,11 @@ def narrow_dot() -> None:
 
 @_repair
 def narrow_atomic_add() -> None:
-    """@@SPLIT@@Upstream has no atomic addition for bfloat16, and the one for fp16 fails wherever a sum is subnormal and inexact or overflows. Lanes may point at one address, so they are added one by one."""
+    """Upstream has no atomic addition for bfloat16, and a brittle one for fp16.
+
+    The latter fails wherever a sum overflows, or is subnormal and inexact. Lanes may point at one address, so they
+    are added one by one.
+    """
     rmw_upstream = upstream.InterpreterBuilder.create_atomic_rmw
 
     def create_atomic_rmw(self: Any, operation: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
@@ -395,8 +383,8 @@ def _wrap(data: np.ndarray, dtype: tl.dtype) -> tl.tensor:
 
 
 def _neighbours(data: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    before = (slice(None),) * axis
-    return data[(*before, slice(0, None, 2))], data[(*before, slice(1, None, 2))]
+    rows = np.moveaxis(data, axis, 0)
+    return np.moveaxis(rows[0::2], 0, axis), np.moveaxis(rows[1::2], 0, axis)
 
 
 def _reduce(
@@ -467,7 +455,11 @@ def narrow_sums() -> None:
 
 @_repair
 def extremes() -> None:
-    """@@SPLIT@@Upstream compares the bit patterns of bfloat16; lets NaN win argmax and argmin, where on the GPU the outcome depends on the order (see `block_combine`); ignores the indices given and returns positions; and warns of NaN."""
+    """Upstream finds minima and maxima by position alone, by the bits of bfloat16, and with NaN on top.
+
+    It ignores the indices that come with the values. With NaN among them, what argmax returns depends on the GPU's
+    order of reduction, so the combine function itself has to be run (see `block_combine`).
+    """
     apply_upstream = upstream.ReduceOps.apply_impl
     standard = tl.standard
     plain = {standard._elementwise_max: np.fmax, standard._elementwise_min: np.fmin}
@@ -511,11 +503,17 @@ class _BlockConditionError(ValueError):
 
 @_repair
 def block_combine() -> None:
-    """@@SPLIT@@Upstream calls the combine function once per element, scalar by scalar: `tl.sort` of 64 numbers takes hundreds of calls. Whole blocks do the same, unless the function branches on its arguments."""
+    """Upstream calls the combine function once per element, on scalars.
+
+    `tl.sort` of 64 numbers takes hundreds of calls. Whole blocks give the same, unless the function branches on its
+    arguments.
+    """
     reduce_upstream, scan_upstream = upstream.ReduceOps.generic_reduce, upstream.ScanOps.generic_scan
     bitwise = {tl.standard._xor_combine: np.bitwise_xor, tl.standard._or_combine: np.bitwise_or}
 
-    def combine(function: Any, dtypes: list[tl.dtype], left: list[np.ndarray], right: list[np.ndarray]) -> list[np.ndarray]:
+    def combine(
+        function: Any, dtypes: list[tl.dtype], left: list[np.ndarray], right: list[np.ndarray]
+    ) -> list[np.ndarray]:
         if function in bitwise:
             return [bitwise[function](left[0], right[0])]
         semantic = upstream.interpreter_semantic
@@ -561,7 +559,11 @@ def block_combine() -> None:
 
 @_repair
 def histogram() -> None:
-    """@@SPLIT@@Upstream counts a value equal to `num_bins` into the last bin. What the GPU does with values outside the bins is undefined (it drops some and miscounts others), so they are an error here."""
+    """Upstream counts a value equal to `num_bins` into the last bin.
+
+    What the GPU does with values outside the bins is undefined (it drops some and miscounts others), so they are an
+    error here.
+    """
 
     def create_histogram(self: Any, data: Any, bins: int, mask: Any) -> Any:
         values = data.data if mask is None else data.data[mask.data]
@@ -572,26 +574,15 @@ def histogram() -> None:
     upstream.InterpreterBuilder.create_histogram = create_histogram
 
 
-@_repair
-def reduction_methods() -> None:
-    """Upstream replaces `tl.reduce` and `tl.associative_scan`, but not the methods of a tensor that forward to them."""
-
-    def reduce(self: tl.tensor, axis: Any, combine_fn: Any, keep_dims: bool = False) -> Any:
-        return tl.reduce(self, axis, combine_fn, keep_dims)
-
-    def associative_scan(self: tl.tensor, axis: Any, combine_fn: Any, reverse: bool = False) -> Any:
-        return tl.associative_scan(self, axis, combine_fn, reverse)
-
-    tl.tensor.reduce = reduce
-    tl.tensor.associative_scan = associative_scan
-
-
 # --- What a kernel may say ------------------------------------------------------------------------------------------
 
 
 @_repair
 def scalar_index() -> None:
-    """@@SPLIT@@Upstream takes `int()` of an array with one element, which numpy 2.4 refuses: `range(n)` fails in every kernel."""
+    """Upstream takes `int()` of an array with one element, which numpy 2.4 refuses.
+
+    So `range(n)` fails in every kernel.
+    """
     patch_upstream = upstream._patch_lang_tensor
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
@@ -603,7 +594,11 @@ def scalar_index() -> None:
 
 @_repair
 def scalar_arguments() -> None:
-    """@@SPLIT@@Upstream leaves a float argument a Python number, which does not take part in type promotion: `x * scale` stays bfloat16 where compiled code has float32. It refuses booleans, and stores 2**31 and above in the wrong type."""
+    """Upstream passes float arguments as Python numbers, refuses booleans and narrows large integers.
+
+    A Python number takes no part in type promotion: `x * scale` stays bfloat16 where compiled code has float32.
+    Integers from 2**31 on become uint32, though labelled int64.
+    """
     convert_upstream = upstream._implicit_cvt
 
     def implicit_cvt(arg: Any) -> Any:
@@ -644,7 +639,11 @@ _LOGIC = (_logical, _not, _condition)
 
 @_repair
 def block_logic() -> None:
-    """@@SPLIT@@Upstream leaves `and`, `or`, `not` and `if` to Python, for which every block is true: `a < b and c < d` is just `c < d`. Compiled, the operators work element by element (without short-circuit), and `if` on a block is refused."""
+    """Upstream leaves `and`, `or`, `not` and `if` to Python, for which every block is true.
+
+    So `a < b and c < d` is just `c < d`. Compiled, the operators work element by element (without short-circuit),
+    and `if` on a block is refused.
+    """
 
     def call(function: Callable[..., Any], *arguments: ast.expr) -> ast.Call:
         name = ast.Name(id=f"_moegate{function.__name__}", ctx=ast.Load())
@@ -681,7 +680,10 @@ def block_logic() -> None:
 
 @_repair
 def kernel_namespace() -> None:
-    """@@SPLIT@@Upstream copies all its own globals into the module of every kernel, so that a kernel which uses an undefined name (`np`, `partial`, `math`) runs here and fails to compile."""
+    """Upstream copies all its own globals into the module of every kernel.
+
+    A kernel that uses an undefined name (`np`, `partial`, `math`) then runs here and fails to compile.
+    """
 
     def compile_and_exec(self: Any, transformed_ast: ast.AST) -> Any:
         namespace = dict(self.kwargs)
@@ -754,7 +756,10 @@ class _NothingToRestore:
 
 @_repair
 def patch_once() -> None:
-    """@@SPLIT@@Upstream patches all of triton.language at every launch and at every call of a jitted function from another one, and takes the patches back after the launch. A process has one Triton mode, so once is enough."""
+    """Upstream patches all of triton.language at every launch and every call between jitted functions.
+
+    It takes the patches back after the launch. A process has one Triton mode, so once is enough.
+    """
     wrapper_code = tl.core.load.__code__  # what `@builtin` wraps a function in, to demand the argument `_semantic`
     semantic = upstream.interpreter_semantic
 
@@ -839,7 +844,11 @@ def _lazy(owner: type, name: str, compute: Callable[[Any], Any]) -> None:
 
 @_repair
 def shared_types() -> None:
-    """@@SPLIT@@Upstream builds the type of every intermediate result anew: its shape as a tuple of constants, each with a type of its own, and its name. There are few shapes, and hardly anybody asks for the types of constants."""
+    """Upstream builds the type of every intermediate result anew.
+
+    Its shape is a tuple of constants, each with a type of its own, and its name a string of both. There are few
+    shapes, and hardly anybody asks for the types of constants.
+    """
     core = tl.core
     constexpr, triton_tuple, block_type = core.constexpr, core.tuple, core.block_type
     yes, no = constexpr(True), constexpr(False)
@@ -873,7 +882,11 @@ def shared_types() -> None:
         if known is None:
             block_init_upstream(self, element_ty, shape)
             constants = triton_tuple([constexpr(extent) for extent in self.shape])
-            known = shapes[key] = {"shape": self.shape, "numel": self.numel, "constants": (constants, constexpr(self.numel))}
+            known = shapes[key] = {
+                "shape": self.shape,
+                "numel": self.numel,
+                "constants": (constants, constexpr(self.numel)),
+            }
         self.__dict__.update(known)
         self.element_ty = element_ty
 

@@ -87,9 +87,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     except ValueError as error:
         raise pytest.UsageError(f"--moegate-spec: {error}") from error
     facet = {"RoutingSpec": "route", "AlignSpec": "align", "ExpertsSpec": "experts"}[kind]
-    takes = [item for item in mine if facet in item.get_closest_marker("moegate_facets").args]
+    takes = [item for item in mine if facet in _needed(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in takes])
     items[:] = takes
+
+
+def _needed(item: pytest.Item) -> tuple[str, ...]:
+    marker = item.get_closest_marker("moegate_facets")
+    return marker.args if marker else ()
 
 
 def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -82,7 +83,11 @@ class Session:
 
     def replay(self, spec: Spec) -> str:
         """The command that runs a spec again."""
-        return f"moegate check --subject {self.subject.name} --device {self.device} --spec '{spec!r}'"
+        return f'{self.command()} --spec "{spec!r}"'
+
+    def command(self) -> str:
+        """`moegate check` of this subject on this device, for a shell."""
+        return f"moegate check --subject {shlex.quote(SELECTION.subject)} --device {self.device}"
 
     def run_experts(self, case: ExpertsCase, variant: str) -> Tensor:
         """One call of the subject's experts with poisoned allocations; its form is settled before anyone reads it."""

@@ -134,7 +134,9 @@ def parse_spec(line: str) -> Spec:
         call = ast.parse(line.strip(), mode="eval").body
     except SyntaxError as error:
         raise ValueError(f"spec: expected a line such as AlignSpec(M=1, E=2, top_k=1), got {line!r}") from error
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _SPECS and not call.args):
+    if not (
+        isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _SPECS and not call.args
+    ):
         raise ValueError(f"spec: expected one of {sorted(_SPECS)} with named fields, got {line!r}")
     cls = _SPECS[call.func.id]
     known = {f.name for f in fields(cls)}
@@ -142,6 +144,8 @@ def parse_spec(line: str) -> Spec:
     for keyword in call.keywords:
         if keyword.arg not in known:
             raise ValueError(f"spec: {call.func.id} has fields {sorted(known)}, got {keyword.arg!r}")
+        if keyword.arg in values:
+            raise ValueError(f"spec: expected each field once, got {keyword.arg} again")
         try:
             values[keyword.arg] = ast.literal_eval(keyword.value)
         except ValueError as error:

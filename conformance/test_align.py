@@ -1,4 +1,5 @@
 import pytest
+
 from moegate.conformance.cases import build_align
 from moegate.conformance.properties.align import judge_alignment
 from moegate.conformance.properties.hygiene import judge_inputs, poisoned_allocations

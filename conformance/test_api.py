@@ -1,4 +1,5 @@
 import pytest
+
 from moegate.conformance.properties.api import BAD_CALLS, judge_bad_call
 from moegate.conformance.spec import Spec
 
@@ -13,4 +14,6 @@ def test_bad_input_is_refused_by_name(moegate_session, moegate_variant, call):
         pytest.skip(f"{session.subject.name} does not declare {call.function}")
     if call.function == "moe_align_block_size" and "align" not in session.subject.facets(moegate_variant):
         pytest.skip(f"{moegate_variant} does not align")
-    session.ledger.settle(judge_bad_call(call, functions, session.device), Spec(), f"moegate check --select '{call}'")
+    session.ledger.settle(
+        judge_bad_call(call, functions, session.device), Spec(), f"{session.command()} --select '{call}'"
+    )

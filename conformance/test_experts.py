@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+
 from moegate.conformance.cases import build_experts
 from moegate.conformance.properties.hygiene import judge_form, judge_hygiene
 from moegate.conformance.properties.num import budget_of, judge_values, reference_of
@@ -11,7 +12,6 @@ from moegate.conformance.strategies import POOLS, experts_specs
 
 EXAMPLES, RUNS = 60, 2  # each case runs twice: with poisoned allocations and without
 pytestmark = [pytest.mark.moegate_facets("experts"), pytest.mark.moegate_executions(EXAMPLES, RUNS)]
-
 
 
 def pinned(device, low_latency):

@@ -1,4 +1,5 @@
 import pytest
+
 from moegate.conformance.cases import build_experts
 from moegate.conformance.properties.meta import LAWS
 from moegate.conformance.properties.num import budget_of, reference_of
@@ -22,7 +23,9 @@ def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant,
             output = session.run_experts(case, variant).clone()
             trace = reference_of(case)
             budget = budget_of(case, trace, subject.numerics)
-            verdict = law.judge(case, output, trace, budget, subject.numerics, lambda c: session.run_experts(c, variant))
+            verdict = law.judge(
+                case, output, trace, budget, subject.numerics, lambda c: session.run_experts(c, variant)
+            )
             verdicts.append(verdict)
         return verdicts
 

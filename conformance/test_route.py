@@ -1,4 +1,5 @@
 import pytest
+
 from moegate.conformance.cases import build_routing
 from moegate.conformance.properties.hygiene import judge_inputs, poisoned_allocations
 from moegate.conformance.properties.route import judge_routing

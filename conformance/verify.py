@@ -45,10 +45,17 @@ def verify_experts(
     numerics: Numerics | None = None,
     max_tokens: int | None = None,
 ) -> ExpertsVerdict:
-    """Judge an output `[M, H]` of the routed experts; operands as the reference takes them, on any device.
+    """Judge an output `[M, H]` of the routed experts; the other operands are those of the reference, on any device.
 
     Args:
         output: what the implementation returned.
+        hidden_states: `[M, H]`.
+        w13: `[E_local, 2I, H]`.
+        w2: `[E_local, H, I]`.
+        topk_weights: `[M, top_k]`.
+        topk_ids: `[M, top_k]`.
+        expert_map: `[E]` or None.
+        apply_router_weight_on_input: the routing weight multiplies the experts' input.
         numerics: what it declares; the default declaration where None.
         max_tokens: judge this many tokens, spread evenly over the batch; None judges all.
     """

@@ -40,6 +40,8 @@ def select_experts(
     """
     expect_tensor("router_logits", router_logits, shape=("M", "E"), dtypes=FLOATS)
     num_tokens, num_experts = router_logits.shape
+    if num_experts < 1:
+        raise ValueError(f"router_logits: expected at least one expert, got shape {list(router_logits.shape)}")
     expect_int("top_k", top_k, low=1, high=num_experts)
     expect_bool("renormalize", renormalize)
     runs_triton = Platform.of(router_logits.device).runs_triton

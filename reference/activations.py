@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def silu(gate: Tensor) -> Tensor:
-    """silu(g) = g * sigmoid(g) (Elfwing et al. 2017, arXiv 1702.03118)."""
+    """The sigmoid linear unit, g * sigmoid(g) (Elfwing et al. 2017, arXiv 1702.03118)."""
     return gate * torch.sigmoid(gate)
 
 

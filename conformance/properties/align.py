@@ -11,7 +11,9 @@ from ..judge import Verdict, declare
 
 FORM = declare("ALIGN-01", "the three results are int32 and long enough for the rows in use", "align")
 COUNT = declare("ALIGN-02", "the rows in use are each expert's pairs rounded up to whole blocks, and no more", "align")
-ONCE = declare("ALIGN-03", "every pair routed to an expert held here is in exactly one row, and no other pair is in any", "align")
+ONCE = declare(
+    "ALIGN-03", "every pair routed to an expert held here is in exactly one row, and no other pair is in any", "align"
+)
 OWNER = declare("ALIGN-04", "every row of a block belongs to the block's expert", "align")
 PADDING = declare("ALIGN-05", "padding is M * top_k, which is never read as a token", "align")
 BEYOND = declare("ALIGN-06", "blocks behind the rows in use have expert -1", "align")

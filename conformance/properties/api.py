@@ -132,7 +132,9 @@ BAD_CALLS: tuple[BadCall, ...] = (
         lambda good: {**good, "topk_ids": good["topk_ids"][:, :0], "topk_weights": good["topk_weights"][:, :0]},
     ),
     BadCall("fused_experts", "expert_map", "is a list", _set("expert_map", [0, 1, 2, 3])),
-    BadCall("fused_experts", "expert_map", "has two dimensions", _set("expert_map", torch.zeros(2, 2, dtype=torch.int32))),
+    BadCall(
+        "fused_experts", "expert_map", "has two dimensions", _set("expert_map", torch.zeros(2, 2, dtype=torch.int32))
+    ),
     BadCall("fused_experts", "expert_map", "is int64", lambda good: {**good, "expert_map": torch.arange(4)}),
     BadCall(
         "fused_experts",
@@ -148,15 +150,21 @@ BAD_CALLS: tuple[BadCall, ...] = (
     BadCall("fused_experts", "global_num_experts", "is a float", _set("global_num_experts", 4.0)),
     BadCall("fused_experts", "activation", "is unknown", _set("activation", "tanh")),
     BadCall("fused_experts", "activation", "is None", _set("activation", None)),
-    BadCall("fused_experts", "apply_router_weight_on_input", "needs top_k 1", _set("apply_router_weight_on_input", True)),
+    BadCall(
+        "fused_experts", "apply_router_weight_on_input", "needs top_k 1", _set("apply_router_weight_on_input", True)
+    ),
     BadCall("fused_experts", "apply_router_weight_on_input", "is an int", _set("apply_router_weight_on_input", 1)),
     BadCall("fused_experts", "backend", "is unknown", _set("backend", "fastest")),
     BadCall("fused_experts", "backend", "is None", _set("backend", None)),
     BadCall("fused_experts", "allow_tf32", "is a string", _set("allow_tf32", "yes")),
-    BadCall("fused_experts", "out", "has another shape", lambda good: {**good, "out": good["hidden_states"][:-1].clone()}),
+    BadCall(
+        "fused_experts", "out", "has another shape", lambda good: {**good, "out": good["hidden_states"][:-1].clone()}
+    ),
     BadCall("fused_experts", "out", "has another dtype", lambda good: {**good, "out": good["hidden_states"].float()}),
     BadCall("fused_experts", "out", "overlaps an input", lambda good: {**good, "out": good["hidden_states"]}),
-    BadCall("fused_experts", "out", "is on another device", lambda good: {**good, "out": _on_meta(good["hidden_states"])}),
+    BadCall(
+        "fused_experts", "out", "is on another device", lambda good: {**good, "out": _on_meta(good["hidden_states"])}
+    ),
     BadCall("select_experts", "top_k", "is 0", _set("top_k", 0)),
     BadCall("select_experts", "top_k", "is negative", _set("top_k", -1)),
     BadCall("select_experts", "top_k", "is above E", _set("top_k", 5)),
@@ -194,6 +202,7 @@ def judge_bad_call(call: BadCall, functions: dict[str, Any], device: str) -> lis
     changed = [
         name
         for name, value in before.items()
-        if value.device.type != "meta" and not torch.equal(value.view(torch.uint8), bad[name].reshape(value.shape).contiguous().view(torch.uint8))
+        if value.device.type != "meta"
+        and not torch.equal(value.view(torch.uint8), bad[name].reshape(value.shape).contiguous().view(torch.uint8))
     ]
     return [verdict, UNTOUCHED.verdict(not changed, f"{call}: changed {changed}")]

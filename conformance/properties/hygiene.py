@@ -13,7 +13,9 @@ from ..cases import ExpertsCase
 from ..judge import Verdict, declare
 from ..numerics import Numerics
 
-FORM = declare("HYGIENE-01", "the result is [M, H] in the dtype and on the device of hidden_states, also for M = 0", "experts")
+FORM = declare(
+    "HYGIENE-01", "the result is [M, H] in the dtype and on the device of hidden_states, also for M = 0", "experts"
+)
 INPUTS = declare("HYGIENE-02", "no input, nor the memory around it, is written", "experts")
 ALIAS = declare("HYGIENE-03", "the result shares no memory with an input", "experts")
 REPEATABLE = declare("HYGIENE-04", "the same call gives the same bits, whatever uninitialised memory held", "experts")
@@ -40,7 +42,10 @@ def judge_form(case: ExpertsCase, output: Tensor) -> Verdict:
     """HYGIENE-01."""
     x = case.hidden_states
     return FORM.verdict(
-        isinstance(output, Tensor) and output.shape == x.shape and output.dtype == x.dtype and output.device == x.device,
+        isinstance(output, Tensor)
+        and output.shape == x.shape
+        and output.dtype == x.dtype
+        and output.device == x.device,
         f"expected {list(x.shape)} {x.dtype} on {x.device}, got "
         + (f"{list(output.shape)} {output.dtype} on {output.device}" if isinstance(output, Tensor) else repr(output)),
     )
@@ -61,7 +66,9 @@ def judge_hygiene(case: ExpertsCase, output: Tensor, again: Tensor | None, numer
         ALIAS.verdict(not shared, f"shared with {shared}"),
     ]
     if again is not None and numerics.repeatable:
-        differs = output.view(torch.uint8) != again.view(torch.uint8) if output.numel() else torch.zeros(1, dtype=torch.bool)
+        differs = (
+            output.view(torch.uint8) != again.view(torch.uint8) if output.numel() else torch.zeros(1, dtype=torch.bool)
+        )
         verdicts.append(REPEATABLE.verdict(not differs.any(), f"{int(differs.sum())} bytes differ between two calls"))
     return verdicts
 

@@ -18,7 +18,9 @@ from ..numerics import Numerics
 from ..spec import ExpertsSpec
 
 PERMUTED = declare("META-01", "tokens in another order give the same rows in that order", "experts")
-RELABELLED = declare("META-02", "experts under other ids, with routing and weights renamed alike, give the same output", "experts")
+RELABELLED = declare(
+    "META-02", "experts under other ids, with routing and weights renamed alike, give the same output", "experts"
+)
 SPLIT = declare("META-03", "a batch in two parts gives the rows of the whole", "experts")
 LINEAR = declare("META-04", "twice the routing weights give twice the output", "experts", is_value=True)
 DENSE = declare("META-05", "with top_k = E the output is the dense mixture of all experts", "experts", is_value=True)
@@ -190,5 +192,11 @@ LAWS = (
         adapt=lambda spec: replace(spec, weights="one_zero", weight_on_input=False),
     ),
     Law(DUPLICATE, _duplicate),
-    Law(SHARDS, _shards, applies=lambda spec: spec.M > 0 and spec.E > 1, adapt=lambda spec: replace(spec, expert_map="none"), runs=3),
+    Law(
+        SHARDS,
+        _shards,
+        applies=lambda spec: spec.M > 0 and spec.E > 1,
+        adapt=lambda spec: replace(spec, expert_map="none"),
+        runs=3,
+    ),
 )

@@ -13,11 +13,18 @@ from ..judge import Verdict, declare
 from ..numerics import Numerics
 from ..statistics import statistics
 
-ELEMENT = declare("NUM-01", "every element is within its error budget of the float64 reference", "experts", is_value=True)
+ELEMENT = declare(
+    "NUM-01", "every element is within its error budget of the float64 reference", "experts", is_value=True
+)
 ROW_RMS = declare("NUM-02", "the RMS error of every row is within its budget", "experts", is_value=True)
-ROW_GAIN = declare("NUM-03", "no row is scaled: its slope on the reference is 1 within its standard error", "experts", is_value=True)
+ROW_GAIN = declare(
+    "NUM-03", "no row is scaled: its slope on the reference is 1 within its standard error", "experts", is_value=True
+)
 EXPERT_GAIN = declare(
-    "NUM-04", "no expert's share is scaled: its slope over all its rows is 1 within its standard error", "experts", is_value=True
+    "NUM-04",
+    "no expert's share is scaled: its slope over all its rows is 1 within its standard error",
+    "experts",
+    is_value=True,
 )
 ABSENT = declare("NUM-05", "tokens without an expert held here get rows of exactly zero", "experts")
 

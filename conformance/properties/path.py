@@ -18,7 +18,9 @@ NAIVE = declare(
     "trace",
     "launches",
 )
-BACKEND = declare("PATH-02", "the backend that ran is the one that was asked for, with no silent fallback", "experts", "trace")
+BACKEND = declare(
+    "PATH-02", "the backend that ran is the one that was asked for, with no silent fallback", "experts", "trace"
+)
 LAUNCHES = declare(
     "PATH-03", "the kernels launched, and how often, are those of the path's table", "experts", "trace", "launches"
 )
@@ -42,7 +44,9 @@ def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches)
     launched = dict(record.launches)
     if case.num_tokens == 0:
         return [NOTHING.verdict(not launched, f"launched {launched}")]
-    verdicts = [BACKEND.verdict(record.last("backend") == variant, f"asked for {variant}, ran {record.last('backend')}")]
+    verdicts = [
+        BACKEND.verdict(record.last("backend") == variant, f"asked for {variant}, ran {record.last('backend')}")
+    ]
     if not launches.get("naive"):
         return verdicts
     expected = "naive" if expects_naive_blocks(case) else "aligned"

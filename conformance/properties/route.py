@@ -11,7 +11,9 @@ from ..calibration import limits
 from ..cases import RoutingCase
 from ..judge import Verdict, declare
 
-SHAPE = declare("ROUTE-01", "topk_weights is [M, top_k] float32 and topk_ids [M, top_k] int32, on the logits' device", "route")
+SHAPE = declare(
+    "ROUTE-01", "topk_weights is [M, top_k] float32 and topk_ids [M, top_k] int32, on the logits' device", "route"
+)
 RANGE = declare("ROUTE-02", "every chosen id is in [0, E), whatever the logits", "route")
 DISTINCT = declare("ROUTE-03", "no token chooses an expert twice, whatever the logits", "route")
 TOP = declare("ROUTE-04", "every chosen expert's logit is at least every unchosen one's", "route")
@@ -19,10 +21,15 @@ TIES = declare(
     "ROUTE-05", "experts come in descending order of logit, and of bit-equal logits the lower id wins", "route"
 )
 WEIGHTS = declare(
-    "ROUTE-06", "weights are the softmax at the chosen ids, renormalised where asked, within budget", "route", is_value=True
+    "ROUTE-06",
+    "weights are the softmax at the chosen ids, renormalised where asked, within budget",
+    "route",
+    is_value=True,
 )
 FINITE = declare("ROUTE-07", "weights are finite and not negative, whatever the logits", "route")
-SUM = declare("ROUTE-08", "renormalised weights sum to 1 within budget: no scaling twice, none lost", "route", is_value=True)
+SUM = declare(
+    "ROUTE-08", "renormalised weights sum to 1 within budget: no scaling twice, none lost", "route", is_value=True
+)
 
 
 def judge_routing(case: RoutingCase, topk_weights: Tensor, topk_ids: Tensor) -> list[Verdict]:

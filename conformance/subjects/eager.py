@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,13 +17,9 @@ class EagerSubject(Subject):
     name = "torch"
     # Softmax of rows without a finite logit is NaN in torch, and torch.topk promises no order of ties.
     capabilities = Capabilities(logits=("unit", "wide", "negative"))
-    numerics = Numerics(gate="storage", expert_output="storage", weighted="storage", combine="storage", routing_weight="storage")
-    deviations: ClassVar[dict[str, str]] = {
-        "gate": "F.silu returns the storage dtype",
-        "expert_output": "F.linear returns the storage dtype",
-        "combine": "index_add_ adds in the storage dtype",
-        "routing_weight": "weights are cast to the storage dtype, as Mixtral's and Qwen3-MoE's blocks do",
-    }
+    numerics = Numerics(
+        gate="storage", expert_output="storage", weighted="storage", combine="storage", routing_weight="storage"
+    )
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
         """`torch.softmax` and `torch.topk`."""

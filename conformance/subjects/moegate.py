@@ -88,5 +88,3 @@ class MoegateSubject(Subject):
             "moe_align_block_size": moe_align_block_size,
             "debug_checks": debug_checks,
         }
-
-

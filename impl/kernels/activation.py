@@ -12,7 +12,9 @@ from .pairs import local_expert
 from .sizes import cdiv
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "num_experts", "num_local_experts", "stride_topk_ids", "top_k", "has_expert_map"]
+)
 def silu_and_mul_kernel(
     gate_up_ptr,
     out_ptr,
@@ -23,8 +25,8 @@ def silu_and_mul_kernel(
     num_experts,
     num_local_experts,
     stride_topk_ids,
-    TOP_K: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
+    top_k,
+    has_expert_map,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -39,8 +41,8 @@ def silu_and_mul_kernel(
         expert_map_ptr,
         num_experts,
         num_local_experts,
-        TOP_K,
-        HAS_EXPERT_MAP,
+        top_k,
+        has_expert_map,
     )
     rows = pairs.to(tl.int64)[:, None]
     mask = (expert >= 0)[:, None] & (columns < size)[None, :]
@@ -74,14 +76,14 @@ def silu_and_mul(
         gate_up,
         out,
         topk_ids,
-        expert_map,
+        topk_ids if expert_map is None else expert_map,
         num_pairs,
         size,
         num_experts,
         num_local_experts,
         topk_ids.stride(0),
-        TOP_K=topk_ids.shape[1],
-        HAS_EXPERT_MAP=expert_map is not None,
+        topk_ids.shape[1],
+        int(expert_map is not None),
         BLOCK_PAIRS=block_pairs,
         BLOCK_I=block_i,
         num_warps=num_warps,

@@ -18,7 +18,9 @@ from .pairs import local_expert
 from .sizes import cdiv, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "num_experts", "num_local_experts", "stride_topk_ids", "top_k", "has_expert_map"]
+)
 def align_count_kernel(
     topk_ids_ptr,
     expert_map_ptr,
@@ -28,8 +30,8 @@ def align_count_kernel(
     num_experts,
     num_local_experts,
     stride_topk_ids,
-    TOP_K: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
+    top_k,
+    has_expert_map,
     CHUNK: tl.constexpr,
     CHUNKS_PER_SPAN: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -50,8 +52,8 @@ def align_count_kernel(
                 expert_map_ptr,
                 num_experts,
                 num_local_experts,
-                TOP_K,
-                HAS_EXPERT_MAP,
+                top_k,
+                has_expert_map,
             )
             bin_ = expert - first_expert
             inside = (expert >= 0) & (bin_ >= 0) & (bin_ < BLOCK_E)
@@ -62,7 +64,19 @@ def align_count_kernel(
         tl.store(span_total_ptr + offsets, count, mask=experts < num_local_experts)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_spans", "max_blocks", "blocks_per_program"])
+@triton.jit(
+    do_not_specialize=[
+        "num_pairs",
+        "num_spans",
+        "max_blocks",
+        "blocks_per_program",
+        "num_experts",
+        "num_local_experts",
+        "stride_topk_ids",
+        "top_k",
+        "has_expert_map",
+    ]
+)
 def align_place_kernel(
     topk_ids_ptr,
     expert_map_ptr,
@@ -78,8 +92,8 @@ def align_place_kernel(
     num_experts,
     num_local_experts,
     stride_topk_ids,
-    TOP_K: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
+    top_k,
+    has_expert_map,
     DIRECT: tl.constexpr,
     CHUNK: tl.constexpr,
     COMPARED: tl.constexpr,
@@ -101,8 +115,8 @@ def align_place_kernel(
         expert_map_ptr,
         num_experts,
         num_local_experts,
-        TOP_K,
-        HAS_EXPERT_MAP,
+        top_k,
+        has_expert_map,
     )
     # The pair's position: its expert's start, plus the pairs of that expert before this chunk, plus those before it
     # in the chunk.
@@ -118,8 +132,8 @@ def align_place_kernel(
             expert_map_ptr,
             num_experts,
             num_local_experts,
-            TOP_K,
-            HAS_EXPERT_MAP,
+            top_k,
+            has_expert_map,
         )
         earlier = (expert[:, None] == other[None, :]) & (other_lane[None, :] < lane[:, None])
         position += tl.sum(earlier.to(tl.int32), axis=1)
@@ -141,8 +155,8 @@ def align_place_kernel(
                     expert_map_ptr,
                     num_experts,
                     num_local_experts,
-                    TOP_K,
-                    HAS_EXPERT_MAP,
+                    top_k,
+                    has_expert_map,
                 )
                 bin_ = other - first_expert
                 inside = (other >= 0) & (bin_ >= 0) & (bin_ < BLOCK_E)
@@ -206,6 +220,8 @@ _CHUNKS_PER_SPAN = 4
 # Up to here every program counts all pairs itself: cheaper than a second launch.
 _DIRECT_PAIRS = 4096
 _BLOCK_E = 1024
+# Fewer experts fill part of a block; a variant for each number of them would only be one more to compile.
+_LEAST_BLOCK_E = 128
 
 
 def max_num_blocks(num_pairs: int, num_experts: int, block_size: int) -> int:
@@ -241,21 +257,22 @@ def align(
         memory[start : start + size] for start, size in zip(starts, sizes, strict=False)
     )
 
-    block_e = min(_BLOCK_E, next_power_of_2(num_local_experts))
+    map_or_ids, has_expert_map = (topk_ids, 0) if expert_map is None else (expert_map, 1)
+    block_e = max(_LEAST_BLOCK_E, min(_BLOCK_E, next_power_of_2(num_local_experts)))
     if not direct:
         path.launch(
             align_count_kernel,
             (num_spans,),
             topk_ids,
-            expert_map,
+            map_or_ids,
             chunk_prefix,
             span_total,
             num_pairs,
             num_experts,
             num_local_experts,
             topk_ids.stride(0),
-            TOP_K=top_k,
-            HAS_EXPERT_MAP=expert_map is not None,
+            top_k,
+            has_expert_map,
             CHUNK=_CHUNK,
             CHUNKS_PER_SPAN=_CHUNKS_PER_SPAN,
             BLOCK_E=block_e,
@@ -268,7 +285,7 @@ def align(
         align_place_kernel,
         (num_chunks,),
         topk_ids,
-        expert_map,
+        map_or_ids,
         chunk_prefix,
         span_total,
         sorted_token_ids,
@@ -281,8 +298,8 @@ def align(
         num_experts,
         num_local_experts,
         topk_ids.stride(0),
-        TOP_K=top_k,
-        HAS_EXPERT_MAP=expert_map is not None,
+        top_k,
+        has_expert_map,
         DIRECT=direct,
         CHUNK=chunk,
         COMPARED=min(chunk, _COMPARED),

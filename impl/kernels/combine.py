@@ -12,7 +12,9 @@ from .pairs import local_expert
 from .sizes import cdiv
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_experts", "num_local_experts", "stride_topk_ids", "top_k", "has_expert_map"]
+)
 def combine_kernel(
     y_ptr,
     out_ptr,
@@ -24,9 +26,9 @@ def combine_kernel(
     num_local_experts,
     stride_topk_ids,
     stride_out,
-    TOP_K: tl.constexpr,
+    top_k,
+    has_expert_map,
     UNROLL: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -37,23 +39,23 @@ def combine_kernel(
     inside = (columns < hidden_size)[None, :]
     rows = tokens.to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_TOKENS, BLOCK_H), tl.float32)
-    for first in range(0, TOP_K, UNROLL):
+    for first in range(0, top_k, UNROLL):
         for j in tl.static_range(UNROLL):  # pyright: ignore[reportGeneralTypeIssues]
             choice = first + j
-            chosen = live & (choice < TOP_K)
+            chosen = live & (choice < top_k)
             expert = local_expert(
                 topk_ids_ptr,
                 stride_topk_ids,
-                tokens * TOP_K + choice,
+                tokens * top_k + choice,
                 chosen,
                 expert_map_ptr,
                 num_experts,
                 num_local_experts,
-                TOP_K,
-                HAS_EXPERT_MAP,
+                top_k,
+                has_expert_map,
             )
             mask = (expert >= 0)[:, None] & inside
-            row = tl.load(y_ptr + (rows * TOP_K + choice) * hidden_size + columns[None, :], mask=mask, other=0.0)
+            row = tl.load(y_ptr + (rows * top_k + choice) * hidden_size + columns[None, :], mask=mask, other=0.0)
             total += row.to(tl.float32)
     tl.store(
         out_ptr + rows * stride_out + columns[None, :],
@@ -84,17 +86,17 @@ def combine(
         y,
         out,
         topk_ids,
-        expert_map,
+        topk_ids if expert_map is None else expert_map,
         num_tokens,
         hidden_size,
         num_experts,
         num_local_experts,
         topk_ids.stride(0),
         out.stride(0),
-        TOP_K=top_k,
+        top_k,
+        int(expert_map is not None),
         # The loads of one round are in flight together.
-        UNROLL=min(8, top_k),
-        HAS_EXPERT_MAP=expert_map is not None,
+        UNROLL=2 if top_k <= 2 else 8,
         BLOCK_TOKENS=block_tokens,
         BLOCK_H=block_h,
         num_warps=num_warps,

@@ -11,7 +11,17 @@ from ..tuning.kernel_config import KernelConfig
 from .sizes import cdiv
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=[
+        "num_pairs",
+        "num_experts",
+        "stride_expert_ids",
+        "stride_weights",
+        "a_top_k",
+        "top_k",
+        "mul_weight",
+    ]
+)
 def grouped_gemm_kernel(
     a_ptr,
     b_ptr,
@@ -28,10 +38,10 @@ def grouped_gemm_kernel(
     stride_bn,
     stride_expert_ids,
     stride_weights,
-    A_TOP_K: tl.constexpr,
-    TOP_K: tl.constexpr,
+    a_top_k,
+    top_k,
+    mul_weight,
     NAIVE: tl.constexpr,
-    MUL_WEIGHT: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDE_B: tl.constexpr,
@@ -47,7 +57,8 @@ def grouped_gemm_kernel(
     Aligned: `sorted_token_ids` lists the pairs of each row block, `expert_ids` the block's expert. Naive: block p is
     pair p alone, in row 0, and `expert_ids` is `topk_ids` itself, with its row stride.
 
-    Offsets that grow with the experts or the tokens are 64-bit, and computed once.
+    Offsets that grow with the experts or the tokens are 64-bit, and computed once. What a constant would not make
+    faster is a run-time value, so that few variants are compiled.
     """
     pid = tl.program_id(0)
     num_n_blocks = tl.cdiv(N, BLOCK_N)
@@ -65,7 +76,7 @@ def grouped_gemm_kernel(
 
     lane_m = tl.arange(0, BLOCK_M)
     if NAIVE:
-        expert = tl.load(expert_ids_ptr + (pid_m // TOP_K).to(tl.int64) * stride_expert_ids + pid_m % TOP_K)
+        expert = tl.load(expert_ids_ptr + (pid_m // top_k).to(tl.int64) * stride_expert_ids + pid_m % top_k)
         pairs = tl.where(lane_m == 0, pid_m, num_pairs)
         nobody = (expert < 0) | (expert >= num_experts)
     else:
@@ -76,7 +87,7 @@ def grouped_gemm_kernel(
         return
 
     real = pairs < num_pairs
-    a_rows = (pairs // A_TOP_K).to(tl.int64) * stride_am
+    a_rows = (pairs // a_top_k).to(tl.int64) * stride_am
     lane_k = tl.arange(0, BLOCK_K)
     lane_n = tl.arange(0, BLOCK_N)
     inside = pid_n * BLOCK_N + lane_n < N
@@ -119,8 +130,8 @@ def grouped_gemm_kernel(
 
     if SWAP_AB:
         acc = tl.trans(acc)
-    if MUL_WEIGHT:
-        weight_ptrs = topk_weights_ptr + (pairs // TOP_K).to(tl.int64) * stride_weights + pairs % TOP_K
+    if mul_weight:
+        weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     c_ptrs = c_ptr + pairs.to(tl.int64)[:, None] * N + pid_n * BLOCK_N + lane_n[None, :]
     c_mask = real[:, None] if EVEN_N else real[:, None] & inside[None, :]
@@ -133,7 +144,8 @@ def grouped_gemm(
     b: torch.Tensor,
     *,
     topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    mul_weight: bool,
     sorted_token_ids: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
     a_row_is_token: bool,
@@ -147,7 +159,8 @@ def grouped_gemm(
         a: [M, K] (`a_row_is_token`) or [M * top_k, K], rows contiguous.
         b: [E_local, N, K], rows contiguous.
         topk_ids: [M, top_k].
-        topk_weights: [M, top_k] float32, multiplied into the float32 accumulator; None multiplies nothing.
+        topk_weights: [M, top_k] float32.
+        mul_weight: multiply them into the float32 accumulator.
         sorted_token_ids: the alignment's pairs for `config.block_size_m`, or None for naive blocks.
         expert_ids: the alignment's experts, or None for naive blocks.
         a_row_is_token: row p // top_k of `a` belongs to pair p, else row p.
@@ -176,11 +189,11 @@ def grouped_gemm(
         b.stride(0),
         b.stride(1),
         topk_ids.stride(0),
-        0 if topk_weights is None else topk_weights.stride(0),
-        A_TOP_K=top_k if a_row_is_token else 1,
-        TOP_K=top_k,
+        topk_weights.stride(0),
+        top_k if a_row_is_token else 1,
+        top_k,
+        int(mul_weight),
         NAIVE=naive,
-        MUL_WEIGHT=topk_weights is not None,
         EVEN_N=n % config.block_size_n == 0,
         EVEN_K=k % config.block_size_k == 0,
         WIDE_B=b.stride(1) * config.block_size_n >= 2**31,

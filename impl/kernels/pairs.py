@@ -18,18 +18,21 @@ def local_expert(
     expert_map_ptr,
     num_experts,
     num_local_experts,
-    TOP_K: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
+    top_k,
+    has_expert_map,
 ):
     """The local expert of `pair` (a number or a block of them), int32; -1 where it has none on this rank.
+
+    `top_k` and `has_expert_map` are run-time values: as constants they would multiply the compiled variants.
+    Without a map `expert_map_ptr` is never read and may point anywhere.
 
     An id outside [0, num_experts) is no expert, and so is a mapped id outside [0, num_local_experts): a stray id costs
     its own contribution and never an address.
     """
-    row = (pair // TOP_K).to(tl.int64)
-    expert = tl.load(topk_ids_ptr + row * stride_topk_ids + pair % TOP_K, mask=mask, other=-1)
+    row = (pair // top_k).to(tl.int64)
+    expert = tl.load(topk_ids_ptr + row * stride_topk_ids + pair % top_k, mask=mask, other=-1)
     expert = tl.where((expert >= 0) & (expert < num_experts), expert, -1).to(tl.int32)
-    if HAS_EXPERT_MAP:
-        local = tl.load(expert_map_ptr + expert, mask=expert >= 0, other=-1)
+    if has_expert_map:
+        local = tl.load(expert_map_ptr + expert, mask=expert >= 0, other=-1).to(tl.int32)
         expert = tl.where((local >= 0) & (local < num_local_experts), local, -1)
     return expert

@@ -10,7 +10,7 @@ from .. import path
 from .sizes import cdiv, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_experts", "stride_logits", "top_k", "renormalize"])
 def topk_softmax_kernel(
     router_logits_ptr,
     topk_weights_ptr,
@@ -18,8 +18,8 @@ def topk_softmax_kernel(
     num_tokens,
     num_experts,
     stride_logits,
-    TOP_K: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
+    top_k,
+    renormalize,
     SORT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -56,7 +56,7 @@ def topk_softmax_kernel(
             chosen = tl.max(tl.where(first, runs, -(2**63)), axis=1)
     else:
         chosen = tl.full((BLOCK_ROWS, BLOCK_K), 0, tl.int64)
-        for j in range(TOP_K):
+        for j in range(top_k):
             best = tl.max(rank, axis=1)
             chosen = tl.where(choice[None, :] == j, best[:, None], chosen)
             rank = tl.where(rank == best[:, None], -(2**63), rank)
@@ -64,7 +64,7 @@ def topk_softmax_kernel(
     ids = BLOCK_E - 1 - (chosen & 0xFFFFFFFF).to(tl.int32)
     chosen_key = (chosen >> 32).to(tl.int32)
     chosen_logits = (chosen_key ^ ((chosen_key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    kept = live_rows[:, None] & (choice < TOP_K)[None, :]
+    kept = live_rows[:, None] & (choice < top_k)[None, :]
 
     # exp(logit - maximum), and its limits: infinite logits share a row evenly, and so does a row of -inf alone. The
     # maximum itself always gives 1, so no sum below is 0 and no weight is NaN.
@@ -72,15 +72,14 @@ def topk_softmax_kernel(
     infinite = (maximum == float("inf")) | (maximum == float("-inf"))
     shift = tl.where(infinite, 0.0, maximum)
     share = tl.where(infinite, tl.where(chosen_logits == maximum, 1.0, 0.0), tl.exp(chosen_logits - shift))
-    if RENORMALIZE:
-        total = tl.sum(tl.where(kept, share, 0.0), axis=1)
-    else:
+    total = tl.sum(tl.where(kept, share, 0.0), axis=1)
+    if renormalize == 0:
         shares = tl.where(infinite, tl.where(logits == maximum, 1.0, 0.0), tl.exp(logits - shift))
         total = tl.sum(tl.where(live, shares, 0.0), axis=1)
     total = tl.where(live_rows, total, 1.0)
     weights = share / total[:, None]
 
-    offsets = rows.to(tl.int64)[:, None] * TOP_K + choice[None, :]
+    offsets = rows.to(tl.int64)[:, None] * top_k + choice[None, :]
     tl.store(topk_weights_ptr + offsets, weights, mask=kept)
     tl.store(topk_ids_ptr + offsets, ids, mask=kept)
 
@@ -88,6 +87,8 @@ def topk_softmax_kernel(
 # Up to this top_k one reduction a choice is cheaper than sorting the row.
 _SORT_FROM = 33
 _LANES = 1024
+# Smaller blocks would only be more variants to compile.
+_LEAST_LANES, _LEAST_CHOICES = 32, 8
 
 
 def topk_softmax(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +96,7 @@ def topk_softmax(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> 
     num_tokens, num_experts = router_logits.shape
     topk_weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=router_logits.device)
     topk_ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device=router_logits.device)
-    block_e = next_power_of_2(num_experts)
+    block_e = max(_LEAST_LANES, next_power_of_2(num_experts))
     block_rows = max(1, min(8, _LANES // block_e))
     path.launch(
         topk_softmax_kernel,
@@ -106,12 +107,12 @@ def topk_softmax(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> 
         num_tokens,
         num_experts,
         router_logits.stride(0),
-        TOP_K=top_k,
-        RENORMALIZE=renormalize,
+        top_k,
+        int(renormalize),
         SORT=top_k >= _SORT_FROM,
         BLOCK_ROWS=block_rows,
         BLOCK_E=block_e,
-        BLOCK_K=next_power_of_2(top_k),
+        BLOCK_K=max(_LEAST_CHOICES, next_power_of_2(top_k)),
         num_warps=4 if block_e <= 2 * _LANES else 8,
     )
     return topk_weights, topk_ids

@@ -1,0 +1,81 @@
+"""The declared numerics: kept in a file, each loose step with its reason, and none looser than what really happens."""
+
+import json
+from dataclasses import asdict, replace
+from importlib.resources import files
+
+import pytest
+
+from moegate.conformance.calibration import limits
+from moegate.conformance.cases import build_experts
+from moegate.conformance.emulation import emulate
+from moegate.conformance.numerics import Numerics
+from moegate.conformance.properties.num import budget_of, judge_values, reference_of
+from moegate.conformance.spec import ExpertsSpec
+from moegate.conformance.subject import load_subject
+
+DECLARED = json.loads(files("moegate.conformance").joinpath("declarations.json").read_text())
+ROUNDING_POINTS = ("gate_up", "gate", "hidden", "expert_output", "weighted", "combine", "routing_weight")
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_subject_is_judged_by_the_numerics_that_its_file_declares(name):
+    assert asdict(load_subject(name).numerics) == DECLARED[name]["numerics"]
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_every_point_that_rounds_to_storage_has_a_written_reason(name):
+    loose = {point for point in ROUNDING_POINTS if DECLARED[name]["numerics"][point] == "storage"}
+    assert set(DECLARED[name]["reasons"]) == loose
+
+
+def _violations(numerics, claimed, *, cases=24):
+    """How many honest emulations of `numerics` violate a NUM property under the `claimed` declaration."""
+    count = 0
+    for seed in range(cases):
+        spec = ExpertsSpec(M=16, H=64, I=48, E=4, top_k=2, dtype=("bfloat16", "float16")[seed % 2], seed=seed)
+        case = build_experts(spec)
+        trace = reference_of(case)
+        verdicts = judge_values(case, emulate(case, numerics, seed), trace, budget_of(case, trace, claimed))
+        count += any(not verdict.holds for verdict in verdicts)
+    return count
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_an_honest_emulation_of_a_declaration_violates_nothing(name):
+    numerics = Numerics(**DECLARED[name]["numerics"])
+    assert _violations(numerics, numerics) == 0
+
+
+def test_the_budget_of_a_declaration_with_every_rounding_promised_away_is_exceeded():
+    numerics = load_subject("moegate").numerics
+    promised = replace(numerics, gate_up="float32", hidden="float32", weighted="float32")
+    assert _violations(numerics, promised) == 24
+
+
+@pytest.mark.parametrize("step", ["gate_up", "hidden", "weighted"])
+def test_one_step_tighter_uses_more_of_the_budget_on_every_case(step):
+    """A single rounding of several hides within lambda; its share of the budget does not."""
+    numerics = load_subject("moegate").numerics
+    tighter = numerics.tightened(step)
+    assert _used(numerics, tighter) > 1.1 * _used(numerics, numerics)
+
+
+def _used(numerics, claimed):
+    """Mean RMS of a row over its budget, on honest emulations of `numerics` under the `claimed` declaration."""
+    from moegate.conformance.statistics import statistics
+
+    total = 0.0
+    for seed in range(8):
+        case = build_experts(ExpertsSpec(M=16, H=64, I=48, E=4, top_k=2, seed=seed))
+        trace = reference_of(case)
+        measured = statistics(emulate(case, numerics, seed), trace, budget_of(case, trace, claimed), case.w2)
+        total += float(measured.row_rms.mean())
+    return total / 8
+
+
+def test_the_limits_are_those_of_a_calibration_that_allows_under_one_false_alarm_in_ten_thousand_cases():
+    calibrated = json.loads(files("moegate.conformance").joinpath("calibration.json").read_text())
+    assert calibrated["per_case"] * 10_000 <= 0.01
+    for name, limit in asdict(limits()).items():
+        assert calibrated["largest_seen"][name] < limit < 3 * calibrated["largest_seen"][name]
