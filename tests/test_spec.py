@@ -1,0 +1,66 @@
+"""A failure's line is its replay, and nothing in it is run."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moegate.conformance.spec import AlignSpec, ExpertsSpec, RoutingSpec, parse_spec
+from moegate.conformance.strategies import align_specs, experts_specs, routing_specs
+from moegate.conformance.subject import Capabilities
+
+ANY = Capabilities()
+
+
+@given(
+    st.one_of(
+        *(draw(device, ANY) for draw in (routing_specs, align_specs, experts_specs) for device in ("cpu", "cuda"))
+    )
+)
+def test_the_line_of_a_spec_reads_back_as_the_spec(spec):
+    assert parse_spec(repr(spec)) == spec
+    assert parse_spec(f"  {spec!r}\n") == spec
+
+
+def test_what_a_line_leaves_out_has_its_default():
+    assert parse_spec("AlignSpec(M=1, E=2, top_k=1)") == AlignSpec(M=1, E=2, top_k=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("__import__('os').system('true')", "__import__"),
+        ("AlignSpec(M=__import__('os').getpid(), E=2, top_k=1)", "M"),
+        ("AlignSpec(M=n, E=2, top_k=1)", "got n"),
+        ("AlignSpec(M=1 if True else 2, E=2, top_k=1)", "M"),
+        ("AlignSpec(M=1, E=2, top_k=1, colour='red')", "colour"),
+        ("AlignSpec(**{'M': 1})", "None"),
+        ("AlignSpec(1, 2, 1)", "named fields"),
+        ("AlignSpec(M=1)", "top_k"),
+        ("AlignSpec(M=1, M=2, E=2, top_k=1)", "AlignSpec"),
+        ("OtherSpec(M=1)", "ExpertsSpec"),
+        ("os.AlignSpec(M=1, E=2, top_k=1)", "AlignSpec"),
+        ("M=1", "M=1"),
+        ("", "spec"),
+        ("[1, 2]", "RoutingSpec"),
+    ],
+)
+def test_whatever_is_no_spec_is_refused_by_name(line, named):
+    with pytest.raises(ValueError, match="^spec: ") as refusal:
+        parse_spec(line)
+    assert named in str(refusal.value)
+
+
+@pytest.mark.parametrize("cls", [RoutingSpec, AlignSpec, ExpertsSpec])
+def test_a_spec_is_small_frozen_and_plain(cls):
+    spec = cls(**{f.name: 1 for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING})
+    assert hash(spec) == hash(dataclasses.replace(spec))
+    assert all(isinstance(value, int | str | bool) for value in vars(spec).values())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.M = 2
+
+
+def test_feature_pairs_are_pairs_of_features_and_not_of_sizes():
+    pairs = set(AlignSpec(M=3, E=4, top_k=2, routing="tile", expert_map="linear").feature_pairs())
+    assert pairs == {("expert_map=linear", "routing=tile")}
