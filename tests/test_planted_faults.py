@@ -1,0 +1,133 @@
+"""Faults of the kinds that have shipped in public engines, planted one at a time: each is caught, on the CPU."""
+
+import pytest
+from planted import Fault, plant, run_suite
+
+FAULTS = (
+    Fault(
+        "routing-ties-go-to-the-higher-id",
+        "kernels/topk_softmax.py",
+        "rank = (key.to(tl.int64) << 32) | (BLOCK_E - 1 - experts).to(tl.int64)[None, :]",
+        "rank = (key.to(tl.int64) << 32) | (BLOCK_E - 1 - (num_experts - 1 - experts)).to(tl.int64)[None, :]",
+        ("test_route.py",),
+        ("ROUTE-02", "ROUTE-04", "ROUTE-05"),
+    ),
+    Fault(
+        "routing-renormalises-never",
+        "kernels/topk_softmax.py",
+        "    if renormalize == 0:",
+        "    if renormalize <= 1:",
+        ("test_route.py",),
+        ("ROUTE-06", "ROUTE-08"),
+    ),
+    Fault(
+        "align-fills-unused-blocks-with-expert-0",
+        "kernels/align.py",
+        "tl.full((BLOCK_BLOCKS,), -1, tl.int32), mask=unused)",
+        "tl.full((BLOCK_BLOCKS,), 0, tl.int32), mask=unused)",
+        ("test_align.py",),
+        ("ALIGN-06",),
+    ),
+    Fault(
+        "align-counts-a-pair-before-itself",
+        "kernels/align.py",
+        "(other_lane[None, :] < lane[:, None])",
+        "(other_lane[None, :] <= lane[:, None])",
+        ("test_align.py",),
+        ("ALIGN-03", "ALIGN-04", "ALIGN-05"),
+    ),
+    Fault(
+        "gemm-loses-the-tail-of-k",
+        "kernels/grouped_gemm.py",
+        "for k in range(0, K, BLOCK_K):",
+        "for k in range(0, K - BLOCK_K + 1, BLOCK_K):",
+        ("test_experts.py",),
+        ("NUM-01",),
+    ),
+    Fault(
+        "gemm-reads-past-the-tail-of-k",
+        "kernels/grouped_gemm.py",
+        "EVEN_K=k % config.block_size_k == 0,",
+        "EVEN_K=True,",
+        ("test_experts.py",),
+        ("NUM-01",),
+    ),
+    Fault(
+        "gemm-takes-padding-for-a-token",
+        "kernels/grouped_gemm.py",
+        "    real = pairs < num_pairs\n",
+        "    real = pairs < num_pairs + 1\n",
+        ("test_experts.py",),
+        ("NUM-01", "HYGIENE-02", "HYGIENE-04"),
+    ),
+    Fault(
+        "gemm-never-multiplies-the-routing-weight",
+        "kernels/grouped_gemm.py",
+        "    if mul_weight:\n",
+        "    if mul_weight > 1:\n",
+        ("test_experts.py",),
+        ("NUM-01", "NUM-02", "NUM-03"),
+    ),
+    Fault(
+        "routing-weight-is-applied-on-the-output-too",
+        "experts/triton.py",
+        "mul_weight=not apply_router_weight_on_input,",
+        "mul_weight=True,",
+        ("test_experts.py",),
+        ("NUM-01", "NUM-02", "NUM-03"),
+    ),
+    Fault(
+        "naive-path-reads-the-row-of-the-pair",
+        "kernels/grouped_gemm.py",
+        "a_rows = (pairs // a_top_k).to(tl.int64) * stride_am",
+        "a_rows = (pairs // (1 if NAIVE else a_top_k)).to(tl.int64) * stride_am",
+        ("test_experts.py",),
+        ("NUM-01",),
+    ),
+    Fault(
+        "naive-path-is-lost",
+        "align.py",
+        "return not has_expert_map and num_tokens * top_k * 4 <= global_num_experts and not grouped",
+        "return not has_expert_map and num_tokens * top_k * 5 <= global_num_experts and not grouped",
+        ("test_experts.py",),
+        ("PATH-01", "PATH-03"),
+    ),
+    Fault(
+        "naive-path-ignores-the-expert-map",
+        "align.py",
+        "return not has_expert_map and num_tokens * top_k * 4 <= global_num_experts and not grouped",
+        "return num_tokens * top_k * 4 <= global_num_experts and not grouped",
+        ("test_experts.py",),
+        ("PATH-01", "NUM-01"),
+    ),
+    Fault(
+        "combine-adds-rows-that-nobody-wrote",
+        "kernels/combine.py",
+        "mask = (expert >= 0)[:, None] & inside",
+        "mask = (chosen | (expert >= 0))[:, None] & inside",
+        ("test_experts.py",),
+        ("NUM-01", "NUM-05"),
+    ),
+    Fault(
+        "one-expert-is-three-percent-off",
+        "kernels/combine.py",
+        "total += row.to(tl.float32)",
+        "total += row.to(tl.float32) * tl.where(expert == 1, 1.03, 1.0)[:, None]",
+        ("test_experts.py",),
+        ("NUM-01", "NUM-03", "NUM-04"),
+    ),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_planted_fault_is_caught_by_its_property(fault, tmp_path):
+    outcome = run_suite(plant(fault, tmp_path), fault.tests, tmp_path)
+    assert outcome.status == 1, outcome.output
+    assert set(outcome.violated) & set(fault.properties), (outcome.violated, outcome.output)
+
+
+def test_the_suite_is_quiet_on_an_unchanged_copy(tmp_path):
+    nothing = Fault("nothing", "align.py", "from . import path\n", "from . import path\n", (), ())
+    outcome = run_suite(plant(nothing, tmp_path), ("test_align.py", "test_experts.py"), tmp_path, scale=0.2)
+    assert outcome.status == 0, outcome.output
+    assert not outcome.violated
