@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena
-from .spec import AlignSpec, ExpertsSpec, RoutingSpec
+from .spec import TILE, AlignSpec, ExpertsSpec, RoutingSpec
 from .values import integers, on_grid
 
 # Poisoned elements behind each row of a padded operand; a multiple of 16, so that rows stay aligned as real ones are.
@@ -100,7 +100,8 @@ def routed_ids(spec: AlignSpec | ExpertsSpec, device: torch.device | str) -> Ten
         others = 1 + _ranks(spec.seed, "others", (m, max(e - 1, 1)), device)
         ids = others[:, :k] if e > k else ids
     elif spec.routing in ("tile_minus_1", "tile", "tile_plus_1"):
-        count = 16 + {"tile_minus_1": -1, "tile": 0, "tile_plus_1": 1}[spec.routing]
+        tile = spec.block_size if isinstance(spec, AlignSpec) else TILE
+        count = tile + {"tile_minus_1": -1, "tile": 0, "tile_plus_1": 1}[spec.routing]
         others = 1 + _ranks(spec.seed, "others", (m, max(e - 1, 1)), device)
         if e > k:
             ids = others[:, :k].clone()

@@ -12,12 +12,13 @@ from itertools import combinations
 from typing import Any, ClassVar
 
 DTYPES = ("bfloat16", "float16", "float32")
+TILE = 16
 
 ROUTINGS = (
     "uniform",  # distinct experts, each token its own
     "one_expert",  # every token goes to the same top_k experts
     "empty_expert",  # expert 0 gets nothing
-    "tile_minus_1",  # expert 0 gets one pair fewer than a tile of 16 ...
+    "tile_minus_1",  # expert 0 gets one pair fewer than a tile (of 16 rows, or an alignment's block) ...
     "tile",  # ... exactly a tile ...
     "tile_plus_1",  # ... and one more
     "skewed",  # half of the tokens to one expert

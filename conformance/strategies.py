@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from .spec import VALUES, AlignSpec, ExpertsSpec, RoutingSpec
+from .spec import TILE, VALUES, AlignSpec, ExpertsSpec, RoutingSpec
 from .subject import Capabilities
 
 
@@ -54,6 +54,8 @@ POOLS = {
 }
 
 SEEDS = st.integers(0, 255)
+# Around here implementations change from one launch to several.
+MANY_PAIRS = 4096
 
 
 def routing_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[RoutingSpec]:
@@ -77,6 +79,13 @@ def routing_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
     return specs()
 
 
+def _needs(routing: str, tile: int, capabilities: Capabilities) -> tuple[int, int]:
+    """The fewest tokens that a routing needs to be what its name says, and the experts that no token may need."""
+    if routing.startswith("tile"):
+        return tile + 1, 1
+    return (0 if capabilities.empty else 1), 0
+
+
 def align_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[AlignSpec]:
     """Alignments, from no token to several blocks an expert; now and then more pairs than one launch sorts."""
     pools = POOLS[device]
@@ -84,13 +93,17 @@ def align_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[Al
     @st.composite
     def specs(draw: st.DrawFn) -> AlignSpec:
         num_experts = draw(st.sampled_from((*pools.experts, *pools.many_experts)))
-        large = draw(st.integers(0, 7)) == 7
+        block_size, routing = draw(st.sampled_from(pools.block_sizes)), draw(st.sampled_from(capabilities.routings))
+        least, spare = _needs(routing, block_size, capabilities)
+        top_k = draw(st.integers(1, max(1, min(num_experts - spare, 8))))
+        if draw(st.integers(0, 7)) == 7:
+            least = MANY_PAIRS // top_k
         return AlignSpec(
-            M=draw(st.integers(300, 700)) if large else draw(st.integers(0 if capabilities.empty else 1, 70)),
+            M=draw(st.integers(least, least + 70)),
             E=num_experts,
-            top_k=draw(st.integers(1, min(num_experts, 8))),
-            block_size=draw(st.sampled_from(pools.block_sizes)),
-            routing=draw(st.sampled_from(capabilities.routings)),
+            top_k=top_k,
+            block_size=block_size,
+            routing=routing,
             expert_map=draw(st.sampled_from(capabilities.maps)),
             seed=draw(SEEDS),
         )
@@ -120,6 +133,7 @@ def experts_specs(
     def specs(draw: st.DrawFn) -> ExpertsSpec:
         few_pairs = draw(st.booleans()) if low_latency is None else low_latency
         hidden, intermediate = draw(st.sampled_from(pools.shapes))
+        routing = draw(st.sampled_from(capabilities.routings))
         if few_pairs:
             num_experts = draw(st.sampled_from((*pools.many_experts, 8)))
             top_k = draw(st.integers(1, min(8, num_experts // 4)))
@@ -127,8 +141,9 @@ def experts_specs(
             expert_map = "none"
         else:
             num_experts = draw(st.sampled_from(pools.experts))
-            top_k = draw(st.integers(1, min(num_experts, 6)))
-            tokens = draw(st.integers(0 if capabilities.empty else 1, pools.max_tokens))
+            least, spare = _needs(routing, TILE, capabilities)
+            top_k = draw(st.integers(1, max(1, min(num_experts - spare, 6))))
+            tokens = draw(st.integers(least, pools.max_tokens))
             expert_map = draw(st.sampled_from(capabilities.maps))
         on_input = capabilities.weight_on_input and top_k == 1 and draw(st.booleans())
         return ExpertsSpec(
@@ -138,7 +153,7 @@ def experts_specs(
             E=num_experts,
             top_k=top_k,
             dtype=draw(st.sampled_from(dtypes or capabilities.dtypes)),
-            routing=draw(st.sampled_from(capabilities.routings)),
+            routing=routing,
             weights=draw(st.sampled_from(capabilities.weights)),
             expert_map=expert_map,
             values=draw(st.sampled_from(VALUES)),
