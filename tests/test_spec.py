@@ -1,6 +1,7 @@
 """A failure's line is its replay, and nothing in it is run."""
 
 import dataclasses
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -10,14 +11,10 @@ from moegate.conformance.spec import AlignSpec, ExpertsSpec, RoutingSpec, parse_
 from moegate.conformance.strategies import align_specs, experts_specs, routing_specs
 from moegate.conformance.subject import Capabilities
 
-ANY = Capabilities()
+STRATEGIES = product((routing_specs, align_specs, experts_specs), ("cpu", "cuda"))
 
 
-@given(
-    st.one_of(
-        *(draw(device, ANY) for draw in (routing_specs, align_specs, experts_specs) for device in ("cpu", "cuda"))
-    )
-)
+@given(st.one_of(*(draw(device, Capabilities()) for draw, device in STRATEGIES)))
 def test_the_line_of_a_spec_reads_back_as_the_spec(spec):
     assert parse_spec(repr(spec)) == spec
     assert parse_spec(f"  {spec!r}\n") == spec
@@ -38,7 +35,7 @@ def test_what_a_line_leaves_out_has_its_default():
         ("AlignSpec(**{'M': 1})", "None"),
         ("AlignSpec(1, 2, 1)", "named fields"),
         ("AlignSpec(M=1)", "top_k"),
-        ("AlignSpec(M=1, M=2, E=2, top_k=1)", "AlignSpec"),
+        ("AlignSpec(M=1, M=2, E=2, top_k=1)", "M again"),
         ("OtherSpec(M=1)", "ExpertsSpec"),
         ("os.AlignSpec(M=1, E=2, top_k=1)", "AlignSpec"),
         ("M=1", "M=1"),
@@ -47,7 +44,7 @@ def test_what_a_line_leaves_out_has_its_default():
     ],
 )
 def test_whatever_is_no_spec_is_refused_by_name(line, named):
-    with pytest.raises(ValueError, match="^spec: ") as refusal:
+    with pytest.raises(ValueError, match="spec: ") as refusal:
         parse_spec(line)
     assert named in str(refusal.value)
 

@@ -1,0 +1,202 @@
+"""Every nasty case that the design names is really drawn, and looked for in the tensors and not in the spec's words.
+
+What is measured is what the gate draws for one variant (experts 360 cases, routing 200, alignment 150), and, so that
+no lucky seed hides a hole, as much under two other seeds. Each case must come up three times in each of them.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from moegate.conformance.cases import build_align, build_experts, build_routing
+from moegate.conformance.profiles import explore
+from moegate.conformance.properties.path import expects_naive_blocks
+from moegate.conformance.selection import SELECTION
+from moegate.conformance.spec import DTYPES, LOGITS, ROUTINGS, TILE, WEIGHTS
+from moegate.conformance.strategies import MANY_PAIRS, POOLS, align_specs, experts_specs, routing_specs
+from moegate.conformance.subject import Capabilities
+
+ANY = Capabilities()
+
+
+def drawn(strategy, name, examples):
+    """What the gate draws under a name."""
+    specs = []
+    explore(strategy, specs.append, name=name, examples=examples)
+    return specs
+
+
+@pytest.fixture(autouse=True)
+def _gate(monkeypatch):
+    monkeypatch.setattr(SELECTION, "profile", "gate")
+    monkeypatch.setattr(SELECTION, "spec", None)
+    monkeypatch.setattr(SELECTION, "scale", 1.0)
+
+
+def counts_of(case):
+    """Pairs of each global expert."""
+    ids = case.topk_ids.long().flatten()
+    return torch.bincount(ids[ids >= 0], minlength=case.num_experts)
+
+
+def rms(values):
+    return float(values.double().square().mean().sqrt())
+
+
+def exponent_range(values):
+    return float(values[values != 0].double().abs().log2().quantile(torch.tensor([0.05, 0.95]).double()).diff())
+
+
+def gate_up(case):
+    return case.w13[0].chunk(2)
+
+
+PAIRS = {
+    "an empty expert": lambda c: len(c.topk_ids) > 1 and (counts_of(c) == 0).any() and (counts_of(c) > 0).sum() > 1,
+    "all tokens to one expert": lambda c: len(c.topk_ids) > 1 and c.num_experts > 1 and (counts_of(c) > 0).sum() == 1,
+    "a count of tile - 1": lambda c: (counts_of(c) == TILE - 1).any(),
+    "a count of tile": lambda c: (counts_of(c) == TILE).any(),
+    "a count of tile + 1": lambda c: (counts_of(c) == TILE + 1).any(),
+    "more than one block of an expert": lambda c: (counts_of(c) > TILE).any(),
+    "zero tokens": lambda c: len(c.topk_ids) == 0,
+    "a rank that owns nothing": lambda c: c.expert_map is not None and (c.expert_map < 0).all(),
+    "a rank that owns a part": lambda c: c.expert_map is not None and 0 < (c.expert_map >= 0).sum() < c.num_experts,
+    "some ids of -1": lambda c: (c.topk_ids < 0).any() and (c.topk_ids >= 0).any(),
+    "no id but -1": lambda c: len(c.topk_ids) > 0 and (c.topk_ids < 0).all(),
+    "an expert twice in a row": lambda c: (
+        c.topk_ids.shape[1] > 1 and (c.topk_ids.sort(1).values.diff(dim=1) == 0).any()
+    ),
+    "top_k = E": lambda c: len(c.topk_ids) and c.topk_ids.shape[1] == c.num_experts > 1,
+    "top_k = 1": lambda c: len(c.topk_ids) and c.topk_ids.shape[1] == 1 < c.num_experts,
+    "E not a power of two": lambda c: c.num_experts & (c.num_experts - 1) != 0,
+}
+EXPERTS = {
+    **PAIRS,
+    "ragged H": lambda c: c.w2.shape[1] % TILE != 0,
+    "ragged I": lambda c: c.w2.shape[2] % TILE != 0,
+    "odd sizes": lambda c: c.w2.shape[1] % 2 and c.w2.shape[2] % 2,
+    "widely spread exponents": lambda c: exponent_range(gate_up(c)[0]) > 7,
+    "gate and up of unequal size": lambda c: rms(gate_up(c)[1]) > 8 * rms(gate_up(c)[0]),
+    "naive blocks": lambda c: c.num_tokens > 0 and expects_naive_blocks(c),
+    "naive blocks at the threshold": lambda c: expects_naive_blocks(c) and c.num_tokens * c.top_k * 4 == c.num_experts,
+    "top_k = 1 with the weight on the input": lambda c: c.num_tokens > 0 and c.apply_router_weight_on_input,
+    "rows farther apart than wide": lambda c: c.num_tokens > 1 and c.hidden_states.stride(0) > c.hidden_states.shape[1],
+    "a routing weight of zero": lambda c: (c.topk_weights == 0).any(),
+}
+
+
+def tie_at_k(case):
+    if case.top_k == case.router_logits.shape[1]:
+        return False
+    ordered = case.router_logits.nan_to_num(-1e9).sort(dim=1, descending=True).values
+    last, following = ordered[:, case.top_k - 1], ordered[:, case.top_k]
+    return ((last == following) & (ordered[:, 0] > last)).any()
+
+
+def saturates(case):
+    """Some softmax weight underflows in float32 beside another."""
+    logits = case.router_logits.float()
+    finite = logits[logits.isfinite().all(dim=1)]
+    return len(finite) and (finite.amax(dim=1) - finite.amin(dim=1)).max() > 104
+
+
+ROUTING = {
+    "a tie at the k-th score": tie_at_k,
+    "bit-equal rows": lambda c: c.router_logits.numel() > 1 and c.router_logits.unique().numel() == 1,
+    "a NaN among numbers": lambda c: (c.router_logits.isnan().any(1) & ~c.router_logits.isnan().all(1)).any(),
+    "a row of NaN": lambda c: c.router_logits.isnan().all(dim=1).any(),
+    "a row of -inf": lambda c: (c.router_logits == -torch.inf).all(dim=1).any(),
+    "+inf": lambda c: (c.router_logits == torch.inf).any(),
+    "logits that saturate": saturates,
+    "zero tokens": lambda c: c.router_logits.shape[0] == 0,
+    "top_k = E": lambda c: c.router_logits.shape[0] and c.top_k == c.router_logits.shape[1] > 1,
+    "E not a power of two": lambda c: c.router_logits.shape[1] & (c.router_logits.shape[1] - 1),
+    "rows farther apart than wide": lambda c: (
+        len(c.router_logits) > 1 and c.router_logits.stride(0) > c.router_logits.shape[1]
+    ),
+    "weights as they are": lambda c: not c.renormalize,
+}
+ALIGN = {
+    **{name: holds for name, holds in PAIRS.items() if "tile" not in name},
+    "a count of block - 1": lambda c: (counts_of(c) == c.block_size - 1).any(),
+    "a count of block": lambda c: (counts_of(c) == c.block_size).any(),
+    "a count of block + 1": lambda c: (counts_of(c) == c.block_size + 1).any(),
+    "more pairs than one launch sorts": lambda c: c.topk_ids.numel() > MANY_PAIRS,
+}
+
+
+def experts_of_the_gate(series):
+    for dtype in DTYPES:
+        for few in (True, False):
+            strategy = experts_specs("cpu", ANY, dtypes=(dtype,), low_latency=few)
+            yield from drawn(strategy, f"{series}/{dtype}/{few}", 60)
+
+
+# What a family draws for one variant under a name, how a case is built, what is looked for, and in how many cases.
+FAMILIES = {
+    "NUM": (experts_of_the_gate, build_experts, EXPERTS, 360),
+    "ROUTE": (lambda series: drawn(routing_specs("cpu", ANY), series, 200), build_routing, ROUTING, 200),
+    "ALIGN": (lambda series: drawn(align_specs("cpu", ANY), series, 150), build_align, ALIGN, 150),
+}
+
+
+@pytest.mark.parametrize("series", ["triton", "another", "a third"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_nasty_case_is_drawn_at_least_thrice(family, series):
+    draw, build, looked_for, examples = FAMILIES[family]
+    cases = [build(spec) for spec in draw(f"{family}/{series}")]
+    assert examples <= len(cases) <= examples + 10
+    seen = {name: sum(bool(holds(case)) for case in cases) for name, holds in looked_for.items()}
+    assert {name: count for name, count in seen.items() if count < 3} == {}, seen
+
+
+def test_the_gate_draws_the_same_cases_every_time():
+    once, again = (drawn(routing_specs("cpu", ANY), "ROUTE/triton", 30) for _ in range(2))
+    assert once == again != drawn(routing_specs("cpu", ANY), "ROUTE/cpu", 30)
+
+
+FEW = Capabilities(
+    dtypes=("float16",),
+    routings=ROUTINGS[:1],
+    weights=WEIGHTS[:2],
+    maps=("none", "linear"),
+    logits=LOGITS[:1],
+    weight_on_input=False,
+    padded_rows=False,
+    empty=False,
+)
+
+
+@pytest.mark.parametrize("device", POOLS)
+@pytest.mark.parametrize("capabilities", [ANY, FEW], ids=["everything", "little"])
+@pytest.mark.parametrize("strategy", [experts_specs, align_specs, routing_specs])
+def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
+    declared = {
+        "dtype": capabilities.dtypes,
+        "routing": capabilities.routings,
+        "weights": capabilities.weights,
+        "expert_map": capabilities.maps,
+        "logits": capabilities.logits,
+        "weight_on_input": (False, capabilities.weight_on_input),
+        "padded_rows": (False, capabilities.padded_rows),
+    }
+
+    @settings(max_examples=100, database=None, deadline=None)
+    @given(strategy(device, capabilities))
+    def only(spec):
+        for name, value in spec.features().items():
+            assert value in declared.get(name, (value,)), name
+        assert spec.M > 0 or capabilities.empty
+        assert 1 <= spec.top_k <= spec.E
+        if strategy is experts_specs:
+            assert spec.top_k == 1 or not spec.weight_on_input
+            assert (spec.H, spec.I) in POOLS[device].shapes
+
+    only()
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_the_path_that_was_asked_for_is_drawn(few):
+    for spec in drawn(experts_specs("cpu", ANY, low_latency=few), f"path/{few}", 100):
+        is_naive = spec.expert_map == "none" and spec.M * spec.top_k * 4 <= spec.E
+        assert is_naive or not few
