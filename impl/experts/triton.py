@@ -13,7 +13,7 @@ from ..kernels.activation import silu_and_mul
 from ..kernels.combine import combine
 from ..kernels.grouped_gemm import grouped_gemm
 from ..platform import Platform, Vendor
-from ..tuning.kernel_config import layer_kernel_configs
+from ..tuning.lookup import find_kernel_configs
 from .base import Experts, unshipped_feature
 from .readiness import READY, Readiness, absent
 
@@ -67,21 +67,22 @@ class TritonExperts(Experts):
         num_local_experts, hidden_size, intermediate_size = w2.shape
         num_pairs = num_tokens * top_k
         platform = Platform.of(hidden_states.device)
-        config13, config2, source = layer_kernel_configs(
+        configs = find_kernel_configs(
             num_tokens=num_tokens,
             top_k=top_k,
             num_experts=global_num_experts,
+            num_local_experts=num_local_experts,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             dtype=hidden_states.dtype,
             platform=platform,
         )
-        if path.is_recording():
-            path.note("config", config13.as_dict() | {"source": source})
-            path.note("config_w2", config2.as_dict() | {"source": source})
+        path.note("config", configs.w13.as_dict() | {"source": configs.source})
+        path.note("config_w2", configs.w2.as_dict() | {"source": configs.source})
+        path.note("config_key", configs.key)
         assignment = prepare_expert_assignment(
             topk_ids,
-            block_size=config13.block_size_m,
+            block_size=configs.w13.block_size_m,
             num_local_experts=num_local_experts,
             global_num_experts=global_num_experts,
             expert_map=expert_map,
@@ -109,7 +110,7 @@ class TritonExperts(Experts):
             expert_ids=assignment.expert_ids,
             a_row_is_token=True,
             allow_tf32=allow_tf32,
-            config=config13,
+            config=configs.w13,
         )
         silu_and_mul(activated, gate_up, topk_ids, expert_map, global_num_experts, num_local_experts, platform)
         grouped_gemm(
@@ -123,6 +124,6 @@ class TritonExperts(Experts):
             expert_ids=assignment.expert_ids,
             a_row_is_token=False,
             allow_tf32=allow_tf32,
-            config=config2,
+            config=configs.w2,
         )
         combine(out, y, topk_ids, expert_map, global_num_experts, num_local_experts, platform)

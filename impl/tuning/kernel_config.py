@@ -193,6 +193,11 @@ def use_kernel_configs(w13: KernelConfig, w2: KernelConfig | None = None) -> Ite
         _override.reset(token)
 
 
+def override_in_force() -> tuple[KernelConfig, KernelConfig] | None:
+    """The tiles of the innermost `use_kernel_configs` block, None outside."""
+    return _override.get()
+
+
 def layer_kernel_configs(
     *,
     num_tokens: int,
@@ -207,7 +212,7 @@ def layer_kernel_configs(
 
     Arguments are those of `default_kernel_config`, with H and I of the layer.
     """
-    override = _override.get()
+    override = override_in_force()
     if override is not None:
         return (*override, "override")
     w13 = default_kernel_config(
