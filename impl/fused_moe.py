@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache, lru_cache
+from typing import Any
+
 import torch
 
 from . import path
@@ -15,16 +19,15 @@ from .checks import (
     expect_int,
     expect_tensor,
 )
-from .config import Activation
+from .config import Activation, MoEConfig
 from .experts.base import Experts
-from .experts.cpu import CpuExperts
-from .experts.triton import TritonExperts
 from .kernels.device import current_device
-from .platform import Platform, Vendor
+from .oracle.backends import AUTO
+from .oracle.choose import choose_backend
+from .oracle.select import ENVIRONMENT_VARIABLE
+from .platform import Platform
 
 _SUPPORTED_ACTIVATIONS = (Activation.SILU,)
-_TRITON = TritonExperts()
-_CPU = CpuExperts()
 
 
 def fused_experts(
@@ -58,7 +61,8 @@ def fused_experts(
         apply_router_weight_on_input: weights multiply the experts' input instead of their output; top_k must be 1.
         expert_map: [E] int32, global to local id, -1 for experts of other ranks; None where all are local.
         global_num_experts: E; None takes it from `expert_map` or `w13`.
-        backend: "auto" (Triton on a GPU, torch on the CPU), "triton" or "cpu".
+        backend: a backend's name, honoured or refused; "auto" leaves it to `MOEGATE_BACKEND`, and to the oracle where
+            that is not set (`moegate explain`).
         allow_tf32: float32 operands may be rounded to TF32; without it they are multiplied as they are.
         out: [M, H] of the same dtype to write into; None allocates it. It may not overlap an input.
 
@@ -94,7 +98,17 @@ def fused_experts(
     # Positions in the alignment are 32-bit, and a block is at most 256 of them.
     if num_tokens * top_k + 256 * num_local_experts >= 2**31:
         raise ValueError(f"topk_ids: expected fewer than 2^31 pairs and padding, got {num_tokens} x {top_k}")
-    experts = _experts(backend, Platform.of(hidden_states.device))
+    experts = _experts(
+        backend,
+        Platform.of(hidden_states.device),
+        num_experts,
+        top_k,
+        hidden_size,
+        intermediate_size,
+        hidden_states.dtype,
+        activation,
+        apply_router_weight_on_input,
+    )
     if out is None:
         out = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype, device=hidden_states.device)
     else:
@@ -135,22 +149,46 @@ def fused_experts(
     return out
 
 
-def _experts(backend: str, platform: Platform) -> Experts:
-    """The backend that a user's word means on this platform."""
-    if backend == "auto":
-        return _CPU if platform.vendor is Vendor.CPU else _TRITON
-    if backend == "triton":
-        if not platform.runs_triton:
-            raise ValueError(
-                f"backend: expected 'cpu' on {platform}, where Triton runs only under its interpreter "
-                "(TRITON_INTERPRET=1), got 'triton'"
-            )
-        return _TRITON
-    if backend == "cpu":
-        if platform.vendor is not Vendor.CPU:
-            raise ValueError(f"backend: expected 'triton' on {platform}, got 'cpu'")
-        return _CPU
-    raise ValueError(f"backend: expected 'auto', 'triton' or 'cpu', got {backend!r}")
+def _experts(backend: str, *layer: Any) -> Experts:
+    """The experts that the oracle decides on for a call; `layer` is what `_decide` takes besides."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str, got {type(backend).__name__} {backend!r}")
+    return _decide(None if backend == AUTO else backend, os.environ.get(ENVIRONMENT_VARIABLE), *layer)
+
+
+@lru_cache(maxsize=4096)
+def _decide(
+    request: str | None,
+    environment: str | None,
+    platform: Platform,
+    num_experts: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    activation: Activation,
+    apply_router_weight_on_input: bool,
+) -> Experts:
+    """The oracle's decision; `environment` is what the process asks for, and part of the question."""
+    del environment
+    config = MoEConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        dtype=dtype,
+        activation=activation,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+    )
+    decision = choose_backend(config, platform, request)
+    if decision.experts is None:
+        raise ValueError(f"backend: expected a platform whose experts moegate has, got {platform}")
+    return _instance(decision.experts)
+
+
+@cache
+def _instance(experts: type[Experts]) -> Experts:
+    return experts()
 
 
 def _check_activation(activation: Activation | str) -> Activation:

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,17 +89,16 @@ class FlashInferCutlassExperts(Experts):
     """`flashinfer.fused_moe.cutlass_fused_moe` on bfloat16 and float16 weights.
 
     Routing weights are multiplied into the output. The sum over the top-k is a kernel of its own (`use_fused_finalize`
-    off): the fused one adds with atomics, and repeats no result. One instance serves one layer: it keeps the converted
-    copy of the last w13 that it saw, which costs that copy's memory.
+    off): the fused one adds with atomics, and repeats no result. The converted copy of a w13 lives as long as the
+    tensor that was passed, and costs as much memory again: pass the same tensor, not a new view, on every call.
     """
 
     backend: ClassVar[str] = "flashinfer_cutlass"
 
     def __init__(self) -> None:
-        self._source: weakref.ref[torch.Tensor] | None = None
-        self._version = -1
-        self._converted: torch.Tensor | None = None
-        self._parameters: dict[str, torch.Tensor] = {}
+        # By the id of w13, for as long as it lives: itself, the version converted, the copy.
+        self._converted: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+        self._parameters: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = {}
 
     @classmethod
     def refusal(cls, config: MoEConfig, platform: Platform) -> str | None:
@@ -142,7 +142,7 @@ class FlashInferCutlassExperts(Experts):
         )
 
     def prepare(self, w13: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """w13 with the up rows before the gate rows, converted once: the copy is kept until w13 changes.
+        """w13 with the up rows before the gate rows, converted once: the copy is kept until w13 changes or goes.
 
         Args:
             w13: [E_local, 2I, H] gate rows first, or [E_local, I, H] of an activation without gate.
@@ -153,24 +153,34 @@ class FlashInferCutlassExperts(Experts):
         """
         if not activation.is_gated:
             return w13.contiguous()
-        source = None if self._source is None else self._source()
-        if self._converted is None or source is not w13 or self._version != w13._version:
-            gate, up = w13.chunk(2, dim=1)
-            self._converted = torch.cat((up, gate), dim=1)
-            self._source, self._version = weakref.ref(w13), w13._version
-            path.note("weights_converted", self.backend)
-        return self._converted
+        known = self._converted.get(id(w13))
+        if known is not None and known[0]() is w13 and known[1] == w13._version:
+            return known[2]
+        gate, up = w13.chunk(2, dim=1)
+        converted = torch.cat((up, gate), dim=1)
+        self._converted[id(w13)] = (weakref.ref(w13, self._forget(id(w13))), w13._version, converted)
+        path.note("weights_converted", self.backend)
+        return converted
+
+    def _forget(self, key: int) -> Callable[[weakref.ref[torch.Tensor]], None]:
+        """Drop the copy with the weights that it was made from."""
+
+        def forget(gone: weakref.ref[torch.Tensor]) -> None:
+            if key in self._converted and self._converted[key][0] is gone:
+                del self._converted[key]
+
+        return forget
 
     def _activation_parameters(self, activation: Activation, num_experts: int, device: torch.device) -> dict[str, Any]:
         if activation is not Activation.SWIGLUOAI:
             return {}
-        known = self._parameters.get("swiglu_alpha")
-        if known is None or known.shape[0] != num_experts or known.device != device:
-            self._parameters = {
+        known = self._parameters.get((num_experts, device))
+        if known is None:
+            known = self._parameters[num_experts, device] = {
                 name: torch.full((num_experts,), value, dtype=torch.float32, device=device)
                 for name, value in _SWIGLUOAI.items()
             }
-        return self._parameters
+        return known
 
     def apply(
         self,

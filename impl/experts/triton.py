@@ -30,6 +30,8 @@ class TritonExperts(Experts):
     @classmethod
     def refusal(cls, config: MoEConfig, platform: Platform) -> str | None:
         """Why Triton cannot run `config` on `platform`; None where it can."""
+        if platform.vendor is Vendor.CPU and not platform.interpreted:
+            return "Triton runs on a CPU under its interpreter alone (TRITON_INTERPRET=1 before Python starts)"
         if not platform.runs_triton:
             return f"Triton does not run on {platform}"
         if platform.vendor is Vendor.NVIDIA and (platform.capability or (0, 0)) < (8, 0):
