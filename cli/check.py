@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,8 +126,14 @@ def _precompile(subject: str, workers: int, environment: dict[str, str], console
             for part in range(workers)
         ]
         counts = [json.loads(out) if (out := child.communicate()[0]).strip() else {} for child in children]
-    compiled = sum(count.get("compiled", 0) for count in counts)
-    console.print(f"compiled {compiled} kernel variants in {time.monotonic() - started:.0f} s, {workers} processes")
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    compiled = total.pop("kernel variants compiled", 0)
+    total.pop("compile time, ms", None)
+    kernels = ", ".join(f"{n} {name.removeprefix('variants of ')}" for name, n in sorted(total.items()))
+    seconds = time.monotonic() - started
+    console.print(f"compiled {compiled} kernel variants ({kernels}) in {seconds:.0f} s, {workers} processes")
 
 
 def _run(

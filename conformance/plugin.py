@@ -83,11 +83,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from .spec import parse_spec
 
     try:
-        kind = type(parse_spec(SELECTION.spec)).__name__
+        spec = parse_spec(SELECTION.spec)
     except ValueError as error:
         raise pytest.UsageError(f"--moegate-spec: {error}") from error
-    facet = {"RoutingSpec": "route", "AlignSpec": "align", "ExpertsSpec": "experts"}[kind]
-    takes = [item for item in mine if facet in _needed(item)]
+    facet = {"RoutingSpec": "route", "AlignSpec": "align", "ExpertsSpec": "experts"}[type(spec).__name__]
+    takes = [item for item in mine if facet in _needed(item) and _fits(item, spec)]
     config.hook.pytest_deselected(items=[item for item in items if item not in takes])
     items[:] = takes
 
@@ -97,17 +97,22 @@ def _needed(item: pytest.Item) -> tuple[str, ...]:
     return marker.args if marker else ()
 
 
+def _fits(item: Any, spec: Any) -> bool:
+    """Whether a test's parameters (its dtype, say) are those of the spec, where the spec has a field of that name."""
+    return all(getattr(spec, name, value) == value for name, value in item.callspec.params.items())
+
+
 def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say how many executions are to come, beside the file that counts them; with xdist the first worker does."""
     if SELECTION.progress is None or getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0":
         return
-    from .profiles import examples_of
+    from .session import current_session
 
     total = 0
     for item in items:
         marker = item.get_closest_marker("moegate_executions")
         if marker is not None and item.get_closest_marker("skip") is None:
-            total += examples_of(marker.args[0]) * marker.args[1]
+            total += current_session().examples(marker.args[0]) * marker.args[1]
     Path(SELECTION.progress).with_suffix(".total").write_text(str(total))
 
 

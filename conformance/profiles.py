@@ -39,7 +39,7 @@ settings.register_profile("moegate-soak", settings.get_profile("moegate-nightly"
 _SCALE = {"gate": 1.0, "nightly": 4.0, "soak": 40.0}
 
 
-def examples_of(gate_examples: int) -> int:
+def examples_of(gate_examples: float) -> int:
     """How many cases the selected profile draws where `gate` draws `gate_examples`."""
     return max(1, round(gate_examples * _SCALE[SELECTION.profile] * SELECTION.scale))
 
@@ -58,7 +58,7 @@ def explore(
         strategy: draws specs.
         body: runs the subject on a spec and settles the verdicts.
         name: seeds the gate; the family and whatever parametrises it.
-        examples: cases that the gate draws.
+        examples: cases to draw.
         pinned: specs that are always run first.
     """
     if SELECTION.spec is not None:
@@ -72,7 +72,7 @@ def explore(
     for spec in pinned:
         test = example(spec=spec)(test)
     profile = settings.get_profile(f"moegate-{SELECTION.profile}")
-    test = settings(profile, max_examples=examples_of(examples))(test)
+    test = settings(profile, max_examples=examples)(test)
     if SELECTION.profile == "gate":
         test = seed(zlib.crc32(name.encode()))(test)
     # A failure's own text says all; Hypothesis's frames would bury it.

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .cases import ExpertsCase
 from .judge import Ledger, Verdict
-from .profiles import explore
+from .profiles import examples_of, explore
 from .properties.hygiene import judge_form, poisoned_allocations
 from .selection import SELECTION
 from .spec import Spec
+from .strategies import POOLS
 from .subject import Subject, load_subject
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -79,7 +80,11 @@ class Session:
                 _tick(SELECTION.progress, runs)
             self.ledger.settle(verdicts, spec, self.replay(spec))
 
-        explore(strategy, body, name=name, examples=examples, pinned=pinned)
+        explore(strategy, body, name=name, examples=self.examples(examples), pinned=pinned)
+
+    def examples(self, gate_examples: int) -> int:
+        """How many cases this device and profile draw where the gate draws `gate_examples` on the CPU."""
+        return examples_of(gate_examples * POOLS[self.device].cases)
 
     def replay(self, spec: Spec) -> str:
         """The command that runs a spec again."""
@@ -105,9 +110,10 @@ class Session:
         from triton import knobs
 
         def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
-            del src, metadata, metadata_group
+            del metadata, metadata_group
             if not cache_hit:
                 self.ledger.facts["kernel variants compiled"] += 1
+                self.ledger.facts[f"variants of {getattr(src, 'name', 'a kernel')}"] += 1
                 self.ledger.facts["compile time, ms"] += round(times.total / 1000)
 
         knobs.compilation.listener = listen

@@ -37,6 +37,7 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
 
     def judge(spec):
         case = build_experts(spec, session.device)
+        trace = reference_of(case)  # before the subject can write into its inputs
         with form_as_verdict() as verdicts:
             if traced:
                 with subject.trace() as record:
@@ -47,7 +48,6 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
             verdicts.append(judge_form(case, output))
             kept = output.clone()
             again = subject.experts(case, variant)
-            trace = reference_of(case)
             verdicts += judge_values(case, kept, trace, budget_of(case, trace, subject.numerics))
             verdicts += judge_hygiene(case, output, again, subject.numerics)
         return verdicts

@@ -19,9 +19,9 @@ def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant,
 
     def judge(spec):
         case = build_experts(spec, session.device)
+        trace = reference_of(case)  # before the subject can write into its inputs
         with form_as_verdict() as verdicts:
             output = session.run_experts(case, variant).clone()
-            trace = reference_of(case)
             budget = budget_of(case, trace, subject.numerics)
             verdict = law.judge(
                 case, output, trace, budget, subject.numerics, lambda c: session.run_experts(c, variant)

@@ -12,9 +12,7 @@ from .pairs import local_expert
 from .sizes import cdiv
 
 
-@triton.jit(
-    do_not_specialize=["num_pairs", "num_experts", "num_local_experts", "stride_topk_ids", "top_k", "has_expert_map"]
-)
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_local_experts", "stride_topk_ids", "top_k"])
 def silu_and_mul_kernel(
     gate_up_ptr,
     out_ptr,
@@ -26,7 +24,7 @@ def silu_and_mul_kernel(
     num_local_experts,
     stride_topk_ids,
     top_k,
-    has_expert_map,
+    HAS_EXPERT_MAP: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -42,7 +40,7 @@ def silu_and_mul_kernel(
         num_experts,
         num_local_experts,
         top_k,
-        has_expert_map,
+        HAS_EXPERT_MAP,
     )
     rows = pairs.to(tl.int64)[:, None]
     mask = (expert >= 0)[:, None] & (columns < size)[None, :]
@@ -76,14 +74,14 @@ def silu_and_mul(
         gate_up,
         out,
         topk_ids,
-        topk_ids if expert_map is None else expert_map,
+        expert_map,
         num_pairs,
         size,
         num_experts,
         num_local_experts,
         topk_ids.stride(0),
         topk_ids.shape[1],
-        int(expert_map is not None),
+        HAS_EXPERT_MAP=expert_map is not None,
         BLOCK_PAIRS=block_pairs,
         BLOCK_I=block_i,
         num_warps=num_warps,

@@ -18,9 +18,7 @@ from .pairs import local_expert
 from .sizes import cdiv, next_power_of_2
 
 
-@triton.jit(
-    do_not_specialize=["num_pairs", "num_experts", "num_local_experts", "stride_topk_ids", "top_k", "has_expert_map"]
-)
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_local_experts", "stride_topk_ids", "top_k"])
 def align_count_kernel(
     topk_ids_ptr,
     expert_map_ptr,
@@ -31,7 +29,7 @@ def align_count_kernel(
     num_local_experts,
     stride_topk_ids,
     top_k,
-    has_expert_map,
+    HAS_EXPERT_MAP: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS_PER_SPAN: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -53,7 +51,7 @@ def align_count_kernel(
                 num_experts,
                 num_local_experts,
                 top_k,
-                has_expert_map,
+                HAS_EXPERT_MAP,
             )
             bin_ = expert - first_expert
             inside = (expert >= 0) & (bin_ >= 0) & (bin_ < BLOCK_E)
@@ -74,7 +72,6 @@ def align_count_kernel(
         "num_local_experts",
         "stride_topk_ids",
         "top_k",
-        "has_expert_map",
     ]
 )
 def align_place_kernel(
@@ -93,7 +90,7 @@ def align_place_kernel(
     num_local_experts,
     stride_topk_ids,
     top_k,
-    has_expert_map,
+    HAS_EXPERT_MAP: tl.constexpr,
     DIRECT: tl.constexpr,
     CHUNK: tl.constexpr,
     COMPARED: tl.constexpr,
@@ -116,7 +113,7 @@ def align_place_kernel(
         num_experts,
         num_local_experts,
         top_k,
-        has_expert_map,
+        HAS_EXPERT_MAP,
     )
     # The pair's position: its expert's start, plus the pairs of that expert before this chunk, plus those before it
     # in the chunk.
@@ -133,7 +130,7 @@ def align_place_kernel(
             num_experts,
             num_local_experts,
             top_k,
-            has_expert_map,
+            HAS_EXPERT_MAP,
         )
         earlier = (expert[:, None] == other[None, :]) & (other_lane[None, :] < lane[:, None])
         position += tl.sum(earlier.to(tl.int32), axis=1)
@@ -156,7 +153,7 @@ def align_place_kernel(
                     num_experts,
                     num_local_experts,
                     top_k,
-                    has_expert_map,
+                    HAS_EXPERT_MAP,
                 )
                 bin_ = other - first_expert
                 inside = (other >= 0) & (bin_ >= 0) & (bin_ < BLOCK_E)
@@ -257,14 +254,13 @@ def align(
         memory[start : start + size] for start, size in zip(starts, sizes, strict=False)
     )
 
-    map_or_ids, has_expert_map = (topk_ids, 0) if expert_map is None else (expert_map, 1)
     block_e = max(_LEAST_BLOCK_E, min(_BLOCK_E, next_power_of_2(num_local_experts)))
     if not direct:
         path.launch(
             align_count_kernel,
             (num_spans,),
             topk_ids,
-            map_or_ids,
+            expert_map,
             chunk_prefix,
             span_total,
             num_pairs,
@@ -272,7 +268,7 @@ def align(
             num_local_experts,
             topk_ids.stride(0),
             top_k,
-            has_expert_map,
+            HAS_EXPERT_MAP=expert_map is not None,
             CHUNK=_CHUNK,
             CHUNKS_PER_SPAN=_CHUNKS_PER_SPAN,
             BLOCK_E=block_e,
@@ -285,7 +281,7 @@ def align(
         align_place_kernel,
         (num_chunks,),
         topk_ids,
-        map_or_ids,
+        expert_map,
         chunk_prefix,
         span_total,
         sorted_token_ids,
@@ -299,7 +295,7 @@ def align(
         num_local_experts,
         topk_ids.stride(0),
         top_k,
-        has_expert_map,
+        HAS_EXPERT_MAP=expert_map is not None,
         DIRECT=direct,
         CHUNK=chunk,
         COMPARED=min(chunk, _COMPARED),

@@ -12,9 +12,7 @@ from .pairs import local_expert
 from .sizes import cdiv
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "num_experts", "num_local_experts", "stride_topk_ids", "top_k", "has_expert_map"]
-)
+@triton.jit(do_not_specialize=["num_tokens", "num_experts", "num_local_experts", "stride_topk_ids", "top_k"])
 def combine_kernel(
     y_ptr,
     out_ptr,
@@ -27,7 +25,7 @@ def combine_kernel(
     stride_topk_ids,
     stride_out,
     top_k,
-    has_expert_map,
+    HAS_EXPERT_MAP: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -52,7 +50,7 @@ def combine_kernel(
                 num_experts,
                 num_local_experts,
                 top_k,
-                has_expert_map,
+                HAS_EXPERT_MAP,
             )
             mask = (expert >= 0)[:, None] & inside
             row = tl.load(y_ptr + (rows * top_k + choice) * hidden_size + columns[None, :], mask=mask, other=0.0)
@@ -86,7 +84,7 @@ def combine(
         y,
         out,
         topk_ids,
-        topk_ids if expert_map is None else expert_map,
+        expert_map,
         num_tokens,
         hidden_size,
         num_experts,
@@ -94,7 +92,7 @@ def combine(
         topk_ids.stride(0),
         out.stride(0),
         top_k,
-        int(expert_map is not None),
+        HAS_EXPERT_MAP=expert_map is not None,
         # The loads of one round are in flight together.
         UNROLL=2 if top_k <= 2 else 8,
         BLOCK_TOKENS=block_tokens,

@@ -19,12 +19,12 @@ def local_expert(
     num_experts,
     num_local_experts,
     top_k,
-    has_expert_map,
+    HAS_EXPERT_MAP: tl.constexpr,
 ):
     """The local expert of `pair` (a number or a block of them), int32; -1 where it has none on this rank.
 
-    `top_k` and `has_expert_map` are run-time values: as constants they would multiply the compiled variants.
-    Without a map `expert_map_ptr` is never read and may point anywhere.
+    `top_k` is a run-time value: as a constant it would multiply the compiled variants. The map is a constant: a branch
+    here would keep the loads around it from being in flight together.
 
     An id outside [0, num_experts) is no expert, and so is a mapped id outside [0, num_local_experts): a stray id costs
     its own contribution and never an address.
@@ -32,7 +32,7 @@ def local_expert(
     row = (pair // top_k).to(tl.int64)
     expert = tl.load(topk_ids_ptr + row * stride_topk_ids + pair % top_k, mask=mask, other=-1)
     expert = tl.where((expert >= 0) & (expert < num_experts), expert, -1).to(tl.int32)
-    if has_expert_map:
+    if HAS_EXPERT_MAP:
         local = tl.load(expert_map_ptr + expert, mask=expert >= 0, other=-1).to(tl.int32)
         expert = tl.where((local >= 0) & (local < num_local_experts), local, -1)
     return expert
