@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from moegate import __version__
+from moegate import __version__, exit_codes
 
 app = typer.Typer(
     name="moegate",
@@ -13,6 +13,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Whether a Mixture-of-Experts layer still computes the right thing, the right way, as fast as before.",
 )
+
+
+# A command line that cannot be understood: click's own code for it, 2, means inconclusive here. typer exports only this
+# one of the errors' classes; all derive from its base.
+typer.BadParameter.__base__.exit_code = exit_codes.BAD_ARGUMENTS
 
 
 def _version(wanted: bool) -> None:
@@ -30,9 +35,13 @@ def main(
 
 def _mount() -> None:
     # Each command is a file of its own; none of them imports torch before it runs.
-    from moegate import check, doctor
+    from moegate import bench, check, doctor, explain
 
     app.command("check")(check.check)
+    app.command("explain")(explain.explain)
+    # The benchmarks' own parser reads these options, as it does under `python -m moegate.bench`.
+    raw = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command("bench", context_settings=raw)(bench.bench)
     app.command("doctor")(doctor.doctor)
 
 
