@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit code is 0: measured, 1: something is wrong, 3: nothing measured, 4: bad arguments."""
-    parser = _Parser(prog="python -m moegate.bench", description=__doc__)
+    parser = _Parser(prog="moegate bench", description="Time models' layers, beside peers if given, and print a table.")
     parser.add_argument("--models", help="names, comma-separated; default: every model this machine can run")
     parser.add_argument("--tokens", help="numbers of tokens M, comma-separated; default: 1,8,64,512,4096 (CPU: 1,64)")
     parser.add_argument("--routing", default="uniform", help="uniform, zipf<exponent>, all-to-one; comma-separated")
