@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _ledgers: list[Any] = []
 _collected: list[str] = []
+_refusals: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,7 +60,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     try:
         session = current_session()
     except (ValueError, ImportError) as error:
-        raise pytest.UsageError(f"moegate: {error}") from error
+        _refusals.append(f"moegate: {error}")
+        metafunc.parametrize("moegate_variant", [])
+        return
     marker = metafunc.definition.get_closest_marker("moegate_facets")
     needed = marker.args if marker else ()
     cases = []
@@ -76,16 +79,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Remember whether the suite itself is being run; a replay keeps only the tests that take its kind of spec."""
     mine = [item for item in items if item.get_closest_marker("moegate_facets")]
+    spec = _spec_to_replay() if mine else None
+    if _refusals:
+        _refuse(config, items)
+        return
     _collected.extend(item.nodeid for item in mine)
-    if not mine or SELECTION.spec is None:
+    if spec is None:
         _announce(config, mine)
         return
-    from .spec import parse_spec
-
-    try:
-        spec = parse_spec(SELECTION.spec)
-    except ValueError as error:
-        raise pytest.UsageError(f"--moegate-spec: {error}") from error
     facet = {"RoutingSpec": "route", "AlignSpec": "align", "ExpertsSpec": "experts"}[type(spec).__name__]
     takes = [item for item in mine if facet in _needed(item) and _fits(item, spec)]
     config.hook.pytest_deselected(items=[item for item in items if item not in takes])
@@ -95,6 +96,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _needed(item: pytest.Item) -> tuple[str, ...]:
     marker = item.get_closest_marker("moegate_facets")
     return marker.args if marker else ()
+
+
+def _spec_to_replay() -> Any:
+    if SELECTION.spec is None:
+        return None
+    from .spec import parse_spec
+
+    try:
+        return parse_spec(SELECTION.spec)
+    except ValueError as error:
+        _refusals.append(f"--moegate-spec: {error}")
+    return None
+
+
+def _refuse(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A usage error; a worker runs nothing, and lets its controller say it."""
+    if not hasattr(config, "workeroutput"):
+        raise pytest.UsageError(_refusals[0])
+    config.workeroutput["moegate_refusal"] = _refusals[0]
+    items.clear()
 
 
 def _fits(item: Any, spec: Any) -> bool:
@@ -193,9 +214,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: Any) -> None:
-    """Collect a worker's ledger."""
+    """Collect a worker's ledger.
+
+    Raises:
+        UsageError: the worker could not make sense of an option.
+    """
     del error
-    _ledgers.append(getattr(node, "workeroutput", {}).get("moegate_ledger"))
+    output = getattr(node, "workeroutput", {})
+    if "moegate_refusal" in output:
+        raise pytest.UsageError(output["moegate_refusal"])
+    _ledgers.append(output.get("moegate_ledger"))
 
 
 def _gpus() -> list[str]:

@@ -18,6 +18,9 @@ def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant,
     session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
 
     def judge(spec):
+        spec = law.adapt(spec)  # drawn ones are adapted already, but a replayed one may be another law's
+        if not law.applies(spec):
+            pytest.skip(f"{law.property.id} says nothing of {spec!r}")
         case = build_experts(spec, session.device)
         trace = reference_of(case)  # before the subject can write into its inputs
         with form_as_verdict() as verdicts:
