@@ -16,11 +16,12 @@ LEAST_PAIRS = 0.5
 
 
 def due(subject: Subject, device: str) -> list[Property]:
-    """The properties that a whole run on `device` must judge: those whose facets some available variant defines."""
+    """The properties that a whole run on `device` must judge: what the capabilities and some variant's facets allow."""
     facets = {
         frozenset(subject.facets(variant)) for variant in subject.variants if not subject.unavailable(variant, device)
     }
-    return [prop for prop in PROPERTIES.values() if any(set(prop.facets) <= have for have in facets)]
+    allowed = [prop for prop in PROPERTIES.values() if prop.needs(subject.capabilities)]
+    return [prop for prop in allowed if any(set(prop.facets) <= have for have in facets)]
 
 
 def declared_pairs(capabilities: Capabilities) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,12 +23,14 @@ class Property:
         sentence: what must hold.
         facets: the subject's facets that it needs.
         is_value: judges numbers; every null kernel must fail it.
+        needs: whether a subject's capabilities leave a case to judge.
     """
 
     id: str
     sentence: str
     facets: tuple[str, ...]
     is_value: bool = False
+    needs: Callable[[Any], bool] = lambda capabilities: True
 
     def verdict(self, holds: bool, detail: str = "", *, budget_used: float | None = None) -> Verdict:
         """This property's verdict on one execution."""
@@ -39,7 +41,13 @@ PROPERTIES: dict[str, Property] = {}
 _finding_classes: dict[str, type[Finding]] = {}
 
 
-def declare(id: str, sentence: str, *facets: str, is_value: bool = False) -> Property:
+def declare(
+    id: str,
+    sentence: str,
+    *facets: str,
+    is_value: bool = False,
+    needs: Callable[[Any], bool] = lambda capabilities: True,
+) -> Property:
     """Register a property.
 
     Raises:
@@ -47,7 +55,7 @@ def declare(id: str, sentence: str, *facets: str, is_value: bool = False) -> Pro
     """
     if id in PROPERTIES:
         raise ValueError(f"id: {id} is declared twice")
-    PROPERTIES[id] = Property(id, sentence, facets, is_value)
+    PROPERTIES[id] = Property(id, sentence, facets, is_value, needs)
     _finding_classes[id] = type(f"{id.replace('-', '_')}_Violated", (Finding,), {"__doc__": sentence})
     return PROPERTIES[id]
 

@@ -24,9 +24,19 @@ RELABELLED = declare(
 SPLIT = declare("META-03", "a batch in two parts gives the rows of the whole", "experts")
 LINEAR = declare("META-04", "twice the routing weights give twice the output", "experts", is_value=True)
 DENSE = declare("META-05", "with top_k = E the output is the dense mixture of all experts", "experts", is_value=True)
-REMOVABLE = declare("META-06", "an expert with routing weight zero may as well be absent", "experts")
+REMOVABLE = declare(
+    "META-06",
+    "an expert with routing weight zero may as well be absent",
+    "experts",
+    needs=lambda can: "one_zero" in can.weights,
+)
 DUPLICATE = declare("META-07", "a duplicated token gets an equal row", "experts")
-SHARDS = declare("META-08", "the outputs of two ranks that share the experts sum to the whole", "experts")
+SHARDS = declare(
+    "META-08",
+    "the outputs of two ranks that share the experts sum to the whole",
+    "experts",
+    needs=lambda can: set(can.maps) != {"none"},
+)
 
 Run = Callable[[ExpertsCase], Tensor]
 """The subject, on a case."""

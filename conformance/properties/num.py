@@ -26,7 +26,12 @@ EXPERT_GAIN = declare(
     "experts",
     is_value=True,
 )
-ABSENT = declare("NUM-05", "tokens without an expert held here get rows of exactly zero", "experts")
+ABSENT = declare(
+    "NUM-05",
+    "tokens without an expert held here get rows of exactly zero",
+    "experts",
+    needs=lambda can: set(can.maps) != {"none"} or {"some_invalid", "all_invalid"} & set(can.routings),
+)
 
 
 def reference_of(case: ExpertsCase) -> Trace:

@@ -24,7 +24,7 @@ BACKEND = declare(
 LAUNCHES = declare(
     "PATH-03", "the kernels launched, and how often, are those of the path's table", "experts", "trace", "launches"
 )
-NOTHING = declare("PATH-04", "without tokens nothing is launched", "experts", "trace")
+NOTHING = declare("PATH-04", "without tokens nothing is launched", "experts", "trace", needs=lambda can: can.empty)
 
 
 def expects_naive_blocks(case: ExpertsCase) -> bool:

@@ -15,15 +15,17 @@ class EagerSubject(Subject):
     """Linear layers, silu and products in the storage dtype, expert by expert."""
 
     name = "torch"
-    # Softmax of rows without a finite logit is NaN in torch, and torch.topk promises no order of ties.
-    capabilities = Capabilities(logits=("unit", "wide", "negative"))
+    # Softmax of rows without a finite logit is NaN in torch.
+    capabilities = Capabilities(logits=("unit", "wide", "ties", "tie_at_k", "equal", "negative"))
     numerics = Numerics(
         gate="storage", expert_output="storage", weighted="storage", combine="storage", routing_weight="storage"
     )
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
-        """`torch.softmax` and `torch.topk`."""
-        weights, ids = torch.softmax(case.router_logits.float(), dim=-1).topk(case.top_k, dim=-1)
+        """`torch.softmax` at a stable sort's first ids: weights underflow, and torch.topk promises no order of ties."""
+        logits = case.router_logits.float()
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, : case.top_k]
+        weights = torch.softmax(logits, dim=-1).gather(1, ids)
         if case.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights, ids.to(torch.int32)
