@@ -70,6 +70,9 @@ def check(
         environment = dict(os.environ)
         # A process has one Triton mode, read when Triton is imported: it is set here, for the child alone.
         environment["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
+        if device == "cpu":
+            # Small operands: threads would only get in each other's way, and the workers take the cores.
+            environment.setdefault("OMP_NUM_THREADS", "1")
         if device == "cuda":
             _precompile(subject, workers, environment, console)
         started = time.monotonic()
