@@ -1,68 +1,64 @@
-"""The search for the grouped GEMM's tiles: measure candidates on a workload, keep every result and every failure.
+"""The search for the grouped GEMM's tiles, and the tuned files that it writes.
 
-Candidates are compiled side by side in processes of their own, which also find those that cannot be launched or break
-the device. Each is then checked against the plain layer, timed briefly, and the best are timed again, interleaved.
+For a layer and a number of tokens: each GEMM's candidates are timed alone, the best of both are paired and timed as a
+layer, and the best pairs meet the default in an interleaved final. A pair that does not beat the default there by more
+than the spread is not believed: the file gets the default's tiles, so that its nearest-key lookup never takes another
+number of tokens' tiles where the default is better. After each number of tokens the file is written, whole, under the
+name that the lookup reads, and a later run goes on from it.
 """
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
 import itertools
 import json
-import multiprocessing
-import os
 import random
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
+from ..impl.config import QuantScheme
 from ..impl.fused_moe import fused_experts
 from ..impl.platform import Platform
-from ..impl.tuning.kernel_config import KernelConfig, layer_kernel_configs, use_kernel_configs
-from .floor import expert_bytes
-from .machine import l2_bytes
-from .operands import ExpertsCall, Operands, WeightBank, make_operands
-from .rotation import plan_rotation
-from .runner import expect_right
-from .selection import choose_device, select_workloads
-from .timer import CudaClock, HostClock, Timing, capture_graph, interleave, one_after_another
-from .verification import judge_rows, plain_experts
+from ..impl.tuning.kernel_config import KernelConfig
+from ..impl.tuning.limits import kernel_config
+from ..impl.tuning.names import ConfigKey
+from ..impl.tuning.schema import TunedConfigError
+from ..impl.tuning.writer import read_tuned_file, write_tuned_file
+from .operands import ExpertsCall, WeightBank
+from .timer import PairedRatio, Timing
+from .tune_candidates import GEMMS, Pair, candidate_configs, default_pair, gemm_candidates
+from .tune_device import Bench, CandidateError, InProcess, Plan
+from .worker_pool import error_text
 from .workloads import Workload
 
-Pair = tuple[KernelConfig, KernelConfig]
-"""The tiles of the first and of the second GEMM; both have one block_size_m."""
+__all__ = ["Trial", "candidate_configs", "measure_pairs", "plan_search", "search", "tune"]
 
-# A compiling process holds the layer's weights, since Triton specialises on what it is called with.
-_COMPILE_MEMORY_SHARE = 0.5
-# What the driver says of a fault after which no kernel runs in the process any more.
-_DEVICE_FAULTS = ("illegal memory access", "misaligned address", "launch failure", "illegal instruction", "device-side")
-_BRIEF_ROUNDS, _FINAL_ROUNDS, _FINALISTS = 5, 30, 6
+DEFAULT_TOKENS = tuple(2**power for power in range(14))
+"""M from 1 to 8,192."""
+
+# Of each GEMM and block_size_m; pairs predicted to be slower than the best by more than the factor are not tried.
+_BEST_OF_GEMM, _SLOWER = 3, 1.15
+_MOST_PAIRS, _FINALISTS = 12, 4
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate's outcome.
+    """One candidate's outcome: of a GEMM alone, or of the whole layer.
 
     Attributes:
-        w13: the first GEMM's tile.
-        w2: the second GEMM's tile.
-        timing: seconds of a call of the whole layer; None where it failed.
+        w13: the first GEMM's tile; None where the second was timed alone.
+        w2: the second GEMM's tile; None where the first was timed alone.
+        timing: seconds of a call; None where it failed.
         error: why it failed, else empty.
         final: whether it was timed interleaved with the other best ones; compare only those closely.
     """
 
-    w13: KernelConfig
-    w2: KernelConfig
+    w13: KernelConfig | None
+    w2: KernelConfig | None
     timing: Timing | None = None
     error: str = ""
     final: bool = False
@@ -72,100 +68,84 @@ class Trial:
         """The median time of a call, infinite where it failed."""
         return float("inf") if self.timing is None else self.timing.median
 
+    @property
+    def pair(self) -> Pair | None:
+        """The layer's tiles; None for a GEMM alone."""
+        return None if self.w13 is None or self.w2 is None else (self.w13, self.w2)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data that JSON holds."""
-        seconds = None if self.timing is None else self.timing.median
         return {
-            "w13": self.w13.as_dict(),
-            "w2": self.w2.as_dict(),
-            "seconds": seconds,
+            "w13": None if self.w13 is None else self.w13.as_dict(),
+            "w2": None if self.w2 is None else self.w2.as_dict(),
+            "seconds": None if self.timing is None else self.timing.median,
             "error": self.error,
             "final": self.final,
         }
 
 
-def candidate_configs(workload: Workload, platform: Platform) -> list[KernelConfig]:
-    """A grid around what is known to be good, cut to what fits the platform's shared memory and the layer."""
-    model = workload.model
-    rows = 2 * workload.num_tokens * model.top_k / model.num_experts
-    ideal = min((16, 32, 64, 128), key=lambda size: abs(size - rows) if size >= rows else size * 1e6)
-    if rows > 128:
-        ideal = 128
-    rows_choices = sorted({size for size in (ideal // 2, ideal, ideal * 2) if 16 <= size <= 128})
-    candidates = []
-    for block_m, block_n, block_k, warps, stages, group, swap in itertools.product(
-        rows_choices, (64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4, 5), (1, 8), (False, True)
-    ):
-        config = KernelConfig(block_m, block_n, block_k, group, warps, stages, swap)
-        narrow = min(2 * model.intermediate_size, model.hidden_size)
-        if block_n // 2 >= narrow or block_k // 2 >= min(model.hidden_size, model.intermediate_size):
-            continue
-        # More than 128 accumulators a thread spill; a swapped operand needs a warp group's 64 rows of weights.
-        if block_m * block_n > 128 * 32 * warps or (swap and block_m > 32):
-            continue
-        # Sweeping rows in groups shares weights between row blocks: pointless while an expert has one.
-        if group > 1 and rows <= 2 * block_m:
-            continue
-        if config.shared_memory(workload.torch_dtype) <= (platform.shared_memory or 1 << 62):
-            candidates.append(config)
-    return candidates
+def plan_search(workload: Workload, platform: Platform, limit: int | None = None) -> Plan:
+    """The candidates of a workload, the default first.
+
+    Args:
+        workload: the layer, its tokens and routing.
+        platform: where.
+        limit: candidates of each GEMM at most beside the default, drawn with a fixed seed; None: all.
+    """
+
+    def drawn(gemm: str) -> tuple[KernelConfig, ...]:
+        default, *others = gemm_candidates(workload, gemm, platform)
+        if limit is not None and limit < len(others):
+            others = random.Random(0).sample(others, limit)
+        return (default, *others)
+
+    return Plan(workload, *(drawn(gemm) for gemm in GEMMS))
 
 
 def measure_pairs(
     workload: Workload,
     pairs: Sequence[Pair],
     *,
-    device: torch.device | str,
-    experts: ExpertsCall = fused_experts,
+    device: torch.device | str = "cpu",
+    experts: ExpertsCall | None = None,
     bank: WeightBank | None = None,
-    compile_processes: int | None = None,
+    bench: Bench | None = None,
+    keep: Pair | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[Trial]:
-    """Measure the whole layer under each pair of tiles; a failing pair is recorded, and the others go on.
+    """Time the layer under each pair of tiles, the best ones again and interleaved; a failing pair is recorded.
 
     Args:
         workload: the layer, its tokens and routing.
         pairs: candidates.
-        device: where.
-        experts: the implementation; it must follow `use_kernel_configs`. Only `fused_experts` is compiled beforehand.
-        bank: weights to share with other searches.
-        compile_processes: processes that compile beforehand; None: as cores and memory allow, 0: none.
+        device: where, unless `bench` says so.
+        experts: the layer, unless `bench` says so; it must follow `use_kernel_configs`.
+        bank: weights to share with other measurements.
+        bench: what measures; None: this process.
+        keep: a pair that is in the final however slow it is.
         on_progress: called once a pair.
 
     Returns:
-        A trial for each pair, fastest first, the failures last.
+        A trial for each pair: the finalists, fastest first, then the others, the failures last.
     """
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    if on_gpu and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    bank = bank or WeightBank(workload.model, workload.torch_dtype, device)
-    with torch.cuda.device(device) if on_gpu else nullcontext():
-        rotation = plan_rotation(
-            workload, l2_bytes(device), max_copies=min(16, bank.room_for(workload)), min_calls=4 if on_gpu else 1
-        )
-        operands = [make_operands(workload, bank, call, rotation.copy_of(call)) for call in range(rotation.calls)]
-        outcomes = _compile_all(workload, pairs, device, compile_processes if experts is fused_experts else 0)
-        clock = CudaClock(device) if on_gpu else HostClock()
-        right = plain_experts(operands[0])
-        trials: list[Trial] = []
-        broken = False
-        for pair, outcome in zip(pairs, outcomes, strict=True):
-            if outcome or broken:
-                trials.append(Trial(*pair, error=outcome or "not tried: an earlier pair broke the device"))
-            else:
-                trials.append(_try_pair(pair, experts, operands, right, clock))
-                broken = _is_device_fault(trials[-1].error)
-            on_progress()
-        best = sorted((trial for trial in trials if not trial.error), key=lambda trial: trial.seconds)[:_FINALISTS]
-        if len(best) > 1 and not broken:
-            passes = {
-                str(i): _one_pass((trial.w13, trial.w2), experts, operands, device) for i, trial in enumerate(best)
-            }
-            samples = interleave(passes, clock, rounds=_FINAL_ROUNDS)
-            for i, trial in enumerate(best):
-                timing = Timing(tuple(sample / rotation.calls for sample in samples[str(i)]))
-                trials[trials.index(trial)] = replace(trial, timing=timing, final=True)
+    bench = bench or InProcess(device, experts or fused_experts, bank)
+    trials = []
+    for pair in dict.fromkeys(pairs):
+        try:
+            trials.append(Trial(*pair, timing=bench.layer(workload, pair)))
+        except Exception as error:  # whatever a candidate raises is its result
+            trials.append(Trial(*pair, error=_why(error)))
+        on_progress()
+    good = sorted((trial for trial in trials if not trial.error), key=lambda trial: trial.seconds)
+    finalists = good[:_FINALISTS] + [trial for trial in good[_FINALISTS:] if trial.pair == keep]
+    if finalists:
+        try:
+            timings = bench.final(workload, [trial.pair for trial in finalists if trial.pair is not None])
+        except Exception as error:  # none of them can be believed then, and which one is to blame is not known
+            failed = [replace(trial, timing=None, error=f"in the final: {_why(error)}") for trial in finalists]
+            return [trial for trial in trials if trial not in finalists] + failed
+        for trial, timing in zip(finalists, timings, strict=True):
+            trials[trials.index(trial)] = replace(trial, timing=timing, final=True)
     return sorted(trials, key=lambda trial: (not trial.final, trial.seconds))
 
 
@@ -173,165 +153,372 @@ def search(
     workload: Workload,
     candidates: Sequence[KernelConfig] | None = None,
     *,
-    device: torch.device | str,
-    experts: ExpertsCall = fused_experts,
-    bank: WeightBank | None = None,
-    compile_processes: int | None = None,
+    device: torch.device | str = "cpu",
+    platform: Platform | None = None,
+    bench: Bench | None = None,
+    plan: Plan | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[Trial]:
-    """Find tiles for both GEMMs: the first one's over all candidates, then the second one's beside the best first.
+    """Find tiles for both GEMMs: each one's candidates alone, then the best of both as a layer, beside the default.
 
-    Arguments are those of `measure_pairs`; `candidates` None is `candidate_configs`.
+    Args:
+        workload: the layer, its tokens and routing.
+        candidates: of both GEMMs; None: those of `plan`.
+        device: where, unless `bench` says so.
+        platform: what the candidates are for; None: the device's.
+        bench: what measures; None: this process.
+        plan: candidates of each GEMM; None: all of the grid.
+        on_progress: called once a trial.
 
     Returns:
-        The trials of the second step, which has the default among them, fastest first; then those of the first.
+        The layers' trials as `measure_pairs` gives them, the default among them; then those of the GEMMs alone.
     """
-    device = torch.device(device)
-    platform = Platform.of(device)
-    bank = bank or WeightBank(workload.model, workload.torch_dtype, _indexed(device))
-    candidates = candidate_configs(workload, platform) if candidates is None else candidates
+    platform = platform or Platform.of(torch.device(device))
+    bench = bench or InProcess(device)
+    default = default_pair(workload, platform)
+    if candidates is not None:
+        plan = Plan(workload, tuple(candidates), tuple(candidates))
+    plan = plan or plan_search(workload, platform)
+    alone: list[Trial] = []
+    seconds: dict[str, dict[KernelConfig, float]] = {}
+    for gemm, tile in zip(GEMMS, default, strict=True):
+        tiles = list(dict.fromkeys([tile, *plan.candidates(gemm)]))
+        if not bench.times_gemms:
+            seconds[gemm] = dict.fromkeys(tiles, 0.0)
+            continue
+        trials = [_time_gemm(bench, workload, gemm, config, on_progress) for config in tiles]
+        seconds[gemm] = {
+            config: trial.seconds for config, trial in zip(tiles, trials, strict=True) if trial.timing is not None
+        }
+        alone += trials
+    pairs = [default, *_best_pairs(seconds["w13"], seconds["w2"])]
+    return [*measure_pairs(workload, pairs, bench=bench, keep=default, on_progress=on_progress), *alone]
+
+
+def _time_gemm(
+    bench: Bench, workload: Workload, gemm: str, config: KernelConfig, on_progress: Callable[[], None]
+) -> Trial:
+    pair = (config, None) if gemm == "w13" else (None, config)
+    try:
+        return Trial(*pair, timing=Timing((bench.gemm(workload, gemm, config),)))
+    except Exception as error:  # whatever a candidate raises is its result
+        return Trial(*pair, error=_why(error))
+    finally:
+        on_progress()
+
+
+def _best_pairs(w13: Mapping[KernelConfig, float], w2: Mapping[KernelConfig, float]) -> list[Pair]:
+    """Pairs of one block_size_m that may be the fastest, going by the sum of both GEMMs' seconds."""
+    sums: dict[Pair, float] = {}
+    for block_m in dict.fromkeys(config.block_size_m for config in w13):
+        best = [
+            sorted((config for config in each if config.block_size_m == block_m), key=lambda config: each[config])
+            for each in (w13, w2)
+        ]
+        for first, second in itertools.product(best[0][:_BEST_OF_GEMM], best[1][:_BEST_OF_GEMM]):
+            sums[first, second] = w13[first] + w2[second]
+    if not sums:
+        return []
+    allowed = min(sums.values()) * _SLOWER
+    return sorted((pair for pair in sums if sums[pair] <= allowed), key=lambda pair: sums[pair])[:_MOST_PAIRS]
+
+
+def _why(error: Exception) -> str:
+    return str(error) if isinstance(error, CandidateError) else error_text(error)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search gave for one workload.
+
+    Attributes:
+        workload: the layer, its tokens and routing.
+        pair: the tiles to use: the best ones, or the default's where nothing beat it.
+        default: the default's tiles.
+        default_seconds: the default's median in the final; None where it failed.
+        best: the fastest pair of the final.
+        best_seconds: its median.
+        ratio: best over default, round by round; None where the default failed, or is the best.
+        trials: everything that was tried.
+    """
+
+    workload: Workload
+    pair: Pair
+    default: Pair
+    default_seconds: float | None
+    best: Pair
+    best_seconds: float
+    ratio: PairedRatio | None
+    trials: tuple[Trial, ...]
+
+    @property
+    def is_better(self) -> bool:
+        """Whether something other than the default is to be used."""
+        return self.pair != self.default
+
+    @property
+    def failed(self) -> tuple[Trial, ...]:
+        """Candidates that could not be measured, or were wrong."""
+        return tuple(trial for trial in self.trials if trial.error)
+
+    def about(self) -> dict[str, Any]:
+        """What the tuned file says of this entry; microseconds of a call of the layer."""
+        return {
+            "model": self.workload.model.name,
+            "routing": str(self.workload.routing),
+            "candidates": len({(trial.w13, trial.w2) for trial in self.trials}),
+            "failed": len(self.failed),
+            "best_us": round(self.best_seconds * 1e6, 2),
+            "default_us": None if self.default_seconds is None else round(self.default_seconds * 1e6, 2),
+            "taken": "best" if self.is_better else "default",
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data that JSON holds, with every trial."""
+        return {
+            **self.about(),
+            "num_tokens": self.workload.num_tokens,
+            "dtype": self.workload.dtype,
+            "workload": self.workload.id,
+            "w13": self.pair[0].as_dict(),
+            "w2": self.pair[1].as_dict(),
+            "ratio": None if self.ratio is None else vars(self.ratio),
+            "trials": [trial.as_dict() for trial in self.trials],
+        }
+
+
+def decide(workload: Workload, trials: Sequence[Trial], default: Pair) -> Tuned | None:
+    """Which tiles to use: those of the fastest finalist, if it beats the default by more than the spread.
+
+    The spread is the distance between the quartiles of the rounds' ratios. Where the default itself failed, the
+    fastest wins.
+
+    Returns:
+        None where no pair got through the final.
+    """
+    finals = [trial for trial in trials if trial.final and trial.pair is not None]
+    if not finals:
+        return None
+    best = min(finals, key=lambda trial: trial.seconds)
+    own = next((trial for trial in finals if trial.pair == default), None)
+    pair, ratio = best.pair, None
+    if own is not None and own is not best and own.timing is not None and best.timing is not None:
+        ratio = PairedRatio.of(best.timing, own.timing)
+        if 1 - ratio.median <= ratio.high - ratio.low:
+            pair = default
+    if pair is None or best.pair is None:
+        raise RuntimeError("a finalist without tiles")
+    seconds = None if own is None else own.seconds
+    return Tuned(workload, pair, default, seconds, best.pair, best.seconds, ratio, tuple(trials))
+
+
+@dataclass
+class TunedFileOfLayer:
+    """One layer's tuned file, as far as it is known.
+
+    Attributes:
+        folder: where it is.
+        key: what it is for, which gives its name.
+        triton_version: the version it is tuned with; what another version's file says is not taken over.
+        entries: tiles for each number of tokens.
+        about: how they were found, likewise.
+        device: the device's name.
+    """
+
+    folder: Path
+    key: ConfigKey
+    triton_version: str
+    device: str
+    entries: dict[int, Pair] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """Where it is, or will be."""
+        return self.folder / self.key.file_name
+
+    def load(self) -> None:
+        """Take over what the file on disk says, where it is of the same Triton version.
+
+        Raises:
+            TunedConfigError: it breaks the schema.
+        """
+        found = read_tuned_file(self.path)
+        if found is None:
+            return
+        document = json.loads(self.path.read_text(encoding="utf-8"))
+        if document.get("triton_version") != self.triton_version:
+            return
+        for tokens, (w13, w2) in found.entries.items():
+            try:
+                self.entries[tokens] = (kernel_config(w13), kernel_config(w2))
+            except ValueError as error:
+                raise TunedConfigError(self.path, str(tokens), str(error)) from error
+        about = document.get("about")
+        said = about.get("tokens") if isinstance(about, dict) else None
+        self.about = dict(said) if isinstance(said, dict) else {}
+
+    def add(self, tuned: Tuned) -> None:
+        """Write the file with one more entry.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        tokens = tuned.workload.num_tokens
+        self.entries[tokens] = tuned.pair
+        self.about[str(tokens)] = tuned.about()
+        about = {
+            "tool": "moegate tune",
+            "device": self.device,
+            "torch": torch.__version__,
+            "unit": "microseconds of a call of the layer, medians of an interleaved final",
+            "tokens": {key: self.about[key] for key in sorted(self.about, key=int)},
+        }
+        write_tuned_file(self.folder, self.key, self.entries, triton_version=self.triton_version, about=about)
+
+
+@dataclass
+class TuneRun:
+    """What a run gave.
+
+    Attributes:
+        tuned: for each workload that was measured, what came out.
+        kept: workloads that the files had already.
+        failed: workloads of which nothing could be measured, with the reason.
+        left: workloads for which there was no time.
+        files: the files written.
+    """
+
+    tuned: list[Tuned] = field(default_factory=list)
+    kept: list[Workload] = field(default_factory=list)
+    failed: list[tuple[Workload, str]] = field(default_factory=list)
+    left: list[Workload] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+
+
+class Watcher:
+    """Hears how a run goes; does nothing with it."""
+
+    def plan(self, steps: int) -> None:
+        """So many steps are to come in all, going by what is known now."""
+
+    def step(self) -> None:
+        """One is done."""
+
+    def phase(self, what: str) -> None:
+        """This is done now."""
+
+    def done(self, tuned: Tuned) -> None:
+        """A workload is tuned, and written."""
+
+
+def layer_key(workload: Workload, platform: Platform) -> ConfigKey:
+    """The key of the tuned file that this layer looks for on this platform.
+
+    Raises:
+        ValueError: a device without a name, for which no file is ever looked for.
+    """
     model = workload.model
-    default13, default2, _ = layer_kernel_configs(
-        num_tokens=workload.num_tokens,
-        top_k=model.top_k,
-        num_experts=model.num_experts,
-        hidden_size=model.hidden_size,
+    key = ConfigKey.of_layer(
+        num_local_experts=model.local_experts,
         intermediate_size=model.intermediate_size,
+        hidden_size=model.hidden_size,
+        top_k=model.top_k,
         dtype=workload.torch_dtype,
+        scheme=QuantScheme.NONE,
+        block_shape=None,
         platform=platform,
     )
-    measure = partial(
-        measure_pairs,
-        workload,
-        device=device,
-        experts=experts,
-        bank=bank,
-        compile_processes=compile_processes,
-        on_progress=on_progress,
-    )
-    default = (default13, default2)
-    firsts = [(config, replace(default2, block_size_m=config.block_size_m)) for config in candidates]
-    first_step = measure(list(dict.fromkeys([default, *firsts])))
-    if first_step[0].error:
-        return first_step
-    best = first_step[0]
-    seconds = [(best.w13, c) for c in candidates if c.block_size_m == best.w13.block_size_m]
-    second_step = measure(list(dict.fromkeys([default, (best.w13, best.w2), *seconds])))
-    return [*second_step, *first_step]
+    if key is None:
+        raise ValueError("device: expected one with a name, which names the file")
+    return key
 
 
-def _try_pair(
-    pair: Pair, experts: ExpertsCall, operands: Sequence[Operands], right: torch.Tensor, clock: CudaClock | HostClock
-) -> Trial:
-    try:
-        with use_kernel_configs(*pair):
-            out = operands[0].pass_to(experts)
-        expect_right("candidate", "its result", judge_rows(out, right, operands[0].hidden_states.dtype))
-        run = _one_pass(pair, experts, operands, right.device)
-        run()
-        samples = interleave({"": run}, clock, rounds=_BRIEF_ROUNDS)[""]
-    except Exception as error:  # a candidate that cannot be compiled or launched is a result
-        return Trial(*pair, error=f"{type(error).__name__}: {error}"[:300])
-    return Trial(*pair, timing=Timing(tuple(sample / len(operands) for sample in samples)))
+def tune(
+    workloads: Sequence[Workload],
+    *,
+    bench: Bench,
+    platform: Platform,
+    folder: Path,
+    triton_version: str,
+    minutes: float | None = None,
+    limit: int | None = None,
+    again: bool = False,
+    watcher: Watcher | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TuneRun:
+    """Tune workloads and write their files, each number of tokens as soon as it is known.
+
+    With a time limit each layer gets an equal share of what is left; what a layer does not need goes to those after
+    it, and at the end to those that were cut short.
+
+    Args:
+        workloads: what to tune; a model's are measured together, in their order.
+        bench: what measures.
+        platform: the device's, whose name the files bear.
+        folder: where the files are written.
+        triton_version: of the kernels; a file of another version is begun anew.
+        minutes: after which no workload is begun; None: no limit.
+        limit: candidates of each GEMM at most.
+        again: measure also what the files have.
+        watcher: hears how it goes.
+        clock: seconds since any moment, `time.monotonic`'s where `bench` compiles.
+
+    Raises:
+        TunedConfigError: a file that is there already breaks the schema.
+        OSError: the folder cannot be written.
+    """
+    watcher = watcher or Watcher()
+    end = float("inf") if minutes is None else clock() + 60 * minutes
+    run = TuneRun()
+    # Layers that look for the same file are one: the first one's numbers of tokens are taken.
+    layers: dict[ConfigKey, dict[int, Workload]] = {}
+    for workload in workloads:
+        layers.setdefault(layer_key(workload, platform), {}).setdefault(workload.num_tokens, workload)
+    files = {key: TunedFileOfLayer(folder, key, triton_version, platform.name) for key in layers}
+    todo: dict[ConfigKey, list[Workload]] = {}
+    plans: dict[Workload, Plan] = {}
+    for key, by_tokens in layers.items():
+        files[key].load()
+        known = {} if again else files[key].entries
+        run.kept += [workload for tokens, workload in by_tokens.items() if tokens in known]
+        todo[key] = [workload for tokens, workload in by_tokens.items() if tokens not in known]
+        plans |= {workload: plan_search(workload, platform, limit) for workload in todo[key]}
+    if not plans:
+        return run
+
+    steps = {w: len(plan.w13) + len(plan.w2) + _MOST_PAIRS + 1 for w, plan in plans.items()}
+    watcher.plan(bench.steps(list(plans.values())) + sum(steps.values()))
+    watcher.phase("compiling")
+    bench.prepare(list(plans.values()), until=end, on_done=watcher.step)
+
+    for is_last_round in (False, True):
+        for position, key in enumerate(todo):
+            now = clock()
+            until = end if is_last_round else now + (end - now) / (len(todo) - position)
+            while todo[key] and clock() < until:
+                workload = todo[key].pop(0)
+                tuned = _tune_one(workload, plans[workload], bench, platform, run, watcher)
+                if tuned is not None:
+                    files[key].add(tuned)
+                    run.files = list(dict.fromkeys([*run.files, files[key].path]))
+                    watcher.done(tuned)
+    run.left = [workload for several in todo.values() for workload in several]
+    return run
 
 
-def _one_pass(
-    pair: Pair, experts: ExpertsCall, operands: Sequence[Operands], device: torch.device
-) -> Callable[[], object]:
-    def call(each: Operands) -> torch.Tensor:
-        with use_kernel_configs(*pair):
-            return each.pass_to(experts)
-
-    calls = [partial(call, each) for each in operands]
-    return (capture_graph if device.type == "cuda" else one_after_another)(calls, device).run
-
-
-def _compile_all(workload: Workload, pairs: Sequence[Pair], device: torch.device, processes: int | None) -> list[str]:
-    """Run each pair once in processes of their own: "" where that went well or was not tried, else the error."""
-    if processes is None and device.type != "cuda":
-        processes = 0
-    if processes is None:
-        layer = expert_bytes(workload) * workload.model.local_experts
-        free = torch.cuda.mem_get_info(device)[0]
-        processes = min(os.cpu_count() or 1, len(pairs) // 2, int(free * _COMPILE_MEMORY_SHARE / layer))
-    if processes < 1:
-        return [""] * len(pairs)
-    context = multiprocessing.get_context("spawn")
-    outcomes = [""] * len(pairs)
-    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-        futures = [pool.submit(_compile_one, workload, pair, str(device)) for pair in pairs]
-        for index, future in enumerate(futures):
-            try:
-                outcomes[index] = future.result()
-            except BrokenProcessPool:
-                # A process died, and took the answers of its neighbours along: here they run one by one.
-                break
-    return outcomes
-
-
-_compile_state: dict[str, Operands | bool] = {}
-
-
-def _compile_one(workload: Workload, pair: Pair, device: str) -> str:
-    """In a compiling process: the error that a pair raises, "" for none."""
-    if _compile_state.get("broken"):
-        return ""
-    where = torch.device(device)
-    try:
-        if where.type == "cuda":
-            torch.cuda.set_device(where)
-        operands = _compile_state.get("operands")
-        if not isinstance(operands, Operands):
-            operands = make_operands(workload, WeightBank(workload.model, workload.torch_dtype, where), 0, 0)
-            _compile_state["operands"] = operands
-        with use_kernel_configs(*pair):
-            operands.pass_to(fused_experts)
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-    except torch.OutOfMemoryError:
-        return ""  # its neighbours hold the memory, which says nothing about the pair
-    except Exception as error:
-        # After a fault on the device nothing more runs in this process; what it was given next is still unjudged.
-        _compile_state["broken"] = _is_device_fault(str(error))
-        return f"{type(error).__name__}: {error}"[:300]
-    return ""
-
-
-def _is_device_fault(message: str) -> bool:
-    return any(fault in message for fault in _DEVICE_FAULTS)
-
-
-def _indexed(device: torch.device) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-def main() -> None:
-    """`python -m moegate.bench.tune`: search tiles for models and numbers of tokens, and print the best of each."""
-    parser = argparse.ArgumentParser(prog="python -m moegate.bench.tune", description=main.__doc__)
-    parser.add_argument("--models", required=True, help="names, comma-separated")
-    parser.add_argument("--tokens", help="numbers of tokens M, comma-separated")
-    parser.add_argument("--limit", type=int, help="measure only so many candidates, drawn with a fixed seed")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every trial")
-    options = parser.parse_args()
-    device = choose_device()
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    found = {}
-    for workload in select_workloads(device, models=options.models, tokens=options.tokens):
-        candidates = candidate_configs(workload, Platform.of(device))
-        if options.limit and options.limit < len(candidates):
-            candidates = random.Random(0).sample(candidates, options.limit)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(workload.id, total=None)
-            trials = search(workload, candidates, device=device, on_progress=partial(progress.advance, task))
-        found[workload.id] = [trial.as_dict() for trial in trials]
-        console.print(f"{workload.id}: {len(trials)} trials, {sum(bool(trial.error) for trial in trials)} failed")
-        for trial in trials[:4]:
-            console.print(
-                f"  {trial.seconds * 1e6:9.2f} us  w13 {trial.w13}\n               w2 {trial.w2}  {trial.error}"
-            )
-    if options.json:
-        options.json.write_text(json.dumps({"schema": "moegate-tune-trials/1", "trials": found}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def _tune_one(
+    workload: Workload, plan: Plan, bench: Bench, platform: Platform, run: TuneRun, watcher: Watcher
+) -> Tuned | None:
+    watcher.phase(f"{workload.model.name} M={workload.num_tokens}")
+    trials = search(workload, platform=platform, bench=bench, plan=plan, on_progress=watcher.step)
+    # Fewer pairs than planned: the steps count as done.
+    for _ in range(len(plan.w13) + len(plan.w2) + _MOST_PAIRS + 1 - len(trials)):
+        watcher.step()
+    tuned = decide(workload, trials, default_pair(workload, platform))
+    if tuned is None:
+        reasons = list(dict.fromkeys(trial.error for trial in trials if trial.error))
+        run.failed.append((workload, reasons[0] if reasons else "no candidate"))
+    else:
+        run.tuned.append(tuned)
+    return tuned

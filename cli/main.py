@@ -35,7 +35,7 @@ def main(
 
 def _mount() -> None:
     # Each command is a file of its own; none of them imports torch before it runs.
-    from moegate import bench_command, check, doctor, explain
+    from moegate import bench_command, check, doctor, explain, tune
 
     app.command("check")(check.check)
     app.command("explain")(explain.explain)
@@ -43,6 +43,7 @@ def _mount() -> None:
     raw = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command("bench", context_settings=raw)(bench_command.bench)
     app.command("doctor")(doctor.doctor)
+    app.command("tune")(tune.tune)
 
 
 _mount()
