@@ -94,7 +94,7 @@ def test_a_subject_that_is_not_there_is_a_bad_argument(user):
 def test_a_finding_exits_with_1_and_json_on_standard_output_is_all_there_is(user):
     """The installed command, in a process of its own, from the user's folder."""
     command = [shutil.which("moegate") or sys.executable, *([] if shutil.which("moegate") else ["-m", "moegate"])]
-    options = ["--subject", "mine.py:Wrong", "--device", "cpu", "--scale", "0.1", "-n", "1", "-k", "test_experts"]
+    options = ["--subject", "mine.py:Wrong", "--device", "cpu", "--scale", "0.1", "-n", "1", "-k", "float32-many"]
     done = subprocess.run(
         [*command, "check", *options, "--json", "-"], cwd=user, capture_output=True, text=True, check=False
     )
