@@ -97,9 +97,10 @@ def read_bytes(path: Path) -> bytes | None:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         raise TunedConfigError(path, "", f"cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise TunedConfigError(path, "", "expected a plain file")
     with os.fdopen(handle, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise TunedConfigError(path, "", "expected a plain file")
         content = stream.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise TunedConfigError(path, "", f"expected at most {MAX_BYTES} bytes")
