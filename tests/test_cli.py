@@ -50,14 +50,12 @@ def user(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [(), ("check",), ("doctor",)])
+@pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
 def test_each_command_explains_itself(command):
-    done = moegate(*command, "--help")
+    done = moegate(command, "--help")
     assert done.code == 0
-    assert "Usage: moegate" in done.text
-    if command:
-        assert "--json" in done.text
-        assert "Exit codes:" in done.text
+    assert f"sage: moegate {command}" in done.text  # argparse writes it small
+    assert command in moegate("--help").text
 
 
 @pytest.mark.parametrize(
