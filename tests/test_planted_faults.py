@@ -38,7 +38,7 @@ FAULTS = (
     ),
     Fault(
         "gemm-loses-the-tail-of-k",
-        "kernels/grouped_gemm.py",
+        "kernels/tile.py",
         "for k in range(0, K, BLOCK_K):",
         "for k in range(0, K - BLOCK_K + 1, BLOCK_K):",
         ("test_experts.py",),
@@ -46,9 +46,9 @@ FAULTS = (
     ),
     Fault(
         "gemm-reads-past-the-tail-of-k",
-        "kernels/grouped_gemm.py",
-        "EVEN_K=k % config.block_size_k == 0,",
-        "EVEN_K=True,",
+        "kernels/tile.py",
+        '"EVEN_K": k % config.block_size_k == 0,',
+        '"EVEN_K": True,',
         ("test_experts.py",),
         ("NUM-01",),
     ),

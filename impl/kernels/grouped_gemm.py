@@ -9,6 +9,7 @@ import triton.language as tl
 from .. import path
 from ..tuning.kernel_config import KernelConfig
 from .sizes import cdiv
+from .tile import product_of_tile, tile_of_program, tile_options
 
 
 @triton.jit(
@@ -57,23 +58,9 @@ def grouped_gemm_kernel(
     Aligned: `sorted_token_ids` lists the pairs of each row block, `expert_ids` the block's expert. Naive: block p is
     pair p alone, in row 0, and `expert_ids` is `topk_ids` itself, with its row stride.
 
-    Offsets that grow with the experts or the tokens are 64-bit, and computed once. What a constant would not make
-    faster is a run-time value, so that few variants are compiled.
+    What a constant would not make faster is a run-time value, so that few variants are compiled.
     """
-    pid = tl.program_id(0)
-    num_n_blocks = tl.cdiv(N, BLOCK_N)
-    if GROUP_M == 1:
-        pid_m = pid // num_n_blocks
-        pid_n = pid % num_n_blocks
-    else:
-        # A group of row blocks walks the weight rows together, so that their tiles meet in L2.
-        num_m_blocks = tl.num_programs(0) // num_n_blocks
-        group = pid // (GROUP_M * num_n_blocks)
-        in_group = pid % (GROUP_M * num_n_blocks)
-        group_size = min(num_m_blocks - group * GROUP_M, GROUP_M)
-        pid_m = group * GROUP_M + in_group % group_size
-        pid_n = in_group // group_size
-
+    pid_m, pid_n = tile_of_program(N, BLOCK_N, GROUP_M)
     lane_m = tl.arange(0, BLOCK_M)
     if NAIVE:
         expert = tl.load(expert_ids_ptr + (pid_m // top_k).to(tl.int64) * stride_expert_ids + pid_m % top_k)
@@ -88,53 +75,32 @@ def grouped_gemm_kernel(
 
     real = pairs < num_pairs
     a_rows = (pairs // a_top_k).to(tl.int64) * stride_am
-    lane_k = tl.arange(0, BLOCK_K)
-    lane_n = tl.arange(0, BLOCK_N)
-    inside = pid_n * BLOCK_N + lane_n < N
-    # The weight tile starts at a 64-bit address; within it 32 bits reach, unless rows are enormous.
-    b_tile_ptr = b_ptr + expert.to(tl.int64) * stride_be + (pid_n * BLOCK_N).to(tl.int64) * stride_bn
-    b_rows = (lane_n.to(tl.int64) if WIDE_B else lane_n) * stride_bn
-
-    # The loop advances two base addresses and keeps the offsets: a block of advancing pointers costs registers and a
-    # quarter more instructions a step.
-    if SWAP_AB:
-        a_offsets = a_rows[None, :] + lane_k[:, None]
-        b_offsets = b_rows[:, None] + lane_k[None, :]
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        a_offsets = a_rows[:, None] + lane_k[None, :]
-        b_offsets = b_rows[None, :] + lane_k[:, None]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-
-    for k in range(0, K, BLOCK_K):
-        if SWAP_AB:
-            a_mask = real[None, :] if EVEN_K else real[None, :] & (lane_k < K - k)[:, None]
-            a = tl.load(a_ptr + a_offsets, mask=a_mask, other=0.0)
-            if EVEN_N and EVEN_K:
-                b = tl.load(b_tile_ptr + b_offsets)
-            else:
-                b_mask = inside[:, None] if EVEN_K else inside[:, None] & (lane_k < K - k)[None, :]
-                b = tl.load(b_tile_ptr + b_offsets, mask=b_mask, other=0.0)
-            acc = tl.dot(b, a, acc, input_precision=INPUT_PRECISION)
-        else:
-            a_mask = real[:, None] if EVEN_K else real[:, None] & (lane_k < K - k)[None, :]
-            a = tl.load(a_ptr + a_offsets, mask=a_mask, other=0.0)
-            if EVEN_N and EVEN_K:
-                b = tl.load(b_tile_ptr + b_offsets)
-            else:
-                b_mask = inside[None, :] if EVEN_K else inside[None, :] & (lane_k < K - k)[:, None]
-                b = tl.load(b_tile_ptr + b_offsets, mask=b_mask, other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
-        a_ptr += BLOCK_K
-        b_tile_ptr += BLOCK_K
-
-    if SWAP_AB:
-        acc = tl.trans(acc)
+    acc = product_of_tile(
+        a_ptr,
+        a_rows,
+        real,
+        b_ptr,
+        expert,
+        pid_n,
+        N,
+        K,
+        stride_be,
+        stride_bn,
+        EVEN_N,
+        EVEN_K,
+        WIDE_B,
+        SWAP_AB,
+        INPUT_PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     if mul_weight:
         weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
-    c_ptrs = c_ptr + pairs.to(tl.int64)[:, None] * N + pid_n * BLOCK_N + lane_n[None, :]
-    c_mask = real[:, None] if EVEN_N else real[:, None] & inside[None, :]
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_ptrs = c_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
+    c_mask = real[:, None] if EVEN_N else real[:, None] & (columns < N)[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=c_mask)
 
 
@@ -194,15 +160,5 @@ def grouped_gemm(
         top_k,
         int(mul_weight),
         NAIVE=naive,
-        EVEN_N=n % config.block_size_n == 0,
-        EVEN_K=k % config.block_size_k == 0,
-        WIDE_B=b.stride(1) * config.block_size_n >= 2**31,
-        SWAP_AB=config.swap_ab,
-        INPUT_PRECISION="tf32" if allow_tf32 else "ieee",
-        BLOCK_M=config.block_size_m,
-        BLOCK_N=config.block_size_n,
-        BLOCK_K=config.block_size_k,
-        GROUP_M=config.group_size_m,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **tile_options(b, config, allow_tf32),
     )

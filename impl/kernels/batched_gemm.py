@@ -1,0 +1,119 @@
+"""The GEMM of the batched format: every expert's slab of rows times its weight, `C[e, r] = A[e, r] @ B[e]^T`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import path
+from ..tuning.kernel_config import KernelConfig
+from .sizes import cdiv
+from .slabs import tokens_of_slab
+from .tile import product_of_tile, tile_of_program, tile_options
+
+
+@triton.jit(do_not_specialize=["max_tokens"])
+def batched_gemm_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    expert_num_tokens_ptr,
+    max_tokens,
+    N,
+    K,
+    stride_ae,
+    stride_am,
+    stride_be,
+    stride_bn,
+    stride_ce,
+    stride_cm,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDE_B: tl.constexpr,
+    SWAP_AB: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One [BLOCK_M, BLOCK_N] tile of the slab that axis 1 of the grid names.
+
+    The host does not know the counts, so the grid covers whole slabs, and a program whose rows are all behind its
+    expert's count returns after one load.
+    """
+    expert = tl.program_id(1)
+    pid_m, pid_n = tile_of_program(N, BLOCK_N, GROUP_M)
+    num_tokens = tokens_of_slab(expert_num_tokens_ptr, expert, max_tokens)
+    if pid_m * BLOCK_M >= num_tokens:
+        return
+
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = rows < num_tokens
+    rows = rows.to(tl.int64)
+    acc = product_of_tile(
+        a_ptr + expert.to(tl.int64) * stride_ae,
+        rows * stride_am,
+        real,
+        b_ptr,
+        expert,
+        pid_n,
+        N,
+        K,
+        stride_be,
+        stride_bn,
+        EVEN_N,
+        EVEN_K,
+        WIDE_B,
+        SWAP_AB,
+        INPUT_PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_ptrs = c_ptr + expert.to(tl.int64) * stride_ce + (rows * stride_cm)[:, None] + columns[None, :]
+    c_mask = real[:, None] if EVEN_N else real[:, None] & (columns < N)[None, :]
+    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=c_mask)
+
+
+def batched_gemm(
+    c: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    expert_num_tokens: torch.Tensor,
+    *,
+    allow_tf32: bool,
+    config: KernelConfig,
+) -> None:
+    """Launch the kernel on checked arguments.
+
+    Args:
+        c: [E_local, max_tokens, N], rows contiguous; rows behind an expert's count are not written.
+        a: [E_local, max_tokens, K], rows contiguous; rows behind an expert's count are not read.
+        b: [E_local, N, K], rows contiguous.
+        expert_num_tokens: [E_local] int32.
+        allow_tf32: float32 operands may be rounded to TF32.
+        config: the tile choice.
+    """
+    num_experts, n, k = b.shape
+    max_tokens = a.shape[1]
+    path.launch(
+        batched_gemm_kernel,
+        (cdiv(max_tokens, config.block_size_m) * cdiv(n, config.block_size_n), num_experts),
+        a,
+        b,
+        c,
+        expert_num_tokens,
+        max_tokens,
+        n,
+        k,
+        a.stride(0),
+        a.stride(1),
+        b.stride(0),
+        b.stride(1),
+        c.stride(0),
+        c.stride(1),
+        **tile_options(b, config, allow_tf32),
+    )
