@@ -70,6 +70,7 @@ def explain(
 
     console = wide_console(stderr=json_file == "-")
     decision, refusal = None, None
+    reasons: tuple[Reason, ...] = ()
     try:
         device, is_here = _platform(platform)
         config = _config(
@@ -85,13 +86,13 @@ def explain(
         )
         available = _available(config, device, is_here, without or [])
         decision = select_backend(config, device, available, backend, os.environ)
+        reasons = decision.reasons
     except BackendRefusedError as error:
-        refusal = error
+        refusal, reasons = error, error.reasons
     except (TypeError, ValueError) as error:
         console.print(f"moegate explain: {error}", markup=False, style="red")
         raise typer.Exit(exit_codes.BAD_ARGUMENTS) from None
 
-    reasons = refusal.reasons if decision is None else decision.reasons
     report = _report(device, is_here, config, decision, reasons, refusal)
     if json_file:
         text = json.dumps(report, indent=2)

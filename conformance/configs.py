@@ -211,7 +211,7 @@ def small_tile(number: int = 0) -> dict[str, int]:
 def layer_tiles(seed: int, *, own_w2: bool) -> Pair:
     """Tiles for a layer that is really computed, from a pool small enough to compile; `own_w2`: one for each GEMM."""
     first, second = _POOL[seed % len(_POOL)], _POOL[(seed + 1) % len(_POOL)]
-    w13 = dict(zip((*BLOCKS, "GROUP_SIZE_M", "num_warps", "num_stages", "SWAP_AB"), first, strict=True))
+    w13: dict[str, Any] = dict(zip((*BLOCKS, "GROUP_SIZE_M", "num_warps", "num_stages", "SWAP_AB"), first, strict=True))
     if not own_w2:
         w13.pop("SWAP_AB")
         return w13, w13

@@ -266,7 +266,7 @@ class Point:
 
     def auto_flashinfer_over_triton(self, backends: Iterable[str]) -> str | None:
         """A violation where auto decides on one of the backends though a Triton can serve."""
-        if self.question.asked == "auto" and self.answer.backend in backends:
+        if self.question.asked == "auto" and self.answer.backend in tuple(backends):
             able = [triton for triton in TRITON_FAMILY if self.obstacle(triton) is None]
             if able:
                 return f"took {self.answer.backend} though {able[0]} can serve"

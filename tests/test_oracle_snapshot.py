@@ -1,7 +1,8 @@
 """The checked-in decision table: a change of a rule or a predicate has to show in review."""
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,10 +16,7 @@ _PATH = Path(__file__).parent / "oracle_snapshot.py"
 
 @pytest.fixture(scope="module")
 def table():
-    spec = importlib.util.spec_from_file_location("oracle_snapshot", _PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(_PATH)))
 
 
 def test_the_decision_table_is_the_checked_in_one(table):

@@ -18,6 +18,7 @@ from moegate.impl.tuning.kernel_config import KernelConfig
 from moegate.impl.tuning.names import ConfigKey
 
 _OF_LAYER = ConfigKey.of_layer
+_FILE_NAME = vars(ConfigKey)["file_name"].fget
 _PARSE, _READ, _TILE, _TOKENS = schema.parse, schema.read_bytes, schema._tile, schema._tokens
 
 
@@ -152,7 +153,7 @@ def _any_number(patch):
 def _silent_clamp(patch):
     def validated(file, layer):
         table = original(file, layer)
-        entries = {tokens: (pair, () if pair else reasons) for tokens, (pair, reasons) in table.entries.items()}
+        entries = {m: (pair, () if pair else reasons) for m, (pair, reasons) in (table.entries or {}).items()}
         return replace(table, entries=entries)
 
     original = lookup._validated
@@ -168,7 +169,7 @@ def _writer_forgets_w2(patch):
 
 
 def _spaces_in_block_shape(patch):
-    original = ConfigKey.file_name.fget
+    original = _FILE_NAME
     patch.setattr(ConfigKey, "file_name", property(lambda key: original(key).replace("128,128]", "128, 128]")))
 
 

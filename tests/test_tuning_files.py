@@ -118,6 +118,7 @@ def test_the_native_name_holds_what_the_public_one_lacks():
         block_shape=(0, 64),
         platform=H200,
     )
+    assert key is not None
     assert key.file_name == "E=128,N=768,H=2048,top_k=8,device_name=NVIDIA_H200,dtype=int4_w4a16,group=64.json"
     assert key.public.file_name == "E=128,N=768,device_name=NVIDIA_H200,dtype=int4_w4a16.json"
     assert key.tune_command() == (
@@ -441,7 +442,9 @@ def test_a_written_file_can_be_read_again_to_go_on(tmp_path):
     key = ConfigKey.parse(NATIVE)
     assert read_tuned_file(tmp_path / NATIVE) is None
     file = write_tuned_file(tmp_path, key, {64: (CONFIG, CONFIG), 16: (CONFIG, CONFIG)}, about={"model": "qwen3"})
-    assert list(read_tuned_file(file).entries) == [16, 64]
+    again = read_tuned_file(file)
+    assert again is not None
+    assert list(again.entries) == [16, 64]
     assert json.loads(file.read_text())["about"] == {"model": "qwen3"}
 
 
