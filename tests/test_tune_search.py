@@ -9,6 +9,7 @@ import pytest
 from moegate.bench.timer import Timing
 from moegate.bench.tune import (
     DEFAULT_TOKENS,
+    Tuned,
     TunedFileOfLayer,
     Watcher,
     decide,
@@ -96,6 +97,18 @@ def run(tmp_path, bench, workloads=(WORKLOAD,), **more):
     )
 
 
+def tokens_in(path):
+    found = read_tuned_file(path)
+    assert found is not None
+    return list(found.entries)
+
+
+def decided(workload, trials) -> Tuned:
+    tuned = decide(workload, trials, default_pair(workload, HOPPER))
+    assert tuned is not None
+    return tuned
+
+
 def found_by_lookup(monkeypatch, folder, model, num_tokens):
     monkeypatch.setenv("MOEGATE_TUNED_CONFIG_FOLDER", str(folder))
     lookup.forget()
@@ -127,8 +140,9 @@ def test_tiles_of_different_row_blocks_are_never_paired():
     bench = FakeBench({("w13", KernelConfig(64, 128, 64, 1, 4, 3)): 1e-6, ("w2", KernelConfig(32, 64, 64)): 1e-6})
     workload = Workload(QWEN, 512)
     trials = search(workload, platform=HOPPER, bench=bench)
-    assert all(trial.w13.block_size_m == trial.w2.block_size_m for trial in trials if trial.pair)
-    tuned = decide(workload, trials, default_pair(workload, HOPPER))
+    pairs = [trial.pair for trial in trials if trial.pair]
+    assert all(w13.block_size_m == w2.block_size_m for w13, w2 in pairs)
+    tuned = decided(workload, trials)
     assert tuned.best_seconds == pytest.approx(11e-6)
 
 
@@ -149,7 +163,7 @@ def test_a_pair_that_is_wrong_only_as_a_layer_loses():
                 raise WrongKernelError("candidate is wrong")
             return super().layer(workload, pair)
 
-    tuned = decide(WORKLOAD, search(WORKLOAD, platform=HOPPER, bench=Wrong(FASTER)), default_pair(WORKLOAD, HOPPER))
+    tuned = decided(WORKLOAD, search(WORKLOAD, platform=HOPPER, bench=Wrong(FASTER)))
     assert tuned.pair[0] == FAST13
     assert tuned.pair[1] != FAST2
 
@@ -202,7 +216,7 @@ def test_an_interrupted_run_goes_on_without_measuring_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Interrupted(FASTER), workloads)
     path = tmp_path / layer_key(WORKLOAD, HOPPER).file_name
-    assert list(read_tuned_file(path).entries) == [1, 8]
+    assert tokens_in(path) == [1, 8]
     bench = FakeBench(FASTER)
     second = run(tmp_path, bench, workloads)
     assert [workload.num_tokens for workload in second.kept] == [1, 8]
@@ -219,10 +233,10 @@ def test_again_and_another_triton_measure_what_is_there(tmp_path):
     run(tmp_path, FakeBench(FASTER), [WORKLOAD, Workload(QWEN, 1)])
     assert run(tmp_path, FakeBench(), again=True).tuned[0].pair == default_pair(WORKLOAD, HOPPER)
     path = tmp_path / layer_key(WORKLOAD, HOPPER).file_name
-    assert list(read_tuned_file(path).entries) == [1, 8]
+    assert tokens_in(path) == [1, 8]
     path.write_text(path.read_text().replace('"3.6.0"', '"3.5.0"'))
     assert run(tmp_path, FakeBench(FASTER)).tuned[0].pair == (FAST13, FAST2)
-    assert list(read_tuned_file(path).entries) == [8]
+    assert tokens_in(path) == [8]
 
 
 def test_a_broken_file_is_an_error_and_is_left_alone(tmp_path):
