@@ -180,7 +180,7 @@ def _merged(own: Ledger | None) -> Ledger | None:
 
 def _is_partial(config: pytest.Config) -> bool:
     """Whether somebody chose a part of the suite, which then owes no completeness."""
-    chosen = config.option.keyword or config.option.markexpr or any("::" in str(arg) for arg in config.args)
+    chosen = config.option.keyword or config.option.markexpr or any(".py" in str(arg) for arg in config.args)
     return bool(chosen or SELECTION.spec is not None or SELECTION.scale < 1)
 
 
