@@ -50,18 +50,20 @@ class Trial:
     """One candidate's outcome: of a GEMM alone, or of the whole layer.
 
     Attributes:
-        w13: the first GEMM's tile; None where the second was timed alone.
-        w2: the second GEMM's tile; None where the first was timed alone.
+        w13: the first GEMM's tile.
+        w2: the second GEMM's tile; of a GEMM alone both are its tile.
         timing: seconds of a call; None where it failed.
         error: why it failed, else empty.
         final: whether it was timed interleaved with the other best ones; compare only those closely.
+        gemm: which GEMM was timed alone, `w13` or `w2`; empty for the layer.
     """
 
-    w13: KernelConfig | None
-    w2: KernelConfig | None
+    w13: KernelConfig
+    w2: KernelConfig
     timing: Timing | None = None
     error: str = ""
     final: bool = False
+    gemm: str = ""
 
     @property
     def seconds(self) -> float:
@@ -69,15 +71,16 @@ class Trial:
         return float("inf") if self.timing is None else self.timing.median
 
     @property
-    def pair(self) -> Pair | None:
-        """The layer's tiles; None for a GEMM alone."""
-        return None if self.w13 is None or self.w2 is None else (self.w13, self.w2)
+    def pair(self) -> Pair:
+        """The tiles of both GEMMs."""
+        return self.w13, self.w2
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that JSON holds."""
         return {
-            "w13": None if self.w13 is None else self.w13.as_dict(),
-            "w2": None if self.w2 is None else self.w2.as_dict(),
+            "gemm": self.gemm,
+            "w13": self.w13.as_dict(),
+            "w2": self.w2.as_dict(),
             "seconds": None if self.timing is None else self.timing.median,
             "error": self.error,
             "final": self.final,
@@ -140,7 +143,7 @@ def measure_pairs(
     finalists = good[:_FINALISTS] + [trial for trial in good[_FINALISTS:] if trial.pair == keep]
     if finalists:
         try:
-            timings = bench.final(workload, [trial.pair for trial in finalists if trial.pair is not None])
+            timings = bench.final(workload, [trial.pair for trial in finalists])
         except Exception as error:  # none of them can be believed then, and which one is to blame is not known
             failed = [replace(trial, timing=None, error=f"in the final: {_why(error)}") for trial in finalists]
             return [trial for trial in trials if trial not in finalists] + failed
@@ -198,11 +201,10 @@ def search(
 def _time_gemm(
     bench: Bench, workload: Workload, gemm: str, config: KernelConfig, on_progress: Callable[[], None]
 ) -> Trial:
-    pair = (config, None) if gemm == "w13" else (None, config)
     try:
-        return Trial(*pair, timing=Timing((bench.gemm(workload, gemm, config),)))
+        return Trial(config, config, timing=Timing((bench.gemm(workload, gemm, config),)), gemm=gemm)
     except Exception as error:  # whatever a candidate raises is its result
-        return Trial(*pair, error=_why(error))
+        return Trial(config, config, error=_why(error), gemm=gemm)
     finally:
         on_progress()
 
@@ -266,7 +268,7 @@ class Tuned:
         return {
             "model": self.workload.model.name,
             "routing": str(self.workload.routing),
-            "candidates": len({(trial.w13, trial.w2) for trial in self.trials}),
+            "candidates": len({(trial.gemm, trial.pair) for trial in self.trials}),
             "failed": len(self.failed),
             "best_us": round(self.best_seconds * 1e6, 2),
             "default_us": None if self.default_seconds is None else round(self.default_seconds * 1e6, 2),
@@ -296,7 +298,7 @@ def decide(workload: Workload, trials: Sequence[Trial], default: Pair) -> Tuned 
     Returns:
         None where no pair got through the final.
     """
-    finals = [trial for trial in trials if trial.final and trial.pair is not None]
+    finals = [trial for trial in trials if trial.final]
     if not finals:
         return None
     best = min(finals, key=lambda trial: trial.seconds)
@@ -306,8 +308,6 @@ def decide(workload: Workload, trials: Sequence[Trial], default: Pair) -> Tuned 
         ratio = PairedRatio.of(best.timing, own.timing)
         if 1 - ratio.median <= ratio.high - ratio.low:
             pair = default
-    if pair is None or best.pair is None:
-        raise RuntimeError("a finalist without tiles")
     seconds = None if own is None else own.seconds
     return Tuned(workload, pair, default, seconds, best.pair, best.seconds, ratio, tuple(trials))
 
