@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
+from .config import Activation
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+SUPPORTED_ACTIVATIONS = (Activation.SILU,)
 
 _debug: ContextVar[bool] = ContextVar(
     "moegate_debug", default=os.environ.get("MOEGATE_DEBUG", "0").lower() in ("1", "true", "on", "yes")
@@ -109,6 +112,48 @@ def expect_bool(name: str, value: Any) -> bool:
     return value
 
 
+def expect_activation(name: str, value: Any) -> Activation:
+    """Check an activation, given as one or by its name, that this build's kernels compute.
+
+    Raises:
+        ValueError: anything else, with the names that exist.
+    """
+    for supported in SUPPORTED_ACTIVATIONS:
+        if value == supported:
+            return supported
+    raise ValueError(f"{name}: expected one of {[str(known) for known in SUPPORTED_ACTIVATIONS]}, got {value!r}")
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes from a tensor's first element to behind its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def expect_apart(name: str, out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+    """Check that a tensor to write into has rows apart from each other and from the inputs.
+
+    Raises:
+        ValueError: rows that share memory, or an input that does, by name.
+    """
+    if out.numel() == 0:
+        return
+    extent = out.shape[-1]
+    for stride, size in sorted(zip(out.stride()[:-1], out.shape[:-1], strict=True)):
+        if size > 1:
+            if stride < extent:
+                raise ValueError(f"{name}: expected rows that do not overlap, got strides {list(out.stride())}")
+            extent += (size - 1) * stride
+    start, end = _span(out)
+    for other, tensor in inputs.items():
+        if tensor is None or tensor.numel() == 0 or tensor.device != out.device:
+            continue
+        other_start, other_end = _span(tensor)
+        if start < other_end and other_start < end:
+            raise ValueError(f"{name}: expected memory apart from the inputs, got an overlap with {other}")
+
+
 def debug_expect_ids(name: str, ids: torch.Tensor, num_experts: int) -> None:
     """In debug mode, check that every id is in [-1, num_experts).
 
@@ -146,3 +191,15 @@ def debug_expect_expert_map(name: str, expert_map: torch.Tensor, num_local_exper
         ids, counts = torch.unique(expert_map[expert_map >= 0], return_counts=True)
         if bool((counts > 1).any()):
             raise ValueError(f"{name}: expected each local id once, got {int(ids[counts > 1][0])} twice")
+
+
+def debug_expect_counts(name: str, counts: torch.Tensor, most: int) -> None:
+    """In debug mode, check that every count is in [0, most].
+
+    Raises:
+        ValueError: a count outside the range, with the first one found.
+    """
+    if debugging() and counts.numel():
+        bad = (counts < 0) | (counts > most)
+        if bool(bad.any()):
+            raise ValueError(f"{name}: expected counts in [0, {most}], got {int(counts[bad][0])}")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from functools import cache, lru_cache
-from typing import Any
-
 import torch
 
 from . import path
@@ -15,19 +11,16 @@ from .checks import (
     debug_expect_expert_map,
     debug_expect_ids,
     debug_expect_no_nan,
+    expect_activation,
+    expect_apart,
     expect_bool,
     expect_int,
     expect_tensor,
 )
-from .config import Activation, MoEConfig
-from .experts.base import Experts
+from .config import Activation, ActivationFormat
 from .kernels.device import current_device
-from .oracle.backends import AUTO
-from .oracle.choose import choose_backend
-from .oracle.select import ENVIRONMENT_VARIABLE
+from .oracle.call import experts_of_call
 from .platform import Platform
-
-_SUPPORTED_ACTIVATIONS = (Activation.SILU,)
 
 
 def fused_experts(
@@ -74,7 +67,7 @@ def fused_experts(
             anything is launched; in debug mode (`checks.debug_checks`) also ids outside [-1, E), NaN weights, and
             maps with values outside [-1, E_local) or a local id twice.
     """
-    activation = _check_activation(activation)
+    activation = expect_activation("activation", activation)
     expect_bool("apply_router_weight_on_input", apply_router_weight_on_input)
     expect_bool("allow_tf32", allow_tf32)
     expect_tensor("hidden_states", hidden_states, shape=("M", "H"), dtypes=FLOATS)
@@ -98,9 +91,10 @@ def fused_experts(
     # Positions in the alignment are 32-bit, and a block is at most 256 of them.
     if num_tokens * top_k + 256 * num_local_experts >= 2**31:
         raise ValueError(f"topk_ids: expected fewer than 2^31 pairs and padding, got {num_tokens} x {top_k}")
-    experts = _experts(
+    experts = experts_of_call(
         backend,
         Platform.of(hidden_states.device),
+        ActivationFormat.STANDARD,
         num_experts,
         top_k,
         hidden_size,
@@ -113,7 +107,8 @@ def fused_experts(
         out = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype, device=hidden_states.device)
     else:
         expect_tensor("out", out, shape=(num_tokens, hidden_size), dtypes=dtypes, like=hidden_states)
-        _check_overlap(
+        expect_apart(
+            "out",
             out,
             hidden_states=hidden_states,
             w13=w13,
@@ -149,56 +144,6 @@ def fused_experts(
     return out
 
 
-def _experts(backend: str, *layer: Any) -> Experts:
-    """The experts that the oracle decides on for a call; `layer` is what `_decide` takes besides."""
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str, got {type(backend).__name__} {backend!r}")
-    return _decide(None if backend == AUTO else backend, os.environ.get(ENVIRONMENT_VARIABLE), *layer)
-
-
-@lru_cache(maxsize=4096)
-def _decide(
-    request: str | None,
-    environment: str | None,
-    platform: Platform,
-    num_experts: int,
-    top_k: int,
-    hidden_size: int,
-    intermediate_size: int,
-    dtype: torch.dtype,
-    activation: Activation,
-    apply_router_weight_on_input: bool,
-) -> Experts:
-    """The oracle's decision; `environment` is what the process asks for, and part of the question."""
-    del environment
-    config = MoEConfig(
-        num_experts=num_experts,
-        top_k=top_k,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        dtype=dtype,
-        activation=activation,
-        apply_router_weight_on_input=apply_router_weight_on_input,
-    )
-    decision = choose_backend(config, platform, request)
-    if decision.experts is None:
-        raise ValueError(f"backend: expected a platform whose experts moegate has, got {platform}")
-    return _instance(decision.experts)
-
-
-@cache
-def _instance(experts: type[Experts]) -> Experts:
-    return experts()
-
-
-def _check_activation(activation: Activation | str) -> Activation:
-    for supported in _SUPPORTED_ACTIVATIONS:
-        if activation == supported:
-            return supported
-    names = [supported.value for supported in _SUPPORTED_ACTIVATIONS]
-    raise ValueError(f"activation: expected one of {names}, got {activation!r}")
-
-
 def _check_num_experts(
     expert_map: torch.Tensor | None, global_num_experts: int | None, num_local_experts: int, like: torch.Tensor
 ) -> int:
@@ -214,24 +159,3 @@ def _check_num_experts(
     shape = ("E" if global_num_experts is None else global_num_experts,)
     expect_tensor("expert_map", expert_map, shape=shape, dtypes=(torch.int32,), like=like)
     return expert_map.shape[0]
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The bytes from a tensor's first element to behind its last one."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
-
-
-def _check_overlap(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
-    if out.numel() == 0:
-        return
-    if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
-        raise ValueError(f"out: expected rows that do not overlap, got strides {list(out.stride())}")
-    start, end = _span(out)
-    for name, tensor in inputs.items():
-        if tensor is None or tensor.numel() == 0 or tensor.device != out.device:
-            continue
-        other_start, other_end = _span(tensor)
-        if start < other_end and other_start < end:
-            raise ValueError(f"out: expected memory apart from the inputs, got an overlap with {name}")

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 from moegate.impl import path
+from moegate.impl.batched import batched_experts
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.platform import Platform, Vendor
 from moegate.impl.routing import select_experts
@@ -41,7 +42,7 @@ def target(platform: Platform) -> GPUTarget:
 
 
 def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """What `select_experts` and `fused_experts` would launch: kernel, arguments, constants and options."""
+    """What routing and experts, or batched experts, would launch: kernel, arguments, constants and options."""
     seen = []
 
     def record(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
@@ -55,6 +56,9 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[A
         return torch.empty(shape, dtype=of, device="meta")
 
     def run() -> None:
+        if job.get("batched"):
+            batched_experts(meta(e, m, h), meta(e, 2 * i, h), meta(e, h, i), meta(e, of=torch.int32))
+            return
         select_experts(meta(m, e), k)
         fused_experts(
             meta(m, h),

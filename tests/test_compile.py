@@ -22,6 +22,15 @@ JOBS = [
     {"platform": platform, "M": m, "expert_map": m == 64} | QWEN3
     for platform, m in itertools.product(PLATFORMS, (1, 64, 128, 512, 4096))
 ]
+# The batched format, a slab of M rows for each of 16 local experts, and where sizes and strides of 1 are constants.
+JOBS += [
+    {"platform": platform, "batched": True, "M": m, "E": 16} | {k: QWEN3[k] for k in ("top_k", "H", "I", "dtype")}
+    for platform, m in itertools.product(PLATFORMS, (16, 64, 1024))
+]
+JOBS += [
+    {"platform": "cuda:9.0", "batched": True, "M": m, "E": e, "top_k": 1, "H": h, "I": i, "dtype": dtype}
+    for m, e, h, i, dtype in ((1, 1, 1, 1, "bfloat16"), (40, 4, 200, 72, "float16"), (40, 4, 200, 72, "float32"))
+]
 # Ragged H and I, the other dtypes, more experts than a block holds, more choices than the iterative top-k takes.
 JOBS += [
     *(
@@ -47,6 +56,8 @@ KERNELS = {
     "grouped_gemm_kernel",
     "silu_and_mul_kernel",
     "combine_kernel",
+    "batched_gemm_kernel",
+    "batched_silu_and_mul_kernel",
 }
 
 
@@ -100,5 +111,5 @@ def test_resident_warps_on_hopper(compiled: list[dict[str, Any]]) -> None:
     for kernel in compiled:
         if kernel["platform"] == "cuda:9.0":
             registers = kernel["registers"] * 32 * kernel["constants"]["num_warps"]
-            streams = kernel["kernel"] == "grouped_gemm_kernel" and kernel["constants"]["BLOCK_M"] == 16
+            streams = kernel["kernel"].endswith("gemm_kernel") and kernel["constants"]["BLOCK_M"] == 16
             assert registers * (3 if streams else 1) <= 65_536, describe(kernel)

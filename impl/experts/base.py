@@ -1,4 +1,4 @@
-"""What every experts backend is: a capability predicate that it owns, and one call."""
+"""What every experts backend is: a capability predicate that it owns, and one call for its activation format."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ class Experts(ABC):
         del config, platform
         return READY
 
+
+class StandardExperts(Experts):
+    """A backend of the standard activation format."""
+
     @abstractmethod
     def apply(
         self,
@@ -68,4 +72,26 @@ class Experts(ABC):
         """Write the experts' weighted sum into `out [M, H]`; arguments are as `fused_experts` documents and checked.
 
         M is at least 1. Nothing but `out` is written.
+        """
+
+
+class BatchedExperts(Experts):
+    """A backend of the batched activation format."""
+
+    @abstractmethod
+    def apply(
+        self,
+        out: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        expert_num_tokens: torch.Tensor,
+        *,
+        activation: Activation,
+        allow_tf32: bool,
+    ) -> None:
+        """Write each token through its expert into `out [E_local, max_tokens, H]`, without any routing weight.
+
+        Arguments are as `batched_experts` documents and checked; no size is 0. Rows behind an expert's count are
+        neither read nor written, and nothing but `out` is written.
         """

@@ -9,11 +9,11 @@ from torch.nn import functional
 
 from ..config import Activation, ActivationFormat, MoEConfig
 from ..platform import Platform, Vendor
-from .base import Experts, unshipped_feature
+from .base import StandardExperts, unshipped_feature
 from .readiness import READY, Readiness, absent
 
 
-class CpuExperts(Experts):
+class CpuExperts(StandardExperts):
     """Matrix products in float32; rounds to the storage dtype exactly where the Triton backend does."""
 
     backend: ClassVar[str] = "cpu"
@@ -50,7 +50,7 @@ class CpuExperts(Experts):
         global_num_experts: int,
         allow_tf32: bool,
     ) -> None:
-        """Write the layer into `out`; see `Experts.apply`."""
+        """Write the layer into `out`; see `StandardExperts.apply`."""
         num_tokens, top_k = topk_ids.shape
         num_local_experts, hidden_size, intermediate_size = w2.shape
         dtype = hidden_states.dtype

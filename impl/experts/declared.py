@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..config import ActivationFormat, MoEConfig
 from ..platform import Platform
-from .base import Experts
+from .base import StandardExperts
 from .readiness import Readiness, absent
 
 
@@ -27,7 +27,7 @@ def common_checks(config: MoEConfig) -> tuple[tuple[bool, str], ...]:
     )
 
 
-class DeclaredExperts(Experts):
+class DeclaredExperts(StandardExperts):
     """A backend that the oracle knows and this project ships no kernel of.
 
     Attributes:

@@ -21,7 +21,7 @@ import torch
 from .. import path
 from ..config import Activation, MoEConfig, QuantScheme
 from ..platform import Platform, Vendor
-from .base import Experts
+from .base import StandardExperts
 from .declared import common_checks, first_refusal
 from .readiness import READY, Readiness, absent, on_request
 
@@ -85,7 +85,7 @@ def compiled_module(name: str, capability: tuple[int, int]) -> Path | None:
     return None
 
 
-class FlashInferCutlassExperts(Experts):
+class FlashInferCutlassExperts(StandardExperts):
     """`flashinfer.fused_moe.cutlass_fused_moe` on bfloat16 and float16 weights.
 
     Routing weights are multiplied into the output. The sum over the top-k is a kernel of its own (`use_fused_finalize`
@@ -197,7 +197,7 @@ class FlashInferCutlassExperts(Experts):
         global_num_experts: int,
         allow_tf32: bool,
     ) -> None:
-        """Write the layer into `out`; see `Experts.apply`.
+        """Write the layer into `out`; see `StandardExperts.apply`.
 
         Raises:
             ImportError: flashinfer-python is not installed.

@@ -14,11 +14,22 @@ from ..kernels.combine import combine
 from ..kernels.grouped_gemm import grouped_gemm
 from ..platform import Platform, Vendor
 from ..tuning.lookup import find_kernel_configs
-from .base import Experts, unshipped_feature
+from .base import StandardExperts, unshipped_feature
 from .readiness import READY, Readiness, absent
 
 
-class TritonExperts(Experts):
+def unfit_for_triton(platform: Platform) -> str | None:
+    """Why no kernel of ours runs on `platform`, in words for the user; None where they do."""
+    if platform.vendor is Vendor.CPU and not platform.interpreted:
+        return "Triton runs on a CPU under its interpreter alone (TRITON_INTERPRET=1 before Python starts)"
+    if not platform.runs_triton:
+        return f"Triton does not run on {platform}"
+    if platform.vendor is Vendor.NVIDIA and (platform.capability or (0, 0)) < (8, 0):
+        return f"the kernels need compute capability 8.0, {platform} has less"
+    return None
+
+
+class TritonExperts(StandardExperts):
     """Grouped GEMMs in Triton.
 
     Rounding points, all to the storage dtype: the first GEMM's output, the activation's output, the second GEMM's
@@ -30,12 +41,9 @@ class TritonExperts(Experts):
     @classmethod
     def refusal(cls, config: MoEConfig, platform: Platform) -> str | None:
         """Why Triton cannot run `config` on `platform`; None where it can."""
-        if platform.vendor is Vendor.CPU and not platform.interpreted:
-            return "Triton runs on a CPU under its interpreter alone (TRITON_INTERPRET=1 before Python starts)"
-        if not platform.runs_triton:
-            return f"Triton does not run on {platform}"
-        if platform.vendor is Vendor.NVIDIA and (platform.capability or (0, 0)) < (8, 0):
-            return f"the kernels need compute capability 8.0, {platform} has less"
+        unfit = unfit_for_triton(platform)
+        if unfit is not None:
+            return unfit
         if config.scheme is QuantScheme.FP8_W8A8 and not platform.has_fp8_e4m3:
             return f"fp8 e4m3 needs compute capability 8.9 or gfx942 and later, {platform} has none"
         if config.activation_format is not ActivationFormat.STANDARD:
@@ -64,7 +72,7 @@ class TritonExperts(Experts):
         global_num_experts: int,
         allow_tf32: bool,
     ) -> None:
-        """Write the layer into `out`; see `Experts.apply`."""
+        """Write the layer into `out`; see `StandardExperts.apply`."""
         num_tokens, top_k = topk_ids.shape
         num_local_experts, hidden_size, intermediate_size = w2.shape
         num_pairs = num_tokens * top_k
