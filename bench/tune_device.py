@@ -479,6 +479,8 @@ def _measure(device: str, method: str, arguments: tuple[Any, ...]) -> Any:
 def _on(device: str) -> torch.device:
     where = torch.device(device)
     if where.type == "cuda":
+        if where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(where)
     return where
 
