@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .arena import Arena
-from .spec import TILE, AlignSpec, ExpertsSpec, RoutingSpec
+from ..reference.batched import routed_call
+from .arena import Arena, poison
+from .spec import TILE, AlignSpec, BatchedSpec, ExpertsSpec, RoutingSpec
 from .values import integers, on_grid
 
 # Poisoned elements behind each row of a padded operand; a multiple of 16, so that rows stay aligned as real ones are.
 ROW_PADDING = 32
+# The exponent of activations, 1 where not said otherwise.
+MAGNITUDE = {"large": 3, "tiny": -6}
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,42 @@ class ExpertsCase:
     def top_k(self) -> int:
         """Experts chosen for each token."""
         return self.topk_ids.shape[1]
+
+
+@dataclass(frozen=True)
+class BatchedCase:
+    """The operands of one call of the experts in the batched activation format.
+
+    Attributes:
+        hidden_states: `[E_local, max_tokens, H]`, poison behind each expert's count.
+        w13: `[E_local, 2I, H]`, gate rows first.
+        w2: `[E_local, H, I]`.
+        expert_num_tokens: `[E_local]` int32.
+        out: `[E_local, max_tokens, H]` to write into, poison throughout.
+        activation: between the two GEMMs.
+    """
+
+    hidden_states: Tensor
+    w13: Tensor
+    w2: Tensor
+    expert_num_tokens: Tensor
+    out: Tensor
+    arena: Arena
+    activation: str = "silu"
+
+    @property
+    def is_token(self) -> Tensor:
+        """`[E_local, max_tokens]`, whether a row is one of its expert's tokens."""
+        rows = torch.arange(self.hidden_states.shape[1], device=self.hidden_states.device)
+        return rows[None, :] < self.expert_num_tokens[:, None]
+
+    def routed(self) -> ExpertsCase:
+        """The routed call that says the same: one expert a token, and weights of 1."""
+        hidden_states, weights, ids, _ = routed_call(self.hidden_states, self.expert_num_tokens)
+        num_experts = self.w13.shape[0]
+        return ExpertsCase(
+            hidden_states, self.w13, self.w2, weights, ids, num_experts, None, False, self.arena, self.activation
+        )
 
 
 def _ranks(seed: int, tensor: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
@@ -155,38 +195,86 @@ def _weights(spec: ExpertsSpec, device: torch.device | str) -> Tensor:
     return weights
 
 
-def build_experts(spec: ExpertsSpec, device: torch.device | str = "cpu") -> ExpertsCase:
-    """The operands of an experts spec. Weights are scaled by 1/sqrt(fan-in), as in trained models."""
+def _operand_values(spec: ExpertsSpec | BatchedSpec, device: torch.device | str) -> Callable[..., Tensor]:
+    """What makes the values of a named operand of a spec, from its name, shape and `exponent`."""
     dtype = getattr(torch, spec.dtype)
-    expert_map, num_local = local_experts(spec, device)
     spread = 6 if spec.values == "spread" else 0
-    size = {"large": 3, "tiny": -6}.get(spec.values, 1)
-    fan_h, fan_i = round(math.log2(max(spec.H, 1)) / 2), round(math.log2(max(spec.I, 1)) / 2)
-    up = 4 if spec.values == "asymmetric" else 0
 
     def values(name: str, *shape: int, exponent: int) -> Tensor:
         return on_grid(spec.seed, name, shape, dtype, device, exponent=exponent, spread=spread)
 
-    w13 = torch.cat(
-        [
-            values("gate", num_local, spec.I, spec.H, exponent=1 - fan_h),
-            values("up", num_local, spec.I, spec.H, exponent=1 - fan_h + up),
-        ],
-        dim=1,
-    )
+    return values
+
+
+def _expert_weights(
+    spec: ExpertsSpec | BatchedSpec, num_local: int, values: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`w13 [E_local, 2I, H]` and `w2 [E_local, H, I]`, scaled by 1/sqrt(fan-in), as in trained models."""
+    fan_h, fan_i = round(math.log2(max(spec.H, 1)) / 2), round(math.log2(max(spec.I, 1)) / 2)
+    up = 4 if spec.values == "asymmetric" else 0
+    gate_up = [
+        values("gate", num_local, spec.I, spec.H, exponent=1 - fan_h),
+        values("up", num_local, spec.I, spec.H, exponent=1 - fan_h + up),
+    ]
+    return torch.cat(gate_up, dim=1), values("w2", num_local, spec.H, spec.I, exponent=1 - fan_i)
+
+
+def build_experts(spec: ExpertsSpec, device: torch.device | str = "cpu") -> ExpertsCase:
+    """The operands of an experts spec."""
+    expert_map, num_local = local_experts(spec, device)
+    values = _operand_values(spec, device)
+    w13, w2 = _expert_weights(spec, num_local, values)
     arena = Arena()
     padding = ROW_PADDING if spec.padded_rows else 0
     return ExpertsCase(
         hidden_states=arena.place(
-            "hidden_states", values("hidden_states", spec.M, spec.H, exponent=size), row_padding=padding
+            "hidden_states",
+            values("hidden_states", spec.M, spec.H, exponent=MAGNITUDE.get(spec.values, 1)),
+            row_padding=padding,
         ),
         w13=arena.place("w13", w13, row_padding=padding),
-        w2=arena.place("w2", values("w2", num_local, spec.H, spec.I, exponent=1 - fan_i), row_padding=padding),
+        w2=arena.place("w2", w2, row_padding=padding),
         topk_weights=arena.place("topk_weights", _weights(spec, device)),
         topk_ids=arena.place("topk_ids", routed_ids(spec, device)),
         num_experts=spec.E,
         expert_map=None if expert_map is None else arena.place("expert_map", expert_map),
         apply_router_weight_on_input=spec.weight_on_input,
+        arena=arena,
+    )
+
+
+def _counts(spec: BatchedSpec, device: torch.device | str) -> Tensor:
+    """`expert_num_tokens [E_local]` int32; a tile has no more rows than its slab."""
+    counts = integers(spec.seed, "counts", (spec.E,), 0, spec.max_tokens + 1, device)
+    if spec.counts in ("zero", "full", "one_expert"):
+        counts = torch.full_like(counts, spec.max_tokens if spec.counts == "full" else 0)
+    if spec.counts == "one_expert":
+        counts[-1] = spec.max_tokens
+    if spec.counts.startswith("tile"):
+        count = TILE + {"tile_minus_1": -1, "tile": 0, "tile_plus_1": 1}[spec.counts]
+        counts[0] = min(count, spec.max_tokens)
+    return counts.to(torch.int32)
+
+
+def build_batched(spec: BatchedSpec, device: torch.device | str = "cpu") -> BatchedCase:
+    """The operands of a batched spec."""
+    values = _operand_values(spec, device)
+    w13, w2 = _expert_weights(spec, spec.E, values)
+    shape = (spec.E, spec.max_tokens, spec.H)
+    hidden_states = values("hidden_states", *shape, exponent=MAGNITUDE.get(spec.values, 1))
+    counts = _counts(spec, device)
+    behind = torch.arange(spec.max_tokens, device=device)[None, :] >= counts[:, None]
+    unknown = poison(hidden_states.dtype)
+    arena = Arena()
+    padding = ROW_PADDING if spec.padded_rows else 0
+    return BatchedCase(
+        hidden_states=arena.place(
+            "hidden_states", hidden_states.masked_fill(behind[..., None], unknown), row_padding=padding
+        ),
+        w13=arena.place("w13", w13, row_padding=padding),
+        w2=arena.place("w2", w2, row_padding=padding),
+        expert_num_tokens=arena.place("expert_num_tokens", counts),
+        out=arena.place("out", torch.full_like(hidden_states, unknown), row_padding=padding, fixed=False),
         arena=arena,
     )
 

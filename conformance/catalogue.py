@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import combinations, product
 
 from .judge import PROPERTIES, Ledger, Property
-from .properties import align, api, hygiene, meta, num, path, route
+from .properties import align, api, batched, hygiene, meta, num, path, route
 from .spec import VALUES
 from .subject import Capabilities, Subject
 
 # Importing a family declares its properties.
-FAMILIES = (route, align, num, meta, path, hygiene, api)
+FAMILIES = (route, align, num, batched, meta, path, hygiene, api)
 # A run that exercised fewer of the declared feature pairs than this proves too little to be called green.
 LEAST_PAIRS = 0.5
 

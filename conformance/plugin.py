@@ -18,6 +18,7 @@ from .selection import PROFILES, SELECTION
 if TYPE_CHECKING:
     from .judge import Ledger
 
+_FACET_OF_SPEC = {"RoutingSpec": "route", "AlignSpec": "align", "ExpertsSpec": "experts", "BatchedSpec": "batched"}
 _ledgers: list[Any] = []
 _collected: list[str] = []
 _refusals: list[str] = []
@@ -87,7 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if spec is None:
         _announce(config, mine)
         return
-    facet = {"RoutingSpec": "route", "AlignSpec": "align", "ExpertsSpec": "experts"}[type(spec).__name__]
+    facet = _FACET_OF_SPEC[type(spec).__name__]
     takes = [item for item in mine if facet in _needed(item) and _fits(item, spec)]
     config.hook.pytest_deselected(items=[item for item in items if item not in takes])
     items[:] = takes

@@ -10,11 +10,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
-from .cases import build_experts, build_routing
+from .cases import build_batched, build_experts, build_routing
 from .selection import SELECTION
 from .session import current_session
-from .spec import DTYPES, ExpertsSpec, RoutingSpec
+from .spec import DTYPES, BatchedSpec, ExpertsSpec, RoutingSpec
 from .strategies import POOLS
 
 
@@ -30,6 +31,13 @@ def warm_up_specs(device: str) -> Iterator[ExpertsSpec]:
             yield replace(base, E=pools.many_experts[0])
 
 
+def warm_up_slabs(device: str) -> Iterator[BatchedSpec]:
+    """Specs that between them need the batched kernels of every shape, dtype and tile of the pools."""
+    pools = POOLS[device]
+    for (hidden, intermediate), dtype, rows in product(pools.shapes, DTYPES, pools.slabs):
+        yield BatchedSpec(max_tokens=rows, H=hidden, I=intermediate, E=pools.experts[-1], dtype=dtype, counts="full")
+
+
 def main(subject: str, part: int, parts: int) -> None:
     """Compile every `parts`-th spec's kernels, from `part` on, and print how many variants that took."""
     # That toy shapes have no tuned file is no news.
@@ -40,6 +48,10 @@ def main(subject: str, part: int, parts: int) -> None:
         for number, spec in enumerate(warm_up_specs(session.device)):
             if number % parts == part:
                 session.subject.experts(build_experts(spec, session.device), variant)
+        if "batched" in session.subject.facets(variant):
+            for number, spec in enumerate(warm_up_slabs(session.device)):
+                if number % parts == part:
+                    session.subject.batched(build_batched(spec, session.device), variant, None)
         for number, num_experts in enumerate(POOLS[session.device].routing_experts):
             if number % parts == part and "route" in session.subject.facets(variant):
                 for dtype in DTYPES:

@@ -47,6 +47,15 @@ VALUES = (
     "spread",  # exponents spread over 2**-6 .. 1
     "tiny",  # everything small
 )
+COUNTS = (
+    "zero",  # no expert has a token
+    "full",  # every slab is full
+    "tile_minus_1",  # expert 0 has one token fewer than a tile of 16 rows ...
+    "tile",  # ... exactly a tile ...
+    "tile_plus_1",  # ... and one more
+    "one_expert",  # the last expert has all tokens
+    "uneven",  # each its own number, from none to all rows
+)
 LOGITS = (
     "unit",
     "wide",  # differences that saturate the softmax
@@ -64,7 +73,7 @@ class Spec:
     """What every spec shares: its features, and the line that replays it."""
 
     # Fields that say how large a case is; the others are features, whose pairs the coverage counts.
-    SIZES: ClassVar[frozenset[str]] = frozenset({"M", "H", "I", "E", "top_k", "block_size", "seed"})
+    SIZES: ClassVar[frozenset[str]] = frozenset({"M", "H", "I", "E", "top_k", "block_size", "max_tokens", "seed"})
 
     def features(self) -> dict[str, Any]:
         """The features by name."""
@@ -122,7 +131,22 @@ class ExpertsSpec(Spec):
     seed: int = 0
 
 
-_SPECS = {cls.__name__: cls for cls in (RoutingSpec, AlignSpec, ExpertsSpec)}
+@dataclass(frozen=True)
+class BatchedSpec(Spec):
+    """One call of the experts in the batched activation format; E counts the local experts."""
+
+    max_tokens: int
+    H: int
+    I: int
+    E: int
+    dtype: str = "bfloat16"
+    counts: str = "uneven"
+    values: str = "unit"
+    padded_rows: bool = False
+    seed: int = 0
+
+
+_SPECS = {cls.__name__: cls for cls in (RoutingSpec, AlignSpec, ExpertsSpec, BatchedSpec)}
 
 
 def parse_spec(line: str) -> Spec:

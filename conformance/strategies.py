@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from .spec import TILE, VALUES, AlignSpec, ExpertsSpec, RoutingSpec
+from .spec import TILE, VALUES, AlignSpec, BatchedSpec, ExpertsSpec, RoutingSpec
 from .subject import Capabilities
 
 
@@ -24,6 +24,7 @@ class Pools:
         max_tokens: of most cases.
         routing_experts: E of routing cases.
         block_sizes: of alignment cases.
+        slabs: max_tokens of the batched format.
         routing_top_k: the largest of routing cases.
         cases: how many cases are drawn where the gate draws one on the CPU: a GPU has the time for more.
     """
@@ -34,6 +35,7 @@ class Pools:
     max_tokens: int
     routing_experts: tuple[int, ...]
     block_sizes: tuple[int, ...] = (16, 32, 64)
+    slabs: tuple[int, ...] = (1, 15, 16, 18, 33)
     routing_top_k: int = 10
     cases: float = 1.0
 
@@ -53,6 +55,7 @@ POOLS = {
         many_experts=(64, 128),
         max_tokens=300,
         routing_experts=(1, 8, 60, 128, 257, 1024),
+        slabs=(16, 40, 200),  # one block, a part of a larger one, several
         routing_top_k=8,
         cases=1.8,
         block_sizes=(16, 64, 128),
@@ -164,6 +167,30 @@ def experts_specs(
             expert_map=expert_map,
             values=draw(st.sampled_from(VALUES)),
             weight_on_input=on_input,
+            padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
+            seed=draw(SEEDS),
+        )
+
+    return specs()
+
+
+def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[BatchedSpec]:
+    """Calls of the experts in the batched format: slabs of every size of the pools, now and then without a row."""
+    pools = POOLS[device]
+
+    @st.composite
+    def specs(draw: st.DrawFn) -> BatchedSpec:
+        hidden, intermediate = draw(st.sampled_from(pools.shapes))
+        counts = draw(st.sampled_from([name for name in capabilities.counts if name != "zero" or capabilities.empty]))
+        slabs = tuple(rows for rows in pools.slabs if rows > TILE or not counts.startswith("tile"))
+        return BatchedSpec(
+            max_tokens=0 if counts == "zero" and draw(st.booleans()) else draw(st.sampled_from(slabs)),
+            H=hidden,
+            I=intermediate,
+            E=draw(st.sampled_from(pools.experts)),
+            dtype=draw(st.sampled_from(capabilities.dtypes)),
+            counts=counts,
+            values=draw(st.sampled_from(VALUES)),
             padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
             seed=draw(SEEDS),
         )

@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .cases import AlignCase, ExpertsCase, RoutingCase
+from .cases import AlignCase, BatchedCase, ExpertsCase, RoutingCase
 from .numerics import Numerics
 from .properties.path import Launches
-from .spec import DTYPES, LOGITS, MAPS, ROUTINGS, WEIGHTS
+from .spec import COUNTS, DTYPES, LOGITS, MAPS, ROUTINGS, WEIGHTS
 
-FACETS = ("route", "align", "experts", "trace", "launches", "api", "oracle", "configs")
+FACETS = ("route", "align", "experts", "batched", "trace", "launches", "api", "oracle", "configs")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Capabilities:
         devices: torch device types that it runs on.
         dtypes: of the activations and weights.
         routings, weights, maps: the names of `spec.py` that it takes.
+        counts: of the tokens of each expert in the batched format, by the names of `spec.py`.
         logits: kinds of router logits that its routing takes.
         weight_on_input: takes routing weights on the experts' input (top_k = 1).
         padded_rows: takes operands whose rows are farther apart than they are wide.
@@ -45,6 +46,7 @@ class Capabilities:
     routings: tuple[str, ...] = ROUTINGS
     weights: tuple[str, ...] = WEIGHTS
     maps: tuple[str, ...] = MAPS
+    counts: tuple[str, ...] = COUNTS
     logits: tuple[str, ...] = LOGITS
     weight_on_input: bool = True
     padded_rows: bool = True
@@ -97,6 +99,17 @@ class Subject:
 
     def experts(self, case: ExpertsCase, variant: str) -> Tensor:
         """The routed experts' weighted sum, `[M, H]` in the dtype of `hidden_states`."""
+        raise NotImplementedError
+
+    def batched(self, case: BatchedCase, variant: str, out: Tensor | None) -> Tensor:
+        """Each token of the batched format through its expert, `[E_local, max_tokens, H]`.
+
+        Args:
+            case: the operands.
+            variant: of the subject.
+            out: what to write into and to return (rows behind an expert's count stay as they were); None asks for a
+                result of the subject's own, with zeros there.
+        """
         raise NotImplementedError
 
     def trace(self) -> AbstractContextManager[Any]:

@@ -3,6 +3,7 @@ import pytest
 from moegate.conformance.properties.api import BAD_CALLS, judge_bad_call
 from moegate.conformance.spec import Spec
 
+FACET_OF_FUNCTION = {"moe_align_block_size": "align", "batched_experts": "batched"}
 pytestmark = pytest.mark.moegate_facets("api")
 
 
@@ -12,8 +13,9 @@ def test_bad_input_is_refused_by_name(moegate_session, moegate_variant, call):
     functions = session.subject.api()
     if call.function not in functions:
         pytest.skip(f"{session.subject.name} does not declare {call.function}")
-    if call.function == "moe_align_block_size" and "align" not in session.subject.facets(moegate_variant):
-        pytest.skip(f"{moegate_variant} does not align")
+    facet = FACET_OF_FUNCTION.get(call.function, "api")
+    if facet not in session.subject.facets(moegate_variant):
+        pytest.skip(f"{session.subject.name} ({moegate_variant}) does not define {facet}")
     session.ledger.settle(
         judge_bad_call(call, functions, session.device), Spec(), f"{session.command()} --select '{call}'"
     )

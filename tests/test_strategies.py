@@ -1,19 +1,20 @@
 """Every nasty case that the design names is really drawn, and looked for in the tensors and not in the spec's words.
 
-What is measured is what the gate draws for one variant (experts 360 cases, routing 200, alignment 150), and, so that
-no lucky seed hides a hole, as much under two other seeds. Each case must come up three times in each of them.
+What is measured is what the gate draws for one variant (experts 360 cases, routing 200, alignment 150, batched format
+80), and, so that no lucky seed hides a hole, as much under two other seeds. Each case must come up three times in each
+of them.
 """
 
 import pytest
 import torch
 from hypothesis import given, settings
 
-from moegate.conformance.cases import build_align, build_experts, build_routing
+from moegate.conformance.cases import build_align, build_batched, build_experts, build_routing
 from moegate.conformance.profiles import explore
 from moegate.conformance.properties.path import expects_naive_blocks
 from moegate.conformance.selection import SELECTION
-from moegate.conformance.spec import DTYPES, LOGITS, ROUTINGS, TILE, WEIGHTS
-from moegate.conformance.strategies import MANY_PAIRS, POOLS, align_specs, experts_specs, routing_specs
+from moegate.conformance.spec import COUNTS, DTYPES, LOGITS, ROUTINGS, TILE, WEIGHTS
+from moegate.conformance.strategies import MANY_PAIRS, POOLS, align_specs, batched_specs, experts_specs, routing_specs
 from moegate.conformance.subject import Capabilities
 
 ANY = Capabilities()
@@ -123,6 +124,25 @@ ALIGN = {
     "a count of block + 1": lambda c: (counts_of(c) == c.block_size + 1).any(),
     "more pairs than one launch sorts": lambda c: c.topk_ids.numel() > MANY_PAIRS,
 }
+BATCHED = {
+    "no row": lambda c: c.hidden_states.shape[1] == 0,
+    "no token": lambda c: c.hidden_states.numel() and not c.is_token.any(),
+    "full slabs": lambda c: c.hidden_states.numel() and c.is_token.all(),
+    "an empty expert beside one that is not": lambda c: 0 < c.is_token.any(dim=1).sum() < len(c.w13),
+    "all tokens to one expert": lambda c: len(c.w13) > 1 and c.is_token.any(dim=1).sum() == 1,
+    "a count of tile - 1": lambda c: (c.expert_num_tokens == TILE - 1).any(),
+    "a count of tile": lambda c: (c.expert_num_tokens == TILE).any(),
+    "a count of tile + 1": lambda c: (c.expert_num_tokens == TILE + 1).any(),
+    "several blocks of an expert and rows behind them": lambda c: (
+        (c.expert_num_tokens > TILE) & (c.expert_num_tokens < c.hidden_states.shape[1])
+    ).any(),
+    "uneven counts": lambda c: c.expert_num_tokens.unique().numel() > 2,
+    "ragged H and I": lambda c: c.w2.shape[1] % TILE != 0 and c.w2.shape[2] % TILE != 0,
+    "widely spread exponents": lambda c: exponent_range(gate_up(c)[0]) > 7,
+    "rows farther apart than wide": lambda c: (
+        c.hidden_states.shape[1] > 1 and c.hidden_states.stride(1) > c.hidden_states.shape[2]
+    ),
+}
 
 
 def experts_of_the_gate(series):
@@ -137,6 +157,7 @@ FAMILIES = {
     "NUM": (experts_of_the_gate, build_experts, EXPERTS, 360),
     "ROUTE": (lambda series: drawn(routing_specs("cpu", ANY), series, 200), build_routing, ROUTING, 200),
     "ALIGN": (lambda series: drawn(align_specs("cpu", ANY), series, 150), build_align, ALIGN, 150),
+    "BATCHED": (lambda series: drawn(batched_specs("cpu", ANY), series, 80), build_batched, BATCHED, 80),
 }
 
 
@@ -160,6 +181,7 @@ FEW = Capabilities(
     routings=ROUTINGS[:1],
     weights=WEIGHTS[:2],
     maps=("none", "linear"),
+    counts=COUNTS[-2:],
     logits=LOGITS[:1],
     weight_on_input=False,
     padded_rows=False,
@@ -169,7 +191,7 @@ FEW = Capabilities(
 
 @pytest.mark.parametrize("device", POOLS)
 @pytest.mark.parametrize("capabilities", [ANY, FEW], ids=["everything", "little"])
-@pytest.mark.parametrize("strategy", [experts_specs, align_specs, routing_specs])
+@pytest.mark.parametrize("strategy", [experts_specs, align_specs, routing_specs, batched_specs])
 def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
     declared = {
         "dtype": capabilities.dtypes,
@@ -177,6 +199,7 @@ def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
         "weights": capabilities.weights,
         "expert_map": capabilities.maps,
         "logits": capabilities.logits,
+        "counts": capabilities.counts,
         "weight_on_input": (False, capabilities.weight_on_input),
         "padded_rows": (False, capabilities.padded_rows),
     }
@@ -186,8 +209,11 @@ def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
     def only(spec):
         for name, value in spec.features().items():
             assert value in declared.get(name, (value,)), name
-        assert spec.M > 0 or capabilities.empty
-        assert 1 <= spec.top_k <= spec.E
+        if strategy is batched_specs:
+            assert (spec.max_tokens > 0 and spec.counts != "zero") or capabilities.empty
+        else:
+            assert spec.M > 0 or capabilities.empty
+            assert 1 <= spec.top_k <= spec.E
         if strategy is experts_specs:
             assert spec.top_k == 1 or not spec.weight_on_input
             assert (spec.H, spec.I) in POOLS[device].shapes

@@ -55,6 +55,14 @@ def good_arguments(function: str, device: str) -> dict[str, Any]:
         }
     if function == "select_experts":
         return {"router_logits": full(m, e, dtype=torch.float32), "top_k": k}
+    if function == "batched_experts":
+        return {
+            "hidden_states": full(e, m, h),
+            "w13": full(e, 2 * i, h),
+            "w2": full(e, h, i),
+            "expert_num_tokens": torch.full((e,), 1, device=device, dtype=torch.int32),
+            "backend": "triton",  # the format's only one: a CPU has no other
+        }
     return {"topk_ids": ids, "block_size": 16, "num_experts": e}
 
 
@@ -97,6 +105,7 @@ BAD_CALLS: tuple[BadCall, ...] = (
     *_bad_tensors("fused_experts", ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")),
     *_bad_tensors("select_experts", ("router_logits",)),
     *_bad_tensors("moe_align_block_size", ("topk_ids",)),
+    *_bad_tensors("batched_experts", ("hidden_states", "w13", "w2", "expert_num_tokens")),
     BadCall("fused_experts", "w13", "has another H", _map("w13", lambda t: t[..., :-8].contiguous())),
     BadCall("fused_experts", "w13", "has odd rows", _map("w13", lambda t: t[:, :-1])),
     BadCall("fused_experts", "w13", "has another E", _map("w13", lambda t: t[:-1])),
@@ -174,6 +183,22 @@ BAD_CALLS: tuple[BadCall, ...] = (
     BadCall("select_experts", "backend", "is unknown", _set("backend", "fastest")),
     BadCall("select_experts", "router_logits", "has no expert", _map("router_logits", lambda t: t[:, :0])),
     BadCall("select_experts", "router_logits", "is an integer", _map("router_logits", lambda t: t.int())),
+    BadCall("batched_experts", "w13", "has odd rows", _map("w13", lambda t: t[:, :-1])),
+    BadCall("batched_experts", "w2", "has another E", _map("w2", lambda t: t[:-1])),
+    BadCall("batched_experts", "expert_num_tokens", "has another E", _map("expert_num_tokens", lambda t: t[:-1])),
+    BadCall("batched_experts", "expert_num_tokens", "is int64", _map("expert_num_tokens", lambda t: t.long())),
+    BadCall("batched_experts", "expert_num_tokens", "is on another device", _map("expert_num_tokens", _on_meta)),
+    BadCall(
+        "batched_experts", "expert_num_tokens", "is above max_tokens", _map("expert_num_tokens", lambda t: t + 4), True
+    ),
+    BadCall("batched_experts", "expert_num_tokens", "is negative", _map("expert_num_tokens", lambda t: t - 2), True),
+    BadCall("batched_experts", "activation", "is unknown", _set("activation", "tanh")),
+    BadCall("batched_experts", "backend", "is unknown", _set("backend", "fastest")),
+    BadCall("batched_experts", "allow_tf32", "is a string", _set("allow_tf32", "yes")),
+    BadCall("batched_experts", "out", "overlaps an input", lambda good: {**good, "out": good["hidden_states"]}),
+    BadCall(
+        "batched_experts", "out", "has another shape", lambda good: {**good, "out": good["hidden_states"][:-1].clone()}
+    ),
     BadCall("moe_align_block_size", "block_size", "is 0", _set("block_size", 0)),
     BadCall("moe_align_block_size", "block_size", "is no power of two", _set("block_size", 24)),
     BadCall("moe_align_block_size", "block_size", "is a float", _set("block_size", 16.0)),
@@ -203,6 +228,6 @@ def judge_bad_call(call: BadCall, functions: dict[str, Any], device: str) -> lis
         name
         for name, value in before.items()
         if value.device.type != "meta"
-        and not torch.equal(value.view(torch.uint8), bad[name].reshape(value.shape).contiguous().view(torch.uint8))
+        and not torch.equal(value.reshape(-1).view(torch.uint8), bad[name].reshape(-1).view(torch.uint8))
     ]
     return [verdict, UNTOUCHED.verdict(not changed, f"{call}: changed {changed}")]

@@ -9,7 +9,8 @@ from ..cases import ExpertsCase
 from ..judge import Verdict, declare
 
 Launches = Mapping[str, tuple[Mapping[str, int], ...]]
-"""By assignment (`naive`, `aligned`), the ways in which its kernels may be launched: kernel name to count."""
+"""By assignment (`naive`, `aligned`), and for the batched format (`batched`), the ways in which kernels may be
+launched: kernel name to count."""
 
 NAIVE = declare(
     "PATH-01",

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...impl.align import moe_align_block_size
+from ...impl.batched import batched_experts
 from ...impl.checks import debug_checks
 from ...impl.fused_moe import fused_experts
 from ...impl.path import PathRecord, record_path
 from ...impl.platform import Platform
 from ...impl.routing import select_experts
-from ..cases import AlignCase, ExpertsCase, RoutingCase
+from ..cases import AlignCase, BatchedCase, ExpertsCase, RoutingCase
 from ..numerics import Numerics
 from ..properties.path import Launches
 from ..subject import Capabilities, Subject
@@ -23,6 +24,8 @@ _ALIGNED = {"align_place_kernel": 1, **_LAYER}
 # Past a few thousand pairs the counting is a launch of its own.
 _ALIGNED_LARGE = {"align_count_kernel": 1, **_ALIGNED}
 
+_BATCHED = {"batched_gemm_kernel": 2, "batched_silu_and_mul_kernel": 1}
+
 
 class MoegateSubject(Subject):
     """`fused_experts`, `select_experts` and `moe_align_block_size`, on each backend of the device."""
@@ -31,7 +34,9 @@ class MoegateSubject(Subject):
     variants = ("triton", "cpu")
     capabilities = Capabilities()
     numerics = Numerics()
-    launches: ClassVar[dict[str, Launches]] = {"triton": {"naive": (_LAYER,), "aligned": (_ALIGNED, _ALIGNED_LARGE)}}
+    launches: ClassVar[dict[str, Launches]] = {
+        "triton": {"naive": (_LAYER,), "aligned": (_ALIGNED, _ALIGNED_LARGE), "batched": (_BATCHED,)}
+    }
 
     def unavailable(self, variant: str, device: str) -> str | None:
         """The CPU backend runs on the CPU; Triton on a GPU, or on a CPU under its interpreter."""
@@ -45,8 +50,8 @@ class MoegateSubject(Subject):
         return None
 
     def facets(self, variant: str) -> tuple[str, ...]:
-        """The CPU backend neither aligns nor launches kernels."""
-        lacks = ("align", "launches") if variant == "cpu" else ()
+        """The CPU backend neither aligns nor launches kernels, and takes the standard format alone."""
+        lacks = ("align", "batched", "launches") if variant == "cpu" else ()
         return tuple(f for f in super().facets(variant) if f not in lacks)
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
@@ -76,6 +81,19 @@ class MoegateSubject(Subject):
                 backend=variant,
             )
 
+    def batched(self, case: BatchedCase, variant: str, out: Tensor | None) -> Tensor:
+        """`batched_experts` on the backend that `variant` means in the batched format."""
+        with debug_checks():
+            return batched_experts(
+                case.hidden_states,
+                case.w13,
+                case.w2,
+                case.expert_num_tokens,
+                activation=case.activation,
+                backend=variant,
+                out=out,
+            )
+
     def trace(self) -> AbstractContextManager[PathRecord]:
         """`record_path`."""
         return record_path()
@@ -84,6 +102,7 @@ class MoegateSubject(Subject):
         """The public functions."""
         return {
             "fused_experts": fused_experts,
+            "batched_experts": batched_experts,
             "select_experts": select_experts,
             "moe_align_block_size": moe_align_block_size,
             "debug_checks": debug_checks,
