@@ -209,6 +209,11 @@ BAD_CALLS: tuple[BadCall, ...] = (
 )
 
 
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor of any layout, also of one without a dimension."""
+    return tensor.flatten().contiguous().view(torch.uint8)
+
+
 def judge_bad_call(call: BadCall, functions: dict[str, Any], device: str) -> list[Verdict]:
     """API-01 and 02 on one bad call."""
     bad = call.change(good_arguments(call.function, device))
@@ -227,7 +232,6 @@ def judge_bad_call(call: BadCall, functions: dict[str, Any], device: str) -> lis
     changed = [
         name
         for name, value in before.items()
-        if value.device.type != "meta"
-        and not torch.equal(value.reshape(-1).view(torch.uint8), bad[name].reshape(-1).view(torch.uint8))
+        if value.device.type != "meta" and not torch.equal(_bits(value), _bits(bad[name]))
     ]
     return [verdict, UNTOUCHED.verdict(not changed, f"{call}: changed {changed}")]
