@@ -44,7 +44,7 @@ def batched_gemm_kernel(
     expert's count returns after one load.
     """
     expert = tl.program_id(1)
-    pid_m, pid_n = tile_of_program(N, BLOCK_N, GROUP_M)
+    pid_m, pid_n = tile_of_program(N, BLOCK_N, GROUP_M)  # pyright: ignore[reportGeneralTypeIssues]
     num_tokens = tokens_of_slab(expert_num_tokens_ptr, expert, max_tokens)
     if pid_m * BLOCK_M >= num_tokens:
         return

@@ -60,7 +60,7 @@ def grouped_gemm_kernel(
 
     What a constant would not make faster is a run-time value, so that few variants are compiled.
     """
-    pid_m, pid_n = tile_of_program(N, BLOCK_N, GROUP_M)
+    pid_m, pid_n = tile_of_program(N, BLOCK_N, GROUP_M)  # pyright: ignore[reportGeneralTypeIssues]
     lane_m = tl.arange(0, BLOCK_M)
     if NAIVE:
         expert = tl.load(expert_ids_ptr + (pid_m // top_k).to(tl.int64) * stride_expert_ids + pid_m % top_k)
