@@ -126,6 +126,11 @@ def test_the_native_name_holds_what_the_public_one_lacks():
     )
 
 
+def test_the_command_names_float32_as_the_command_line_does():
+    key = ConfigKey.parse("E=8,N=64,device_name=NVIDIA_H200,dtype=float32.json")
+    assert key.tune_command() == "moegate tune --shape E=8,N=64 --dtype fp32"
+
+
 KEYS = st.builds(
     lambda device, native, shape, **rest: ConfigKey(
         **rest,

@@ -160,7 +160,7 @@ class ConfigKey:
         shape += f",H={self.hidden_size},top_k={self.top_k}" if self.is_native else ""
         command = f"moegate tune --shape {shape}"
         if self.dtype is not None:
-            command += f" --dtype {self.dtype}"
+            command += f" --dtype {'fp32' if self.dtype == 'float32' else self.dtype}"
         if self.block_shape is not None:
             command += f" --block-shape {self.block_shape[0]},{self.block_shape[1]}"
         elif self.group is not None:
