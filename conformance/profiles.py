@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, example, given, seed, settings
+from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
 from .selection import SELECTION
@@ -42,6 +44,24 @@ _SCALE = {"gate": 1.0, "nightly": 4.0, "soak": 40.0}
 def examples_of(gate_examples: float) -> int:
     """How many cases the selected profile draws where `gate` draws `gate_examples`."""
     return max(1, round(gate_examples * _SCALE[SELECTION.profile] * SELECTION.scale))
+
+
+@contextmanager
+def _only_our_constants() -> Iterator[None]:
+    """Keep Hypothesis from mixing in constants of whatever local modules happen to be loaded.
+
+    It harvests them from every module outside site-packages: a checkout would draw other cases than an installed
+    wheel, and one worker other cases than the next. There is no public switch for it.
+    """
+    harvest = providers._get_local_constants
+    nothing = providers.Constants()
+    providers._get_local_constants = lambda: nothing
+    providers.CONSTANTS_CACHE.cache.clear()
+    try:
+        yield
+    finally:
+        providers._get_local_constants = harvest
+        providers.CONSTANTS_CACHE.cache.clear()
 
 
 def explore(
@@ -78,7 +98,8 @@ def explore(
     # A failure's own text says all; Hypothesis's frames would bury it.
     limit = getattr(sys, "tracebacklimit", None)
     try:
-        test()
+        with _only_our_constants() if SELECTION.profile == "gate" else nullcontext():
+            test()
     finally:
         if limit is not None:
             sys.tracebacklimit = limit

@@ -22,6 +22,7 @@ def pinned(device, low_latency):
         return (base, replace(base, routing="all_invalid"))
     return (
         replace(base, M=0, E=8, top_k=2),
+        replace(base, expert_map="linear"),
         replace(base, M=17, E=5, top_k=3, expert_map="owns_nothing"),
         replace(base, M=33, E=2, top_k=1, routing="tile_plus_1", weight_on_input=True),
     )

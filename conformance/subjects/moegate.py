@@ -1,4 +1,4 @@
-"""moegate's own implementation under its own suite: the one file of `conformance` that knows `impl`."""
+"""moegate's own implementation under its own suite. In `conformance`, `impl` is known to the `moegate*` files alone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from ..cases import AlignCase, BatchedCase, ExpertsCase, RoutingCase
 from ..numerics import Numerics
 from ..properties.path import Launches
 from ..subject import Capabilities, Subject
+from .moegate_configs import MoegateConfigs
+from .moegate_oracle import MoegateOracle
 
 _LAYER = {"grouped_gemm_kernel": 2, "silu_and_mul_kernel": 1, "combine_kernel": 1}
 _ALIGNED = {"align_place_kernel": 1, **_LAYER}
@@ -97,6 +99,14 @@ class MoegateSubject(Subject):
     def trace(self) -> AbstractContextManager[PathRecord]:
         """`record_path`."""
         return record_path()
+
+    def oracle(self) -> MoegateOracle:
+        """`select_backend`, asked in the suite's words."""
+        return MoegateOracle()
+
+    def configs(self) -> MoegateConfigs:
+        """`find_kernel_configs`, asked in the suite's words."""
+        return MoegateConfigs()
 
     def api(self) -> dict[str, Any]:
         """The public functions."""
