@@ -108,8 +108,8 @@ class Found:
 class ConfigsFacet(Protocol):
     """What a subject's `configs()` gives."""
 
-    def find(self, question: ConfigSpec, folder: Path) -> Found:
-        """The tiles of a layer, with `folder` as the user's folder of tuned files."""
+    def find(self, question: ConfigSpec, folder: Path, *, with_shipped: bool = False) -> Found:
+        """The tiles of a layer, with `folder` as the user's folder of tuned files, beside the shipped ones or alone."""
         ...
 
     def write(self, folder: Path, question: ConfigSpec, tiles: Mapping[int, Pair]) -> Path:
@@ -407,7 +407,8 @@ def judge_broken(facet: ConfigsFacet, what: str, folder: Path) -> list[Verdict]:
 def judge_validation(facet: ConfigsFacet, device: str, scheme: str, block_shape: Any, folder: Path) -> list[Verdict]:
     """Steps that are too long, and tiles that are too large; `folder` is empty."""
     verdicts = []
-    question = ConfigSpec(device=device, scheme=scheme, block_shape=block_shape, M=16)
+    # A width that no shipped file serves: what is found without the user's file is the default.
+    question = ConfigSpec(device=device, scheme=scheme, block_shape=block_shape, M=16, N=704)
     default = facet.find(question, folder)
     k = (block_shape or (0, 0))[1]
     clamps = bool(k) and scheme in _SCALED_ACTIVATIONS
@@ -448,7 +449,7 @@ def judge_shipped(facet: ConfigsFacet, folder: Path) -> list[Verdict]:
     for file in facet.shipped():
         question = facet.question_of(file)
         for tokens in question.tokens:
-            found = facet.find(replace(question, M=tokens), folder)
+            found = facet.find(replace(question, M=tokens), folder, with_shipped=True)
             complaints = [reason for reason in found.reasons if "triton_version" not in reason]
             if found.file != file or found.key != tokens or complaints or _misfit(question, found):
                 wrong.append(f"{file.name}, {tokens} tokens: {found}")

@@ -148,7 +148,7 @@ def test_every_key_of_every_shipped_file_is_numerically_right(moegate_session, m
             session.ledger.skipped[f"{file.name}: for another device"] += 1
             continue
         for tokens in question.tokens:
-            found = configs.find(replace(question, M=tokens), empty)
+            found = configs.find(replace(question, M=tokens), empty, with_shipped=True)
             tiles, folder = (found.w13, found.w2), empty
             if is_here:
                 size = {"M": tokens, "H": question.H, "I": question.N, "E": question.E, "top_k": question.top_k}

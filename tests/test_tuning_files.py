@@ -5,7 +5,6 @@ import logging
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,18 +27,20 @@ QWEN3 = {
     "top_k": 8,
     "num_experts": 128,
     "hidden_size": 2048,
-    "intermediate_size": 768,
+    "intermediate_size": 704,
     "dtype": torch.bfloat16,
     "platform": H200,
 }
-PUBLIC = "E=128,N=768,device_name=NVIDIA_H200.json"
-NATIVE = "E=128,N=768,H=2048,top_k=8,device_name=NVIDIA_H200.json"
+PUBLIC = "E=128,N=704,device_name=NVIDIA_H200.json"
+NATIVE = "E=128,N=704,H=2048,top_k=8,device_name=NVIDIA_H200.json"
 TILE = suite.small_tile()
 CONFIG = KernelConfig(16, 32, 16, 1, 4, 1)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, tmp_path_factory, monkeypatch):
+    """The user's folder; no file ships."""
+    monkeypatch.setattr(lookup, "SHIPPED", tmp_path_factory.mktemp("shipped"))
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     lookup.forget()
     once.forget()
@@ -86,17 +87,17 @@ def test_device_names_are_spelled_as_public_files_spell_them(platform_name, spel
     [
         ({}, PUBLIC),
         ({"dtype": torch.float16}, PUBLIC),
-        ({"dtype": torch.float32}, "E=128,N=768,device_name=NVIDIA_H200,dtype=float32.json"),
-        ({"scheme": QuantScheme.FP8_W8A8}, "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8.json"),
+        ({"dtype": torch.float32}, "E=128,N=704,device_name=NVIDIA_H200,dtype=float32.json"),
+        ({"scheme": QuantScheme.FP8_W8A8}, "E=128,N=704,device_name=NVIDIA_H200,dtype=fp8_w8a8.json"),
         (
             {"scheme": QuantScheme.FP8_W8A8, "block_shape": (128, 128)},
-            "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json",
+            "E=128,N=704,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json",
         ),
         (
             {"scheme": QuantScheme.INT4_W4A16, "block_shape": (0, 64)},
-            "E=128,N=768,device_name=NVIDIA_H200,dtype=int4_w4a16.json",
+            "E=128,N=704,device_name=NVIDIA_H200,dtype=int4_w4a16.json",
         ),
-        ({"num_local_experts": 32}, "E=32,N=768,device_name=NVIDIA_H200.json"),
+        ({"num_local_experts": 32}, "E=32,N=704,device_name=NVIDIA_H200.json"),
     ],
 )
 def test_the_public_name_of_a_layer(folder, layer, name):
@@ -110,7 +111,7 @@ def test_the_public_name_of_a_layer(folder, layer, name):
 def test_the_native_name_holds_what_the_public_one_lacks():
     key = ConfigKey.of_layer(
         num_local_experts=128,
-        intermediate_size=768,
+        intermediate_size=704,
         hidden_size=2048,
         top_k=8,
         dtype=torch.bfloat16,
@@ -119,10 +120,10 @@ def test_the_native_name_holds_what_the_public_one_lacks():
         platform=H200,
     )
     assert key is not None
-    assert key.file_name == "E=128,N=768,H=2048,top_k=8,device_name=NVIDIA_H200,dtype=int4_w4a16,group=64.json"
-    assert key.public.file_name == "E=128,N=768,device_name=NVIDIA_H200,dtype=int4_w4a16.json"
+    assert key.file_name == "E=128,N=704,H=2048,top_k=8,device_name=NVIDIA_H200,dtype=int4_w4a16,group=64.json"
+    assert key.public.file_name == "E=128,N=704,device_name=NVIDIA_H200,dtype=int4_w4a16.json"
     assert key.tune_command() == (
-        "moegate tune --shape E=128,N=768,H=2048,top_k=8 --dtype int4_w4a16 --block-shape 0,64"
+        "moegate tune --shape E=128,N=704,H=2048,top_k=8 --dtype int4_w4a16 --block-shape 0,64"
     )
 
 
@@ -160,15 +161,15 @@ def test_every_key_comes_back_from_its_file_name(key):
 @pytest.mark.parametrize(
     "name",
     [
-        "E=128,N=768.json",
-        "E=128,N=768,device_name=NVIDIA_H200_NVL.json",  # written so, it is never looked up
-        "E=0128,N=768,device_name=NVIDIA_H200.json",
-        "E=128,N=768,device_name=NVIDIA H200.json",
-        "E=128,N=768,device_name=NVIDIA_H200,block_shape=[128, 128].json",
-        "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[0,128].json",
-        "E=0,N=768,device_name=NVIDIA_H200.json",
-        "E=128,N=768,H=2048,device_name=NVIDIA_H200.json",
-        "E=128,N=768,device_name=NVIDIA_H200.json.bak",
+        "E=128,N=704.json",
+        "E=128,N=704,device_name=NVIDIA_H200_NVL.json",  # written so, it is never looked up
+        "E=0128,N=704,device_name=NVIDIA_H200.json",
+        "E=128,N=704,device_name=NVIDIA H200.json",
+        "E=128,N=704,device_name=NVIDIA_H200,block_shape=[128, 128].json",
+        "E=128,N=704,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[0,128].json",
+        "E=0,N=704,device_name=NVIDIA_H200.json",
+        "E=128,N=704,H=2048,device_name=NVIDIA_H200.json",
+        "E=128,N=704,device_name=NVIDIA_H200.json.bak",
     ],
 )
 def test_a_name_that_is_never_looked_up_is_an_error(name):
@@ -279,7 +280,7 @@ def test_a_missing_file_is_warned_about_once_with_name_place_and_command(folder,
         find_kernel_configs(num_tokens=tokens, **QWEN3)
     ((level, text),) = said()
     assert level == "WARNING"
-    for part in (NATIVE, PUBLIC, str(folder), str(lookup.SHIPPED), "moegate tune --shape E=128,N=768,H=2048,top_k=8"):
+    for part in (NATIVE, PUBLIC, str(folder), str(lookup.SHIPPED), "moegate tune --shape E=128,N=704,H=2048,top_k=8"):
         assert part in text
 
 
@@ -292,7 +293,7 @@ def test_under_the_interpreter_a_missing_file_is_no_matter(folder, said):
 
 def test_steps_that_are_too_long_are_warned_about_once_for_the_file(folder, said):
     layer = QWEN3 | {"scheme": QuantScheme.FP8_W8A8, "block_shape": (128, 128)}
-    name = "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json"
+    name = "E=128,N=704,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json"
     put(folder, name, {"1": TILE | {"BLOCK_SIZE_K": 256}, "8": TILE, "64": TILE | {"BLOCK_SIZE_K": 512}})
     for tokens in (1, 8, 64):
         find_kernel_configs(num_tokens=tokens, **layer)
@@ -308,7 +309,7 @@ def test_what_the_device_cannot_run_is_warned_about_and_the_default_taken(folder
     t4 = replace(Platform.parse("cuda:8.9"), name="NVIDIA L4")
     put(
         folder,
-        "E=128,N=768,device_name=NVIDIA_L4.json",
+        "E=128,N=704,device_name=NVIDIA_L4.json",
         {"1": TILE, "64": TILE | {"BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 128, "num_stages": 4}},
     )
     layer = QWEN3 | {"platform": t4}
@@ -329,7 +330,7 @@ def test_ignored_keys_are_told(folder, said):
 def test_rocm_files_without_pipelining_are_taken(folder):
     mi300 = replace(Platform.parse("rocm:gfx942"), name="AMD Instinct MI300X")
     tile = TILE | {"num_stages": 0, "waves_per_eu": 0, "matrix_instr_nonkdim": 16, "kpack": 2}
-    put(folder, "E=128,N=768,device_name=AMD_Instinct_MI300X.json", {"16": tile})
+    put(folder, "E=128,N=704,device_name=AMD_Instinct_MI300X.json", {"16": tile})
     found = find_kernel_configs(num_tokens=16, **QWEN3 | {"platform": mi300})
     assert (found.key, found.w13.num_stages) == (16, 1)
 
@@ -396,7 +397,7 @@ def test_a_broken_file_stays_an_error_on_every_call(folder):
 
 # --- defaults -----------------------------------------------------------------------------------------------------
 
-SIZES = ((64, 96), (200, 72), (2048, 768), (2880, 2880), (4096, 14336), (7168, 256), (2048, 704), (33, 17))
+SIZES = ((64, 96), (200, 72), (2048, 704), (2880, 2880), (4096, 14336), (7168, 256), (2048, 704), (33, 17))
 
 
 @pytest.mark.parametrize("device", sorted(suite.DEVICES))
@@ -422,7 +423,7 @@ def test_the_default_is_the_one_of_the_tile_rule(folder):
     found = find_kernel_configs(num_tokens=512, num_local_experts=32, **QWEN3)
     rest = {"num_tokens": 512, "top_k": 8, "num_experts": 128, "dtype": torch.bfloat16, "platform": H200}
     assert found.w13 == default_kernel_config(n=1536, k=2048, **rest)
-    assert found.w2 == default_kernel_config(n=2048, k=768, **rest)
+    assert found.w2 == default_kernel_config(n=2048, k=704, **rest)
 
 
 # --- the writer ---------------------------------------------------------------------------------------------------
@@ -474,7 +475,9 @@ def test_the_writer_refuses_what_the_lookup_would_not_believe(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_shipped_files_ship():
-    assert (Path(lookup.SHIPPED) / "__init__.py").is_file()
-    for file in lookup.SHIPPED.glob("*.json"):
+def test_shipped_files_are_under_names_that_are_looked_up_and_in_a_package_that_ships():
+    assert (lookup.SHIPPED / "__init__.py").is_file()
+    files = sorted(lookup.SHIPPED.glob("*.json"))
+    assert len(files) >= 3
+    for file in files:
         ConfigKey.parse(file.name)

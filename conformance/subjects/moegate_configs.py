@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -52,9 +53,10 @@ def _kernel_config(tile: Tile) -> KernelConfig:
 class MoegateConfigs:
     """`find_kernel_configs` and `write_tuned_file`."""
 
-    def find(self, question: ConfigSpec, folder: Path) -> Found:
+    def find(self, question: ConfigSpec, folder: Path, *, with_shipped: bool = False) -> Found:
         """The lookup with `folder` as the user's; nothing is remembered from an earlier call."""
-        with self.using(folder):
+        shipped = lookup.SHIPPED if with_shipped else folder
+        with mock.patch.object(lookup, "SHIPPED", shipped), self.using(folder):
             try:
                 found = find_kernel_configs(
                     num_tokens=question.M,
