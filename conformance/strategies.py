@@ -95,6 +95,16 @@ def _needs(routing: str, tile: int, capabilities: Capabilities) -> tuple[int, in
     return (0 if capabilities.empty else 1), 0
 
 
+def pinned_aligns(device: str, capabilities: Capabilities) -> tuple[AlignSpec, ...]:
+    """Alignments that are always run: chance alone may leave a routing out of a gate's few draws."""
+    block_size = POOLS[device].block_sizes[0]
+    return tuple(
+        AlignSpec(M=3 * block_size, E=8, top_k=2, block_size=block_size, routing=routing, seed=seed)
+        for routing in capabilities.routings
+        for seed in range(3)
+    )
+
+
 def align_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[AlignSpec]:
     """Alignments, from no token to several blocks an expert; now and then more pairs than one launch sorts."""
     pools = POOLS[device]

@@ -14,7 +14,15 @@ from moegate.conformance.profiles import explore
 from moegate.conformance.properties.path import expects_naive_blocks
 from moegate.conformance.selection import SELECTION
 from moegate.conformance.spec import COUNTS, DTYPES, LOGITS, ROUTINGS, TILE, WEIGHTS
-from moegate.conformance.strategies import MANY_PAIRS, POOLS, align_specs, batched_specs, experts_specs, routing_specs
+from moegate.conformance.strategies import (
+    MANY_PAIRS,
+    POOLS,
+    align_specs,
+    batched_specs,
+    experts_specs,
+    pinned_aligns,
+    routing_specs,
+)
 from moegate.conformance.subject import Capabilities
 
 ANY = Capabilities()
@@ -152,11 +160,15 @@ def experts_of_the_gate(series):
             yield from drawn(strategy, f"{series}/{dtype}/{few}", 60)
 
 
+def aligns_of_the_gate(series):
+    return [*pinned_aligns("cpu", ANY), *drawn(align_specs("cpu", ANY), series, 150)]
+
+
 # What a family draws for one variant under a name, how a case is built, what is looked for, and in how many cases.
 FAMILIES = {
     "NUM": (experts_of_the_gate, build_experts, EXPERTS, 360),
     "ROUTE": (lambda series: drawn(routing_specs("cpu", ANY), series, 200), build_routing, ROUTING, 200),
-    "ALIGN": (lambda series: drawn(align_specs("cpu", ANY), series, 150), build_align, ALIGN, 150),
+    "ALIGN": (aligns_of_the_gate, build_align, ALIGN, 180),
     "BATCHED": (lambda series: drawn(batched_specs("cpu", ANY), series, 80), build_batched, BATCHED, 80),
 }
 
