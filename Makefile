@@ -19,6 +19,8 @@ endif
 check: $(READY)
 	$(RUN) -m moegate check $(ARGS)
 
+# Without a GPU the tests of kernels run under Triton's interpreter, which a process must be told before it starts.
+test: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0),0,1)
 test: $(READY)
 	$(RUN) -m pytest tests -n 2 $(ARGS)
 

@@ -17,7 +17,7 @@ app = typer.Typer(
 
 # A command line that cannot be understood: click's own code for it, 2, means inconclusive here. typer exports only this
 # one of the errors' classes; all derive from its base.
-typer.BadParameter.__base__.exit_code = exit_codes.BAD_ARGUMENTS
+typer.BadParameter.__mro__[1].exit_code = exit_codes.BAD_ARGUMENTS
 
 
 def _version(wanted: bool) -> None:

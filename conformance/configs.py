@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .judge import Verdict, declare
 from .spec import Spec
@@ -67,6 +67,8 @@ class ConfigSpec(Spec):
         tokens: the keys of the file that is there, ascending.
         is_native: which form the file has.
     """
+
+    facet: ClassVar[str] = "configs"
 
     device: str = "NVIDIA H200"
     M: int = 16

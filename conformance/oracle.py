@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, product
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .judge import Property, declare
 from .spec import Spec
@@ -63,6 +63,8 @@ class OracleSpec(Spec):
         request: the argument, None for none.
         environment: the environment variable's value, None where it is not set.
     """
+
+    facet: ClassVar[str] = "oracle"
 
     platform: str = "cuda:9.0"
     dtype: str = "bfloat16"

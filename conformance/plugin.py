@@ -18,7 +18,6 @@ from .selection import PROFILES, SELECTION
 if TYPE_CHECKING:
     from .judge import Ledger
 
-_FACET_OF_SPEC = {"RoutingSpec": "route", "AlignSpec": "align", "ExpertsSpec": "experts", "BatchedSpec": "batched"}
 _ledgers: list[Any] = []
 _collected: list[str] = []
 _refusals: list[str] = []
@@ -88,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if spec is None:
         _announce(config, mine)
         return
-    facet = _FACET_OF_SPEC[type(spec).__name__]
+    facet = spec.facet
     takes = [item for item in mine if facet in _needed(item) and _fits(item, spec)]
     config.hook.pytest_deselected(items=[item for item in items if item not in takes])
     items[:] = takes
@@ -121,7 +120,8 @@ def _refuse(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 def _fits(item: Any, spec: Any) -> bool:
     """Whether a test's parameters (its dtype, say) are those of the spec, where the spec has a field of that name."""
-    return all(getattr(spec, name, value) == value for name, value in item.callspec.params.items())
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return all(getattr(spec, name, value) == value for name, value in parameters.items())
 
 
 def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:

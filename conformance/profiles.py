@@ -14,6 +14,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, example, given, seed, settings
 from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from hypothesis.strategies import SearchStrategy
 
 from .selection import SELECTION
@@ -54,7 +55,7 @@ def _only_our_constants() -> Iterator[None]:
     wheel, and one worker other cases than the next. There is no public switch for it.
     """
     harvest = providers._get_local_constants
-    nothing = providers.Constants()
+    nothing = Constants()
     providers._get_local_constants = lambda: nothing
     providers.CONSTANTS_CACHE.cache.clear()
     try:

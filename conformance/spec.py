@@ -75,6 +75,14 @@ class Spec:
     # Fields that say how large a case is; the others are features, whose pairs the coverage counts.
     SIZES: ClassVar[frozenset[str]] = frozenset({"M", "H", "I", "E", "top_k", "block_size", "max_tokens", "seed"})
 
+    # The facet of a subject that runs such a spec.
+    facet: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type[Spec]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Spec.kinds[cls.__name__] = cls
+
     def features(self) -> dict[str, Any]:
         """The features by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.SIZES}
@@ -88,6 +96,8 @@ class Spec:
 @dataclass(frozen=True)
 class RoutingSpec(Spec):
     """One call of the routing."""
+
+    facet: ClassVar[str] = "route"
 
     M: int
     E: int
@@ -103,6 +113,8 @@ class RoutingSpec(Spec):
 class AlignSpec(Spec):
     """One alignment of routed pairs to blocks."""
 
+    facet: ClassVar[str] = "align"
+
     M: int
     E: int
     top_k: int
@@ -115,6 +127,8 @@ class AlignSpec(Spec):
 @dataclass(frozen=True)
 class ExpertsSpec(Spec):
     """One call of the routed experts."""
+
+    facet: ClassVar[str] = "experts"
 
     M: int
     H: int
@@ -135,6 +149,8 @@ class ExpertsSpec(Spec):
 class BatchedSpec(Spec):
     """One call of the experts in the batched activation format; E counts the local experts."""
 
+    facet: ClassVar[str] = "batched"
+
     max_tokens: int
     H: int
     I: int
@@ -144,9 +160,6 @@ class BatchedSpec(Spec):
     values: str = "unit"
     padded_rows: bool = False
     seed: int = 0
-
-
-_SPECS = {cls.__name__: cls for cls in (RoutingSpec, AlignSpec, ExpertsSpec, BatchedSpec)}
 
 
 def parse_spec(line: str) -> Spec:
@@ -160,10 +173,10 @@ def parse_spec(line: str) -> Spec:
     except SyntaxError as error:
         raise ValueError(f"spec: expected a line such as AlignSpec(M=1, E=2, top_k=1), got {line!r}") from error
     if not (
-        isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _SPECS and not call.args
+        isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in Spec.kinds and not call.args
     ):
-        raise ValueError(f"spec: expected one of {sorted(_SPECS)} with named fields, got {line!r}")
-    cls = _SPECS[call.func.id]
+        raise ValueError(f"spec: expected one of {sorted(Spec.kinds)} with named fields, got {line!r}")
+    cls = Spec.kinds[call.func.id]
     known = {f.name for f in fields(cls)}
     values = {}
     for keyword in call.keywords:

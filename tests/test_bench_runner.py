@@ -234,7 +234,7 @@ def test_bad_arguments_exit_with_four(options, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main([*options])
     assert stopped.value.code == 4
-    assert "python -m moegate.bench: " in capsys.readouterr().err
+    assert "moegate bench: " in capsys.readouterr().err
 
 
 def test_tiles_that_fail_are_recorded_and_the_others_measured():

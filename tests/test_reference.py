@@ -164,7 +164,7 @@ def test_the_reference_imports_only_torch():
             if isinstance(node, ast.Import):
                 imported = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                imported = [node.module]
+                imported = [node.module or ""]
             else:
                 continue
             foreign = [name for name in imported if name.split(".")[0] not in ("__future__", "dataclasses", "torch")]
@@ -177,7 +177,7 @@ def test_the_reference_can_be_read_in_one_sitting():
         prose = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                prose.update(range(node.lineno, node.end_lineno + 1))
+                prose.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             lines += bool(line.strip()) and not line.strip().startswith("#") and number not in prose
     assert 0 < lines < 600

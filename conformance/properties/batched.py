@@ -30,7 +30,7 @@ FORM = declare(
     "where one is given",
     "batched",
 )
-INPUTS = declare("BATCHED-04", "no input, nor the memory around it, is written", "batched")
+INPUTS = declare("BATCHED-04", "no operand of the batched format, nor the memory around it, is written", "batched")
 REPEATABLE = declare(
     "BATCHED-05",
     "the same call gives the same bits, whatever uninitialised memory held and wherever they go",
