@@ -22,8 +22,8 @@ from .strategies import POOLS
 def warm_up_specs(device: str) -> Iterator[ExpertsSpec]:
     """Specs that between them need the kernels of every shape, dtype and tile of the pools."""
     pools = POOLS[device]
-    for hidden, intermediate in pools.shapes:
-        for dtype in DTYPES:
+    for dtype in DTYPES:
+        for hidden, intermediate in pools.shapes_of(dtype):
             base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=1, top_k=1, dtype=dtype)
             for tokens in (8, 16, 32, 64):  # 16, 32, 64 and 128 rows a block
                 yield replace(base, M=tokens)
@@ -34,8 +34,10 @@ def warm_up_specs(device: str) -> Iterator[ExpertsSpec]:
 def warm_up_slabs(device: str) -> Iterator[BatchedSpec]:
     """Specs that between them need the batched kernels of every shape, dtype and tile of the pools."""
     pools = POOLS[device]
-    for (hidden, intermediate), dtype, rows in product(pools.shapes, DTYPES, pools.slabs):
-        yield BatchedSpec(max_tokens=rows, H=hidden, I=intermediate, E=pools.experts[-1], dtype=dtype, counts="full")
+    for dtype, rows in product(DTYPES, pools.slabs):
+        for hidden, intermediate in pools.shapes_of(dtype):
+            size = {"max_tokens": rows, "H": hidden, "I": intermediate, "E": pools.experts[-1]}
+            yield BatchedSpec(**size, dtype=dtype, counts="full")
 
 
 def main(subject: str, part: int, parts: int) -> None:

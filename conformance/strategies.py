@@ -19,6 +19,7 @@ class Pools:
 
     Attributes:
         shapes: (H, I) pairs; each is a set of compiled kernels, and nothing else that is drawn is.
+        bf16_shapes: those drawn in bfloat16 alone, where another dtype would only be compiled once more.
         experts: E of most cases.
         many_experts: E of the cases that reach the low-latency path.
         max_tokens: of most cases.
@@ -35,9 +36,14 @@ class Pools:
     max_tokens: int
     routing_experts: tuple[int, ...]
     block_sizes: tuple[int, ...] = (16, 32, 64)
+    bf16_shapes: tuple[tuple[int, int], ...] = ()
     slabs: tuple[int, ...] = (1, 15, 16, 18, 33)
     routing_top_k: int = 10
     cases: float = 1.0
+
+    def shapes_of(self, dtype: str) -> tuple[tuple[int, int], ...]:
+        """The (H, I) pairs that are drawn in a dtype."""
+        return self.shapes + (self.bf16_shapes if dtype == "bfloat16" else ())
 
 
 POOLS = {
@@ -50,7 +56,8 @@ POOLS = {
         routing_experts=(1, 2, 5, 8, 60, 64, 128, 257),
     ),
     "cuda": Pools(
-        shapes=((256, 128), (200, 72), (320, 464)),
+        shapes=((256, 128), (200, 72)),
+        bf16_shapes=((320, 464),),
         experts=(1, 2, 5, 8, 16),
         many_experts=(64, 128),
         max_tokens=300,
@@ -154,7 +161,8 @@ def experts_specs(
     @st.composite
     def specs(draw: st.DrawFn) -> ExpertsSpec:
         few_pairs = draw(st.booleans()) if low_latency is None else low_latency
-        hidden, intermediate = draw(st.sampled_from(pools.shapes))
+        dtype = draw(st.sampled_from(dtypes or capabilities.dtypes))
+        hidden, intermediate = draw(st.sampled_from(pools.shapes_of(dtype)))
         routing = draw(st.sampled_from(capabilities.routings))
         if few_pairs:
             num_experts = draw(st.sampled_from((*pools.many_experts, 8)))
@@ -174,7 +182,7 @@ def experts_specs(
             I=intermediate,
             E=num_experts,
             top_k=top_k,
-            dtype=draw(st.sampled_from(dtypes or capabilities.dtypes)),
+            dtype=dtype,
             routing=routing,
             weights=draw(st.sampled_from(capabilities.weights)),
             expert_map=expert_map,
@@ -193,7 +201,8 @@ def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
 
     @st.composite
     def specs(draw: st.DrawFn) -> BatchedSpec:
-        hidden, intermediate = draw(st.sampled_from(pools.shapes))
+        dtype = draw(st.sampled_from(capabilities.dtypes))
+        hidden, intermediate = draw(st.sampled_from(pools.shapes_of(dtype)))
         counts = draw(st.sampled_from([name for name in capabilities.counts if name != "zero" or capabilities.empty]))
         slabs = tuple(rows for rows in pools.slabs if rows > TILE or not counts.startswith("tile"))
         return BatchedSpec(
@@ -201,7 +210,7 @@ def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
             H=hidden,
             I=intermediate,
             E=draw(st.sampled_from(pools.experts)),
-            dtype=draw(st.sampled_from(capabilities.dtypes)),
+            dtype=dtype,
             counts=counts,
             values=draw(st.sampled_from(VALUES)),
             padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,

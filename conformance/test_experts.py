@@ -59,6 +59,6 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
         name=f"NUM/{variant}/{dtype}/{low_latency}",
         variant=variant,
         examples=EXAMPLES,
-        pinned=pinned(session.device, low_latency) if dtype == "bfloat16" else (),
+        pinned=tuple(replace(spec, dtype=dtype) for spec in pinned(session.device, low_latency)),
         runs=RUNS,
     )

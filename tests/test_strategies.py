@@ -228,7 +228,7 @@ def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
             assert 1 <= spec.top_k <= spec.E
         if strategy is experts_specs:
             assert spec.top_k == 1 or not spec.weight_on_input
-            assert (spec.H, spec.I) in POOLS[device].shapes
+            assert (spec.H, spec.I) in POOLS[device].shapes_of(spec.dtype)
 
     only()
 

@@ -75,9 +75,9 @@ def combine(
     num_tokens, hidden_size = out.shape
     top_k = topk_ids.shape[1]
     if platform.vendor is Vendor.CPU:
-        block_tokens, block_h, num_warps = 64, 128, 4
+        block_tokens, block_h, num_warps, unroll = 64, 128, 4, min(8, top_k)
     else:
-        block_tokens, block_h, num_warps = 1, 512, 2
+        block_tokens, block_h, num_warps, unroll = 1, 512, 2, 8
     path.launch(
         combine_kernel,
         (cdiv(num_tokens, block_tokens), cdiv(hidden_size, block_h)),
@@ -93,8 +93,8 @@ def combine(
         out.stride(0),
         top_k,
         HAS_EXPERT_MAP=expert_map is not None,
-        # The loads of one round are in flight together.
-        UNROLL=2 if top_k <= 2 else 8,
+        # The loads of one round are in flight together; masked ones cost less than another variant to compile.
+        UNROLL=unroll,
         BLOCK_TOKENS=block_tokens,
         BLOCK_H=block_h,
         num_warps=num_warps,
