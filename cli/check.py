@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,14 +128,9 @@ def _precompile(subject: str, workers: int, environment: dict[str, str], console
             for part in range(workers)
         ]
         counts = [json.loads(out) if (out := child.communicate()[0]).strip() else {} for child in children]
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    compiled = total.pop("kernel variants compiled", 0)
-    total.pop("compile time, ms", None)
-    kernels = ", ".join(f"{n} {name.removeprefix('variants of ')}" for name, n in sorted(total.items()))
+    compiled = len({variant for count in counts for variant in count})
     seconds = time.monotonic() - started
-    console.print(f"compiled {compiled} kernel variants ({kernels}) in {seconds:.0f} s, {workers} processes")
+    console.print(f"compiled {compiled} kernel variants in {seconds:.0f} s, {workers} processes")
 
 
 def _run(
@@ -188,6 +182,9 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
     )
     for reason, count in report["skipped"].items():
         console.print(f"skipped ({count}): {reason}", highlight=False)
+    if report["kernels"]:
+        kernels = ", ".join(f"{count} {name}" for name, count in report["kernels"].items())
+        console.print(f"kernel variants: {sum(report['kernels'].values())} ({kernels})", highlight=False)
     for fact, count in report["facts"].items():
         console.print(f"{fact}: {count}", highlight=False)
     for reason in report["not_judged"]:

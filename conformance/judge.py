@@ -99,6 +99,9 @@ class Tally:
         self.finding = other.finding or self.finding
 
 
+_COUNTERS = ("executions", "pairs", "skipped", "kernels", "facts")
+
+
 @dataclass
 class Ledger:
     """What a run judged.
@@ -108,13 +111,15 @@ class Ledger:
         executions: calls of the subject, by variant.
         pairs: how often each pair of features was run.
         skipped: why something was not judged, and how often.
-        facts: whatever else the run counts (assignments taken, kernel variants compiled).
+        kernels: compiled variants that were loaded, `name hash`, and by how many processes.
+        facts: whatever else the run counts (the time that compiling took, say).
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
     executions: Counter[str] = field(default_factory=Counter)
     pairs: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
     facts: Counter[str] = field(default_factory=Counter)
 
     def settle(self, verdicts: Sequence[Verdict], spec: Spec, replay: str) -> None:
@@ -143,19 +148,23 @@ class Ledger:
         """Add another worker's ledger."""
         for id, tally in other.tallies.items():
             self.tallies.setdefault(id, Tally()).add(tally)
-        for name in ("executions", "pairs", "skipped", "facts"):
+        for name in _COUNTERS:
             getattr(self, name).update(getattr(other, name))
+
+    def kernel_variants(self) -> dict[str, int]:
+        """How many distinct variants of each kernel were loaded, by the kernel's name."""
+        return dict(sorted(Counter(variant.split()[0] for variant in self.kernels).items()))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the way from an xdist worker to its controller."""
-        return asdict(self) | {name: dict(getattr(self, name)) for name in ("executions", "pairs", "skipped", "facts")}
+        return asdict(self) | {name: dict(getattr(self, name)) for name in _COUNTERS}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Ledger:
         """The inverse of `as_dict`."""
         return Ledger(
             {id: Tally(**tally) for id, tally in data["tallies"].items()},
-            *(Counter(data[name]) for name in ("executions", "pairs", "skipped", "facts")),
+            *(Counter(data[name]) for name in _COUNTERS),
         )
 
 

@@ -59,7 +59,7 @@ def main(subject: str, part: int, parts: int) -> None:
                 for dtype in DTYPES:
                     spec = RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype)
                     session.subject.route(build_routing(spec, session.device), variant)
-    print(json.dumps(session.ledger.facts))
+    print(json.dumps(session.ledger.kernels))
 
 
 if __name__ == "__main__":

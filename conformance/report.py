@@ -52,6 +52,7 @@ def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
         "deviations": session.subject.deviations,
         "not_judged": vacuous,
         "skipped": dict(ledger.skipped),
+        "kernels": ledger.kernel_variants(),
         "facts": dict(ledger.facts),
     }
 
@@ -69,5 +70,8 @@ def as_lines(ledger: Ledger) -> Iterator[str]:
     yield f"numerics judged by: {', '.join(f'{k}={v}' for k, v in report['numerics'].items())}"
     for reason, count in report["skipped"].items():
         yield f"skipped ({count}): {reason}"
+    if report["kernels"]:
+        variants = ", ".join(f"{count} {name}" for name, count in report["kernels"].items())
+        yield f"kernel variants: {sum(report['kernels'].values())} ({variants})"
     for fact, count in report["facts"].items():
         yield f"{fact}: {count}"
