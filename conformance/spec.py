@@ -83,6 +83,11 @@ class Spec:
         super().__init_subclass__(**options)
         Spec.kinds[cls.__name__] = cls
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In Hypothesis's words too a spec is the one line that replays it."""
+        del cycle
+        printer.text(repr(self))
+
     def features(self) -> dict[str, Any]:
         """The features by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.SIZES}

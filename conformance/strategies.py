@@ -102,6 +102,19 @@ def _needs(routing: str, tile: int, capabilities: Capabilities) -> tuple[int, in
     return (0 if capabilities.empty else 1), 0
 
 
+def is_declared(spec: ExpertsSpec, capabilities: Capabilities) -> bool:
+    """Whether a subject's capabilities cover a spec that was not drawn from them."""
+    return (
+        spec.dtype in capabilities.dtypes
+        and spec.routing in capabilities.routings
+        and spec.weights in capabilities.weights
+        and spec.expert_map in capabilities.maps
+        and (capabilities.weight_on_input or not spec.weight_on_input)
+        and (capabilities.padded_rows or not spec.padded_rows)
+        and (capabilities.empty or spec.M > 0)
+    )
+
+
 def pinned_aligns(device: str, capabilities: Capabilities) -> tuple[AlignSpec, ...]:
     """Alignments that are always run: chance alone may leave a routing out of a gate's few draws."""
     block_size = POOLS[device].block_sizes[0]
