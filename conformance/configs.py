@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -383,9 +384,8 @@ BROKEN_FILES: dict[str, tuple[str, str | bytes]] = {
 BROKEN_PLACES = ("a symlink loop", "a dangling link", "a folder", "a pipe")
 
 
-def judge_broken(facet: ConfigsFacet, what: str, folder: Path) -> list[Verdict]:
-    """One broken file; `folder` is empty."""
-    question = ConfigSpec()
+def judge_broken(facet: ConfigsFacet, what: str, question: ConfigSpec, folder: Path) -> list[Verdict]:
+    """One broken file where a layer's file should be; `folder` is empty."""
     file = folder / public_name(question)
     key = ""
     if what in BROKEN_FILES:
@@ -446,16 +446,17 @@ def judge_validation(facet: ConfigsFacet, device: str, scheme: str, block_shape:
 
 
 def judge_shipped(facet: ConfigsFacet, folder: Path) -> list[Verdict]:
-    """All shipped files at once; `folder` is an empty user's folder."""
-    wrong = []
+    """Every key of every shipped file, on each device of its family; `folder` is an empty user's folder."""
+    verdicts = []
     for file in facet.shipped():
         question = facet.question_of(file)
-        for tokens in question.tokens:
-            found = facet.find(replace(question, M=tokens), folder, with_shipped=True)
+        family = sorted({question.device, *(device for device in DEVICES if device.startswith(question.device))})
+        for device, tokens in product(family, question.tokens):
+            found = facet.find(replace(question, M=tokens, device=device), folder, with_shipped=True)
             complaints = [reason for reason in found.reasons if "triton_version" not in reason]
-            if found.file != file or found.key != tokens or complaints or _misfit(question, found):
-                wrong.append(f"{file.name}, {tokens} tokens: {found}")
-    return [SHIPPED.verdict(not wrong, "; ".join(wrong[:3]))]
+            holds = found.file == file and found.key == tokens and not complaints and not _misfit(question, found)
+            verdicts.append(SHIPPED.verdict(holds, f"{file.name}, {device}, {tokens} tokens: {found}"))
+    return verdicts
 
 
 def config_specs() -> Any:

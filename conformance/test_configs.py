@@ -44,14 +44,15 @@ def test_files_are_found_by_name_and_nearest_key(moegate_session, configs):
         with TemporaryDirectory() as folder:
             return judge_lookup(configs, spec, Path(folder))
 
-    moegate_session.explore(config_specs(), judge, name="CONFIG", variant="configs", examples=200)
+    moegate_session.explore(config_specs(), judge, name="CONFIG", variant="configs", examples=260)
 
 
 @pytest.mark.moegate_facets("configs")
+@pytest.mark.parametrize("scheme", ["none", "fp8_w8a8"])
 @pytest.mark.parametrize("what", [*BROKEN_FILES, *BROKEN_PLACES])
-def test_a_broken_file_is_an_error_that_names_it(moegate_session, configs, what, tmp_path):
-    spec = ConfigSpec()
-    moegate_session.ledger.settle(judge_broken(configs, what, tmp_path), spec, moegate_session.replay(spec))
+def test_a_broken_file_is_an_error_that_names_it(moegate_session, configs, what, scheme, tmp_path):
+    spec = ConfigSpec(scheme=scheme)
+    moegate_session.ledger.settle(judge_broken(configs, what, spec, tmp_path), spec, moegate_session.replay(spec))
 
 
 @pytest.mark.moegate_facets("configs")

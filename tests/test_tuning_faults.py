@@ -58,7 +58,7 @@ def violated(expected):
     try:
         for what in (*suite.BROKEN_FILES, *suite.BROKEN_PLACES) if "CONFIG-06" in expected else ():
             with TemporaryDirectory() as folder:
-                take(suite.judge_broken(facet, what, Path(folder)))
+                take(suite.judge_broken(facet, what, suite.ConfigSpec(), Path(folder)))
         for device in suite.DEVICES if expected & {"CONFIG-07", "CONFIG-08"} else ():
             for _, scheme, block_shape in suite.WEIGHTS:
                 with TemporaryDirectory() as folder:
