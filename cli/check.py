@@ -17,8 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moegate import exit_codes
-
-PROFILES = ("gate", "nightly", "soak")
+from moegate.conformance.selection import PROFILES
 
 
 def check(

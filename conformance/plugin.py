@@ -63,8 +63,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         _refusals.append(f"moegate: {error}")
         metafunc.parametrize("moegate_variant", [])
         return
-    marker = metafunc.definition.get_closest_marker("moegate_facets")
-    needed = marker.args if marker else ()
+    needed = _needed(metafunc.definition)
     cases = []
     for variant in session.subject.variants:
         reason = session.subject.unavailable(variant, session.device)
@@ -87,8 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if spec is None:
         _announce(config, mine)
         return
-    facet = spec.facet
-    takes = [item for item in mine if facet in _needed(item) and _fits(item, spec)]
+    takes = [item for item in mine if spec.facet in _needed(item) and _fits(item, spec)]
     config.hook.pytest_deselected(items=[item for item in items if item not in takes])
     items[:] = takes
 
@@ -145,7 +143,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if hasattr(config, "workeroutput"):
         if ledger is not None:
             config.workeroutput["moegate_ledger"] = ledger.as_dict()
-        config.workeroutput["moegate_collected"] = len(_collected)
         return
     merged = _merged(ledger)
     if merged is None:

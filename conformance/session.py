@@ -37,7 +37,6 @@ class Session:
         self.subject = subject
         self.device = device
         self.ledger = Ledger()
-        self._compiled: list[float] = []
 
     def variants(self) -> list[str]:
         """The subject's variants that run on this device; what cannot is counted with its reason."""

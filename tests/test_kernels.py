@@ -261,6 +261,7 @@ def test_routing(backend: str, e: int, k: int, renormalize: bool) -> None:
         top = max(row)
         share = torch.tensor([float(s == top) for s in row]) if abs(top) == torch.inf else (scores[t] - top).exp()
         expected = (share / (share[want].sum() if renormalize else share.sum()))[want]
+        # Some tens of float32 roundings, as a first look; ROUTE-06 judges weights by their derived budget.
         torch.testing.assert_close(weights[t].double().cpu(), expected.double(), rtol=2e-6, atol=1e-9)
 
 
