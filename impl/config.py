@@ -29,6 +29,29 @@ class Activation(StrEnum):
         return not self.value.endswith("_no_mul")
 
 
+@dataclass(frozen=True)
+class ActivationFunction:
+    """An activation with its parameters and the order of w13's rows.
+
+    Attributes:
+        kind: which.
+        alpha: of swigluoai: min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up, -limit, limit) + 1)
+            (gpt-oss, arXiv 2508.10925 and its model code).
+        limit: of swigluoai.
+        interleaved: gate and up rows alternate, instead of all gate rows coming first.
+    """
+
+    kind: Activation = Activation.SILU
+    alpha: float = 1.702
+    limit: float = 7.0
+    interleaved: bool = False
+
+    @property
+    def rows_a_column(self) -> int:
+        """Rows of w13 for each column of the activation's result: 2 where gated, else 1."""
+        return 2 if self.kind.is_gated else 1
+
+
 class QuantScheme(StrEnum):
     """How the experts' weights (w) and activations (a) are stored."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from ..config import Activation, MoEConfig, QuantScheme
+from ..config import Activation, ActivationFunction, MoEConfig, QuantScheme
 from ..platform import Platform
+from ..weights import ExpertsWeights
 from .readiness import READY, Readiness
 
 
@@ -50,48 +52,66 @@ class Experts(ABC):
         return READY
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertsCall:
+    """One call in the standard activation format; arguments are as `fused_experts` documents and checked.
+
+    Attributes:
+        hidden_states: [M, H], M at least 1.
+        weights: the experts held here, at least one.
+        topk_weights: [M, top_k] float32.
+        topk_ids: [M, top_k], global ids.
+        activation: between the two GEMMs.
+        apply_router_weight_on_input: routing weights multiply the experts' input.
+        expert_map: [E] int32, global to local id, or None.
+        global_num_experts: E.
+        allow_tf32: float32 operands may be rounded to TF32.
+    """
+
+    hidden_states: torch.Tensor
+    weights: ExpertsWeights
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    activation: ActivationFunction
+    apply_router_weight_on_input: bool
+    expert_map: torch.Tensor | None
+    global_num_experts: int
+    allow_tf32: bool
+
+
 class StandardExperts(Experts):
     """A backend of the standard activation format."""
 
     @abstractmethod
-    def apply(
-        self,
-        out: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *,
-        activation: Activation,
-        apply_router_weight_on_input: bool,
-        expert_map: torch.Tensor | None,
-        global_num_experts: int,
-        allow_tf32: bool,
-    ) -> None:
-        """Write the experts' weighted sum into `out [M, H]`; arguments are as `fused_experts` documents and checked.
+    def apply(self, out: torch.Tensor, call: ExpertsCall) -> None:
+        """Write the experts' weighted sum into `out [M, H]`, and nothing else."""
 
-        M is at least 1. Nothing but `out` is written.
-        """
+
+@dataclass(frozen=True, eq=False)
+class BatchedCall:
+    """One call in the batched activation format; arguments are as `batched_experts` documents and checked.
+
+    Attributes:
+        hidden_states: [E_local, max_tokens, H]; no size is 0.
+        weights: the experts held here.
+        expert_num_tokens: [E_local] int32.
+        activation: between the two GEMMs.
+        allow_tf32: float32 operands may be rounded to TF32.
+    """
+
+    hidden_states: torch.Tensor
+    weights: ExpertsWeights
+    expert_num_tokens: torch.Tensor
+    activation: ActivationFunction
+    allow_tf32: bool
 
 
 class BatchedExperts(Experts):
     """A backend of the batched activation format."""
 
     @abstractmethod
-    def apply(
-        self,
-        out: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        expert_num_tokens: torch.Tensor,
-        *,
-        activation: Activation,
-        allow_tf32: bool,
-    ) -> None:
+    def apply(self, out: torch.Tensor, call: BatchedCall) -> None:
         """Write each token through its expert into `out [E_local, max_tokens, H]`, without any routing weight.
 
-        Arguments are as `batched_experts` documents and checked; no size is 0. Rows behind an expert's count are
-        neither read nor written, and nothing but `out` is written.
+        Rows behind an expert's count are neither read nor written, and nothing but `out` is written.
         """
