@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 
 from .. import path
-from ..config import Activation, ActivationFormat, MoEConfig, QuantScheme
+from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.activation import batched_silu_and_mul
 from ..kernels.batched_gemm import batched_gemm
 from ..platform import Platform
 from ..tuning.kernel_config import layer_kernel_configs
-from .base import BatchedExperts, unshipped_feature
+from .base import BatchedCall, BatchedExperts, unshipped_feature
 from .readiness import READY, Readiness, absent
 from .triton import unfit_for_triton
 
@@ -49,18 +49,10 @@ class BatchedTritonExperts(BatchedExperts):
         unshipped = unshipped_feature(config)
         return READY if unshipped is None else absent(f"in the batched activation format {unshipped}")
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        expert_num_tokens: torch.Tensor,
-        *,
-        activation: Activation,
-        allow_tf32: bool,
-    ) -> None:
+    def apply(self, out: torch.Tensor, call: BatchedCall) -> None:
         """Write each token through its expert; see `BatchedExperts.apply`."""
+        hidden_states, w13, w2 = call.hidden_states, call.weights.w13, call.weights.w2
+        expert_num_tokens, allow_tf32 = call.expert_num_tokens, call.allow_tf32
         num_experts, max_tokens, hidden_size = hidden_states.shape
         intermediate_size = w2.shape[2]
         platform = Platform.of(hidden_states.device)

@@ -8,13 +8,13 @@ import torch
 
 from .. import path
 from ..align import prepare_expert_assignment
-from ..config import Activation, ActivationFormat, MoEConfig, QuantScheme
+from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.activation import silu_and_mul
 from ..kernels.combine import combine
 from ..kernels.grouped_gemm import grouped_gemm
 from ..platform import Platform, Vendor
 from ..tuning.lookup import find_kernel_configs
-from .base import StandardExperts, unshipped_feature
+from .base import ExpertsCall, StandardExperts, unshipped_feature
 from .readiness import READY, Readiness, absent
 
 
@@ -57,22 +57,12 @@ class TritonExperts(StandardExperts):
         unshipped = unshipped_feature(config)
         return READY if unshipped is None else absent(unshipped)
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *,
-        activation: Activation,
-        apply_router_weight_on_input: bool,
-        expert_map: torch.Tensor | None,
-        global_num_experts: int,
-        allow_tf32: bool,
-    ) -> None:
+    def apply(self, out: torch.Tensor, call: ExpertsCall) -> None:
         """Write the layer into `out`; see `StandardExperts.apply`."""
+        hidden_states, w13, w2 = call.hidden_states, call.weights.w13, call.weights.w2
+        topk_weights, topk_ids, expert_map = call.topk_weights, call.topk_ids, call.expert_map
+        apply_router_weight_on_input, global_num_experts = call.apply_router_weight_on_input, call.global_num_experts
+        allow_tf32 = call.allow_tf32
         num_tokens, top_k = topk_ids.shape
         num_local_experts, hidden_size, intermediate_size = w2.shape
         num_pairs = num_tokens * top_k
