@@ -299,7 +299,7 @@ def bad_calls() -> list[Any]:
             id="map-size",
         ),
         pytest.param(ValueError, "global_num_experts", spoil(global_num_experts=8), id="E-without-map"),
-        pytest.param(ValueError, "activation", spoil(activation="gelu"), id="activation"),
+        pytest.param(ValueError, "activation", spoil(activation="tanh"), id="activation"),
         pytest.param(ValueError, "activation", spoil(activation="swish"), id="unknown-activation"),
         pytest.param(
             ValueError, "apply_router_weight_on_input", spoil(apply_router_weight_on_input=True), id="on-input"

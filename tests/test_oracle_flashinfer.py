@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional
 
 from moegate.conformance.verify import verify_experts
-from moegate.impl.config import Activation, MoEConfig
+from moegate.impl.config import Activation, ActivationFunction, MoEConfig
 from moegate.impl.experts import flashinfer_cutlass
+from moegate.impl.experts.base import ExpertsCall
 from moegate.impl.experts.cpu import CpuExperts
 from moegate.impl.experts.flashinfer_cutlass import FlashInferCutlassExperts, compiled_module, local_expert_ids
 from moegate.impl.experts.readiness import State
@@ -26,6 +27,7 @@ from moegate.impl.oracle.decision import BackendRefusedError
 from moegate.impl.oracle.select import select_backend
 from moegate.impl.path import record_path
 from moegate.impl.platform import Platform
+from moegate.impl.weights import ExpertsWeights
 
 H200 = Platform.parse("cuda:9.0")
 LAYER = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
@@ -185,16 +187,10 @@ def _operands(num_rows=2):
 MAP = torch.tensor([0, -1, 1, 2, -1, 3, -1, -1], dtype=torch.int32)
 
 
-def _apply(experts, operands, out, activation=Activation.SILU, **options):
+def _apply(experts, operands, out, activation=Activation.SILU, on_input=False, **parameters):
     hidden, w13, w2, weights, ids = operands
-    arguments = {
-        "activation": activation,
-        "apply_router_weight_on_input": False,
-        "expert_map": MAP,
-        "global_num_experts": 8,
-        "allow_tf32": False,
-    } | options
-    experts.apply(out, hidden, w13, w2, weights, ids, **arguments)
+    function = ActivationFunction(activation, **parameters)
+    experts.apply(out, ExpertsCall(hidden, ExpertsWeights(w13, w2), weights, ids, function, on_input, MAP, 8, False))
 
 
 def test_the_adapter_computes_what_the_cpu_experts_compute(stand_in):
@@ -275,7 +271,7 @@ def test_weights_on_the_input_are_refused_by_name(stand_in):
             FlashInferCutlassExperts(),
             _operands(),
             torch.empty(5, 16, dtype=torch.bfloat16),
-            apply_router_weight_on_input=True,
+            on_input=True,
         )
 
 

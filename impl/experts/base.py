@@ -20,6 +20,8 @@ def unshipped_feature(config: MoEConfig) -> str | None:
         return f"this build ships no kernel for the scheme {config.scheme} yet"
     if config.activation is not Activation.SILU:
         return f"this build ships no kernel for the activation {config.activation} yet"
+    if config.has_bias:
+        return "this build ships no kernel that adds biases yet"
     if config.is_lora_enabled:
         return "this build ships no LoRA kernel yet"
     return None

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from ..config import Activation, ActivationFormat, MoEConfig
+from ..config import ActivationFormat, MoEConfig
 from ..platform import Platform, Vendor
-from .base import StandardExperts, unshipped_feature
+from .base import ExpertsCall, StandardExperts, unshipped_feature
 from .readiness import READY, Readiness, absent
 
 
@@ -35,35 +35,23 @@ class CpuExperts(StandardExperts):
         return READY if unshipped is None else absent(unshipped)
 
     @torch.no_grad()
-    def apply(
-        self,
-        out: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *,
-        activation: Activation,
-        apply_router_weight_on_input: bool,
-        expert_map: torch.Tensor | None,
-        global_num_experts: int,
-        allow_tf32: bool,
-    ) -> None:
+    def apply(self, out: torch.Tensor, call: ExpertsCall) -> None:
         """Write the layer into `out`; see `StandardExperts.apply`."""
-        num_tokens, top_k = topk_ids.shape
+        hidden_states, weights_of, expert_map = call.hidden_states, call.weights, call.expert_map
+        w13, w2 = weights_of.w13, weights_of.w2
+        num_tokens, top_k = call.topk_ids.shape
         num_local_experts, hidden_size, intermediate_size = w2.shape
         dtype = hidden_states.dtype
 
         # A stray id is no expert, as in the kernels.
-        expert = topk_ids.reshape(-1).long()
-        expert = torch.where((expert >= 0) & (expert < global_num_experts), expert, -1)
+        expert = call.topk_ids.reshape(-1).long()
+        expert = torch.where((expert >= 0) & (expert < call.global_num_experts), expert, -1)
         if expert_map is not None:
             expert = torch.where(expert >= 0, expert_map.long()[expert], -1)
             expert = torch.where((expert >= 0) & (expert < num_local_experts), expert, -1)
         by_expert = torch.argsort(expert, stable=True)
         counts = torch.bincount(expert + 1, minlength=num_local_experts + 1).tolist()
-        weights = topk_weights.reshape(-1, 1)
+        weights = call.topk_weights.reshape(-1, 1)
 
         y = torch.zeros((num_tokens * top_k, hidden_size), dtype=dtype)
         start = counts[0]
@@ -73,12 +61,12 @@ class CpuExperts(StandardExperts):
             pairs = by_expert[start : start + count]
             start += count
             gate_up = hidden_states[pairs // top_k].float() @ w13[local].float().T
-            if apply_router_weight_on_input:
+            if call.apply_router_weight_on_input:
                 gate_up *= weights[pairs]
             gate, up = gate_up.to(dtype).float().split(intermediate_size, dim=1)
             activated = (functional.silu(gate) * up).to(dtype)
             expert_out = activated.float() @ w2[local].float().T
-            if not apply_router_weight_on_input:
+            if not call.apply_router_weight_on_input:
                 expert_out *= weights[pairs]
             y[pairs] = expert_out.to(dtype)
 
