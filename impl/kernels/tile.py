@@ -81,6 +81,7 @@ def product_of_tile(
     B_FORMAT: tl.constexpr,
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -122,10 +123,12 @@ def product_of_tile(
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     b_offsets = b_rows[:, None] + lane_b[None, :] if ROWS_FIRST else b_rows[None, :] + lane_b[:, None]
     if IS_STEPWISE:
-        row_of_scale = columns
+        # Where a tile's rows lie in one block, one scale serves them all.
+        row = pid_n * BLOCK_N if ONE_SCALE else columns
+        row_of_scale = row
         if SCALE_N > 0:
-            grid = columns // part
-            row_of_scale = grid * tl.cdiv(part, SCALE_N) + (columns - grid * part) // SCALE_N
+            grid = row // part
+            row_of_scale = grid * tl.cdiv(part, SCALE_N) + (row - grid * part) // SCALE_N
         b_scale_ptrs = b_scale_ptr + (expert.to(tl.int64) * scale_rows + row_of_scale) * scale_columns
         a_scale_ptrs = a_scale_ptr + a_index.to(tl.int64) * scale_columns if A_SCALE == "group" else a_index
         zero_ptrs = columns
@@ -149,7 +152,10 @@ def product_of_tile(
 
         if IS_STEPWISE:
             step = k // SCALE_K
-            b_scale = tl.load(b_scale_ptrs + step, mask=inside, other=0.0).to(tl.float32)
+            if ONE_SCALE:
+                b_scale = tl.load(b_scale_ptrs + step)
+            else:
+                b_scale = tl.load(b_scale_ptrs + step, mask=inside, other=0.0).to(tl.float32)
         if B_FORMAT == "int4":
             if b_zero_ptr is None:
                 zero = tl.full((BLOCK_N,), 8, tl.int8)
@@ -169,10 +175,14 @@ def product_of_tile(
                 product = tl.dot(b, a, input_precision=INPUT_PRECISION)
             else:
                 product = tl.dot(a, b, input_precision=INPUT_PRECISION)
-            if A_SCALE == "group":
+            if ONE_SCALE:
                 a_scale = tl.load(a_scale_ptrs + step, mask=real, other=0.0)
-                product *= _across(a_scale, SWAP_AB)
-            acc += product * _along(b_scale, SWAP_AB)
+                acc += product * _across(a_scale * b_scale, SWAP_AB)
+            else:
+                if A_SCALE == "group":
+                    a_scale = tl.load(a_scale_ptrs + step, mask=real, other=0.0)
+                    product *= _across(a_scale, SWAP_AB)
+                acc += product * _along(b_scale, SWAP_AB)
         elif SWAP_AB:
             acc = tl.dot(b, a, acc, input_precision=INPUT_PRECISION, max_num_imprecise_acc=WINDOW, out_dtype=ACC)
         else:
@@ -271,6 +281,7 @@ def tile_options(operands: GemmOperands, config: KernelConfig, allow_tf32: bool)
         config: the tile choice.
         allow_tf32: float32 operands may be rounded to TF32.
     """
+    scale_n, part = operands.options["SCALE_N"], operands.numbers[2]
     return {
         "EVEN_N": operands.n % config.block_size_n == 0,
         "EVEN_K": operands.k % config.block_size_k == 0,
@@ -278,6 +289,7 @@ def tile_options(operands: GemmOperands, config: KernelConfig, allow_tf32: bool)
         "SWAP_AB": config.swap_ab,
         "INPUT_PRECISION": "tf32" if allow_tf32 else "ieee",
         **operands.options,
+        "ONE_SCALE": scale_n > 0 and scale_n % config.block_size_n == 0 and part % config.block_size_n == 0,
         # A window is at most a step.
         "WINDOW": min(operands.options["WINDOW"], config.block_size_k),
         "BLOCK_M": config.block_size_m,

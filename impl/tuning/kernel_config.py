@@ -120,8 +120,8 @@ _W8A8 = {
 _HOPPER_WEIGHT_ONLY = {
     16: KernelConfig(16, 64, 128, 1, 4, 4, swap_ab=True),
     32: KernelConfig(32, 64, 128, 1, 4, 3, swap_ab=True),
-    64: KernelConfig(64, 64, 64, 1, 4, 3, swap_ab=True),
-    128: KernelConfig(128, 128, 64, 8, 8, 3),
+    64: KernelConfig(64, 128, 64, 1, 8, 3, swap_ab=True),
+    128: KernelConfig(128, 64, 64, 8, 8, 3),
 }
 _WEIGHT_ONLY = {
     16: KernelConfig(16, 64, 64, 1, 4, 3),
@@ -233,6 +233,10 @@ def default_kernel_config(
     while config.block_size_n > 32 and config.block_size_n // 2 >= n:
         config = replace(config, block_size_n=config.block_size_n // 2)
     if scheme is not QuantScheme.NONE:
+        # Scales that differ within a tile's rows of weights take registers, which a large tile has not.
+        scale_n = block_shape[0] if block_shape is not None else 0
+        if block_size_m == 128 and scale_n and (n % 256 or scale_n % config.block_size_n):
+            config = replace(config, block_size_n=min(64, config.block_size_n))
         stored = torch.int8 if scheme in (QuantScheme.FP8_W8A8, QuantScheme.INT8_W8A8) else dtype
         return _fit(fit_block_k(config, block_shape), stored, platform)
     # A step that divides K needs no mask: H = 2880 takes half the step, with the same bytes in flight. Rows that no
