@@ -108,7 +108,7 @@ def test_layer(dtype: torch.dtype, backend: str, m: int, e: int, k: int, h: int,
         assert record.launches == {
             **({} if naive else {"align_place_kernel": 1}),
             "grouped_gemm_kernel": 2,
-            "silu_and_mul_kernel": 1,
+            "activation_kernel": 1,
             "combine_kernel": 1,
         }
 

@@ -236,12 +236,12 @@ _A_SCALES = {ActivationScale.STATIC: "tensor"}
 
 def gemm_operands(
     b: torch.Tensor,
-    bias: torch.Tensor | None,
-    quant: ExpertsQuantization | None,
+    bias: torch.Tensor | None = None,
+    quant: ExpertsQuantization | None = None,
     *,
-    is_w13: bool,
-    parts: int,
-    a_scale: torch.Tensor | None,
+    is_w13: bool = True,
+    parts: int = 1,
+    a_scale: torch.Tensor | None = None,
 ) -> GemmOperands:
     """The operands of the first (`is_w13`) or second GEMM of a layer.
 
