@@ -280,7 +280,7 @@ def quantize_rows(
             static_scale = largest_magnitude(x, rows) if amax is None else amax
             scales = torch.empty(1, dtype=torch.float32, device=x.device)
         else:
-            scales = static_scale
+            scales = static_scale.view(1)
     if count == 0:
         return values, scales
     block_rows = max(1, min(16 if count > 512 else 4, 4096 // block))
