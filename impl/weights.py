@@ -139,7 +139,6 @@ def expect_experts_weights(
                 shape=(num_experts, size),
                 dtypes=(dtype, torch.float32),
                 like=hidden_states,
-                contiguous=True,
             )
     if quant is not None:
         _expect_scales(quant, hidden_states, num_experts, hidden_size, intermediate_size, activation)
