@@ -179,6 +179,10 @@ def _expect_scales(
             "interleaved: expected False with scales in blocks, whose grid starts anew at the first up row, got True"
         )
     rows, columns = quant.block_shape or (0, 1)
+    if kind is WeightScale.GROUP and (hidden_size % columns or intermediate_size % columns):
+        raise ValueError(
+            f"quant.block_shape: expected groups that divide H {hidden_size} and I {intermediate_size}, got {columns}"
+        )
     for name, scale, zero_point, parts, n, k in gemms:
         if kind is WeightScale.TENSOR:
             shape = (num_experts,)
@@ -187,8 +191,6 @@ def _expect_scales(
         elif kind is WeightScale.BLOCK:
             shape = (num_experts, parts * (-(-n // rows)), -(-k // columns))
         else:
-            if k % columns:
-                raise ValueError(f"quant.block_shape: expected groups that divide {name}'s {k} columns, got {columns}")
             shape = (num_experts, parts * n, k // columns)
         expect_tensor(f"quant.{name}_scale", scale, shape=shape, dtypes=dtypes, like=hidden_states, contiguous=True)
         if zero_point is not None:
