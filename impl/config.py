@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class ActivationFunction:
     limit: float = 7.0
     interleaved: bool = False
 
-    @property
+    @cached_property
     def rows_a_column(self) -> int:
         """Rows of w13 for each column of the activation's result: 2 where gated, else 1."""
         return 2 if self.kind.is_gated else 1
