@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class ActivationFunction:
     limit: float = 7.0
     interleaved: bool = False
 
-    @property
+    @cached_property
     def rows_a_column(self) -> int:
         """Rows of w13 for each column of the activation's result: 2 where gated, else 1."""
         return 2 if self.kind.is_gated else 1
@@ -165,7 +166,8 @@ class MoEConfig:
         intermediate_size: the model's intermediate size of one expert, before tensor parallelism divides it.
         dtype: of activations and unquantised weights: bfloat16, float16 or float32.
         scheme: how weights and activations are quantised.
-        block_shape: (n, k) of block-wise weight scales, (0, group) of scales grouped along K, None otherwise.
+        block_shape: (n, k) of block-wise weight scales, (0, group) of scales grouped along K, None otherwise. No shard
+            of tensor parallelism cuts a block, and groups divide both H and I.
         activation: between the two GEMMs.
         activation_format: how tokens reach the experts.
         apply_router_weight_on_input: routing weights multiply the experts' input instead of their output (top_k = 1).
@@ -223,8 +225,32 @@ class MoEConfig:
             )
         if self.apply_router_weight_on_input and self.top_k != 1:
             raise ValueError(f"apply_router_weight_on_input: expected top_k 1, got {self.top_k}")
+        if self.scheme is not QuantScheme.NONE and self.dtype is torch.float32:
+            raise ValueError(f"dtype: expected bfloat16 or float16 for scheme {self.scheme}, got {self.dtype}")
         object.__setattr__(self, "block_shape", expect_block_shape(self.scheme, self.block_shape))
+        self._check_shards()
         self._check_placement()
+
+    def _check_shards(self) -> None:
+        """A rank holds whole groups always, and whole blocks where the model's are cut into shards."""
+        if self.block_shape is None:
+            return
+        rows, columns = self.block_shape
+        size, shards = self.intermediate_size_per_partition, self.parallel.tp_size
+        if rows == 0 and self.hidden_size % columns:
+            raise ValueError(
+                f"block_shape: expected groups that divide hidden_size {self.hidden_size}, got {self.block_shape}"
+            )
+        if rows == 0 and shards == 1 and size % columns:
+            raise ValueError(
+                f"block_shape: expected groups that divide intermediate_size {size}, got {self.block_shape}"
+            )
+        if shards > 1 and (size % columns or (rows and size % rows)):
+            what = "groups" if rows == 0 else "blocks"
+            raise ValueError(
+                f"tp_size: expected shards of whole {what} of block_shape {self.block_shape}, got {size} of "
+                f"intermediate_size {self.intermediate_size} for each of {shards} ranks"
+            )
 
     def _check_placement(self) -> None:
         if self.expert_map is None:

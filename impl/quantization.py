@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 
@@ -140,14 +141,14 @@ class ExpertsQuantization:
             "a2_scale": self.a2_scale,
         }
 
-    @property
+    @cached_property
     def weight_scale(self) -> WeightScale:
         """What shares one scale of a weight."""
         if self.block_shape is not None:
             return WeightScale.BLOCK if self.block_shape[0] else WeightScale.GROUP
         return WeightScale.TENSOR if self.w13_scale.ndim == 1 else WeightScale.CHANNEL
 
-    @property
+    @cached_property
     def activation_scale(self) -> ActivationScale:
         """What shares one scale of an activation."""
         if self.scheme in (QuantScheme.INT8_W8A16, QuantScheme.INT4_W4A16):

@@ -175,17 +175,14 @@ def quantize_weights(
     if weight_scale == WeightScale.GROUP and shape is not None and k % shape[1]:
         raise ValueError(f"block_shape: expected a group that divides {k} columns, got {shape[1]}")
 
-    # One expert at a time: the whole in float32 would need four times the memory of what it becomes.
-    experts = [_quantize_matrix(matrix.float(), scheme, weight_scale, shape, zero_points, parts) for matrix in w]
-    if not experts:
-        empty = w.new_zeros((1, n, k), dtype=torch.float32)
-        parts_of_one = _quantize_matrix(empty[0], scheme, weight_scale, shape, zero_points, parts)
-        values, scale, zeros = (None if t is None else t[None][:0].contiguous() for t in parts_of_one)
-    else:
-        values, scale, zeros = (
-            None if tensors[0] is None else torch.stack(tensors) for tensors in zip(*experts, strict=True)
-        )
-    return values, scale, zeros
+    # One expert at a time: the whole in float32 would need four times the memory of what it becomes. A rank without
+    # experts takes the shapes of one that is not there.
+    matrices = w.unbind() or (w.new_zeros(n, k),)
+    experts = [_quantize_matrix(matrix.float(), scheme, weight_scale, shape, zero_points, parts) for matrix in matrices]
+    values = torch.stack([of_one[0] for of_one in experts])[: len(w)]
+    scale = torch.stack([of_one[1] for of_one in experts])[: len(w)]
+    zeros = [of_one[2] for of_one in experts if of_one[2] is not None]
+    return values, scale, torch.stack(zeros)[: len(w)] if zeros else None
 
 
 def _quantize_matrix(

@@ -105,12 +105,10 @@ def expect_experts_weights(
     packed = 1
     if quant is None:
         storage = dtype
-        for name, weight in (("w13", w13), ("w2", w2)):
-            if isinstance(weight, torch.Tensor) and weight.dtype in _STORED:
-                raise TypeError(
-                    f"{name}: expected dtype {dtype}, or quant with the scales of {weight.dtype} weights, "
-                    f"got {weight.dtype} without quant"
-                )
+        if getattr(w13, "dtype", dtype) in _STORED:
+            raise _without_scales("w13", w13, dtype)
+        if getattr(w2, "dtype", dtype) in _STORED:
+            raise _without_scales("w2", w2, dtype)
     else:
         if not isinstance(quant, ExpertsQuantization):
             raise TypeError(f"quant: expected an ExpertsQuantization or None, got {type(quant).__name__}")
@@ -131,18 +129,25 @@ def expect_experts_weights(
     expect_tensor("w13", w13, shape=(num_experts, rows, hidden_size // packed), dtypes=(storage,), like=hidden_states)
     if hidden_size < 1 or intermediate_size < 1:
         raise ValueError(f"w2: expected H and I of at least 1, got shape {list(w2.shape)}")
-    for name, bias, size in (("w13_bias", w13_bias, rows), ("w2_bias", w2_bias, hidden_size)):
-        if bias is not None:
-            expect_tensor(
-                name,
-                bias,
-                shape=(num_experts, size),
-                dtypes=(dtype, torch.float32),
-                like=hidden_states,
-            )
+    if w13_bias is not None:
+        _expect_bias("w13_bias", w13_bias, (num_experts, rows), hidden_states)
+    if w2_bias is not None:
+        _expect_bias("w2_bias", w2_bias, (num_experts, hidden_size), hidden_states)
     if quant is not None:
         _expect_scales(quant, hidden_states, num_experts, hidden_size, intermediate_size, activation)
     return ExpertsWeights(w13, w2, w13_bias, w2_bias, quant)
+
+
+def _without_scales(name: str, weight: torch.Tensor, dtype: torch.dtype) -> TypeError:
+    return TypeError(
+        f"{name}: expected dtype {dtype}, or quant with the scales of {weight.dtype} weights, "
+        f"got {weight.dtype} without quant"
+    )
+
+
+def _expect_bias(name: str, bias: torch.Tensor, shape: tuple[int, int], hidden_states: torch.Tensor) -> None:
+    dtypes = (hidden_states.dtype, torch.float32)
+    expect_tensor(name, bias, shape=shape, dtypes=dtypes, like=hidden_states)
 
 
 def _expect_scales(
@@ -178,6 +183,10 @@ def _expect_scales(
             "interleaved: expected False with scales in blocks, whose grid starts anew at the first up row, got True"
         )
     rows, columns = quant.block_shape or (0, 1)
+    if kind is WeightScale.GROUP and (hidden_size % columns or intermediate_size % columns):
+        raise ValueError(
+            f"quant.block_shape: expected groups that divide H {hidden_size} and I {intermediate_size}, got {columns}"
+        )
     for name, scale, zero_point, parts, n, k in gemms:
         if kind is WeightScale.TENSOR:
             shape = (num_experts,)
@@ -186,8 +195,6 @@ def _expect_scales(
         elif kind is WeightScale.BLOCK:
             shape = (num_experts, parts * (-(-n // rows)), -(-k // columns))
         else:
-            if k % columns:
-                raise ValueError(f"quant.block_shape: expected groups that divide {name}'s {k} columns, got {columns}")
             shape = (num_experts, parts * n, k // columns)
         expect_tensor(f"quant.{name}_scale", scale, shape=shape, dtypes=dtypes, like=hidden_states, contiguous=True)
         if zero_point is not None:

@@ -13,6 +13,7 @@ from ...impl.checks import debug_checks
 from ...impl.fused_moe import fused_experts
 from ...impl.path import PathRecord, record_path
 from ...impl.platform import Platform
+from ...impl.quantization import ExpertsQuantization
 from ...impl.routing import select_experts
 from ..cases import AlignCase, BatchedCase, ExpertsCase, RoutingCase
 from ..numerics import Numerics
@@ -116,4 +117,5 @@ class MoegateSubject(Subject):
             "select_experts": select_experts,
             "moe_align_block_size": moe_align_block_size,
             "debug_checks": debug_checks,
+            "ExpertsQuantization": ExpertsQuantization,
         }
