@@ -18,6 +18,7 @@ import torch
 from ..impl.align import ExpertAssignment, prepare_expert_assignment, uses_naive_block_assignment
 from ..impl.fused_moe import fused_experts
 from ..impl.kernels.grouped_gemm import grouped_gemm
+from ..impl.kernels.tile import gemm_operands
 from ..impl.platform import Platform
 from ..impl.tuning.kernel_config import KernelConfig, use_kernel_configs
 from .machine import l2_bytes
@@ -245,7 +246,7 @@ class _Prepared:
             grouped_gemm(
                 data.c,
                 each.hidden_states if is_first else data.a,
-                each.w13 if is_first else each.w2,
+                gemm_operands(each.w13 if is_first else each.w2),
                 topk_ids=each.topk_ids,
                 topk_weights=each.topk_weights,
                 mul_weight=not is_first,
@@ -498,7 +499,7 @@ def _compile_gemm(device: str, workload: Workload, gemm: str, config: KernelConf
     grouped_gemm(
         torch.empty((top_k, n), dtype=workload.torch_dtype, device=where),
         torch.zeros((1 if is_first else top_k, k), dtype=workload.torch_dtype, device=where),
-        torch.zeros((1, n, k), dtype=workload.torch_dtype, device=where),
+        gemm_operands(torch.zeros((1, n, k), dtype=workload.torch_dtype, device=where)),
         topk_ids=torch.zeros((1, top_k), dtype=torch.int32, device=where),
         topk_weights=torch.ones((1, top_k), dtype=torch.float32, device=where),
         mul_weight=not is_first,

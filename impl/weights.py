@@ -147,7 +147,7 @@ def _without_scales(name: str, weight: torch.Tensor, dtype: torch.dtype) -> Type
 
 def _expect_bias(name: str, bias: torch.Tensor, shape: tuple[int, int], hidden_states: torch.Tensor) -> None:
     dtypes = (hidden_states.dtype, torch.float32)
-    expect_tensor(name, bias, shape=shape, dtypes=dtypes, like=hidden_states, contiguous=True)
+    expect_tensor(name, bias, shape=shape, dtypes=dtypes, like=hidden_states)
 
 
 def _expect_scales(

@@ -23,14 +23,6 @@ DTYPES = pytest.mark.parametrize("dtype", LARGEST, ids=str)
 BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_kernel)])
 
 
-@pytest.fixture(autouse=True)
-def _repaired_interpreter() -> None:
-    if DEVICE == "cpu" and Platform.of(DEVICE).runs_triton:
-        from moegate.conformance import interpreter
-
-        interpreter.install()
-
-
 def spread(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Values of widely spread magnitudes, zeros among them."""
     generator = torch.Generator().manual_seed(3)
