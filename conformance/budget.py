@@ -6,64 +6,28 @@ rounding to the output's dtype is one known step and adds by itself:
 
     |out - reference| <= lambda * sigma + last,     sigma from these functions, lambda from `calibration.json`.
 
-Pure functions of the reference's trace and the declared numerics. Sources: Higham, *Accuracy and Stability of
-Numerical Algorithms*, ch. 3; Higham and Mary 2019 (SIAM J. Sci. Comput. 41(5), probabilistic rounding error analysis).
+Pure functions of the reference's trace and the declared numerics; `rounding.py`, `activation_budget.py` and
+`quantization_budget.py` hold the parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..reference.activations import silu, silu_slope
 from ..reference.experts import Trace
+from ..reference.quantization import QuantizedWeight, expert_weight
+from .activation_budget import activation_floor, activation_variance, slopes
 from .numerics import FLOAT32, TF32_UNIT_ROUNDOFF, Format, Numerics, format_of
+from .operands import ExpertsOperands
+from .quantization_budget import columns_of_a_scale, is_shared_by_rows, quantized
+from .rounding import Accumulator, accumulation, floor, rounding
 
-# The largest curvature of silu, |silu''(0)| = 1/2: what first order leaves out where the slope is zero.
-SILU_CURVATURE = 0.5
-# float32 exp, reciprocal and product of a silu: unit roundoffs of the parts, in quadrature; GPUs' approximate exp is
-# good to 2 ulp (CUDA C++ Programming Guide, "Intrinsic Functions").
-SILU_ROUNDOFFS = 4.0
 # Approximate exp flushes results under the smallest normal float32 to zero.
 SMALLEST_NORMAL = float(torch.finfo(torch.float32).tiny)
-
-
-def rounding(values: Tensor, to: Format) -> Tensor:
-    """Squared largest error of rounding `values` to a format."""
-    return (to.unit_roundoff * values.abs() + to.half_smallest_subnormal) ** 2
-
-
-def floor(values: Tensor, to: Format) -> Tensor:
-    """Largest error of rounding values below the smallest normal, 0 elsewhere.
-
-    There the error follows the value (all of it, where it becomes zero), so along a row it adds up instead of
-    averaging out: the gains take it linearly.
-    """
-    return torch.where((values != 0) & (values.abs() < to.smallest_normal), to.half_smallest_subnormal, 0.0)
-
-
-def accumulation(num_terms: int, total: Tensor, squares: Tensor, accumulator: Format) -> Tensor:
-    """Squared error of summing `num_terms` products in an accumulator, in an order that nobody promised.
-
-    Over random orders the i-th partial sum s_i has E[s_i^2] = i(K-i)/(K(K-1)) Q + i(i-1)/(K(K-1)) S^2, with S the sum
-    and Q the sum of squares; each addition from the second on rounds its partial sum, and each product may be rounded.
-
-    Args:
-        num_terms: K.
-        total: S, the exact sum.
-        squares: Q, the sum of the squared terms.
-        accumulator: the format of the running sum.
-    """
-    if num_terms < 2:
-        return accumulator.unit_roundoff**2 * squares
-    i = torch.arange(2, num_terms + 1, dtype=torch.float64)
-    pairs = num_terms * (num_terms - 1)
-    on_squares = float((i * (num_terms - i)).sum() / pairs)
-    on_total = float((i * (i - 1)).sum() / pairs)
-    return accumulator.unit_roundoff**2 * ((1 + on_squares) * squares + on_total * total**2)
 
 
 @dataclass(frozen=True)
@@ -76,9 +40,13 @@ class Budget:
         hidden: `[M, top_k, I]`, squared, the part that all columns of a row share, as it stands at the second GEMM.
         hidden_common: `[M, top_k, I]`, the part of it that one rounding (of the weight on the input) causes everywhere.
         hidden_floor: `[M, top_k, I]`, the subnormal part of it.
+        scale_error: `[M, top_k, I]`, relative error of the dynamic scale that each element of `hidden` has.
         independent: `[M, H]`, squared, the part that each column has for itself.
-        independent_floor: `[M, H]`, the subnormal part of it.
+        independent_floor: `[M, H]`, the part of it that adds up along a row.
         weight_error: `[M, top_k]`, relative error of the routing weights where they are rounded on the output, else 0.
+        columns_of_a_scale: how many columns of `hidden` share one scale.
+        one_scale: all rows share one dynamic scale.
+        is_quantized: activations are, so that errors come in whole steps.
     """
 
     sigma: Tensor
@@ -86,13 +54,17 @@ class Budget:
     hidden: Tensor
     hidden_common: Tensor
     hidden_floor: Tensor
+    scale_error: Tensor
     independent: Tensor
     independent_floor: Tensor
     weight_error: Tensor
+    columns_of_a_scale: int
+    one_scale: bool
+    is_quantized: bool
 
     def first_rows(self, rows: int) -> Budget:
         """The budget of the first tokens."""
-        return Budget(*(getattr(self, name)[:rows] for name in self.__dataclass_fields__))
+        return replace(self, **{name: t[:rows] for name, t in vars(self).items() if isinstance(t, Tensor)})
 
 
 def _multiplicity(trace: Trace) -> Tensor:
@@ -110,94 +82,139 @@ def _rows_of_each_expert(trace: Trace, num_local: int) -> Iterator[tuple[int, Te
             yield expert, token, slot
 
 
-def experts_budget(
-    trace: Trace,
-    hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    *,
-    numerics: Numerics,
-    apply_router_weight_on_input: bool = False,
-) -> Budget:
-    """The budget of `experts` for operands of one storage dtype; shapes as in the reference."""
-    storage = hidden_states.dtype
+def _common_of_scales(along: Tensor, columns: int) -> Tensor:
+    """Squared sum of what scales have in common, `[..., I]` to `[...]`: each run of `columns` moves as one."""
+    parts = [part.sum(dim=-1) ** 2 for part in along.split(columns, dim=-1)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _bias_of_rows(bias: Tensor | None, trace: Trace, like: Tensor) -> Tensor:
+    """The bias `[E_local, N]` of each routed pair, `[M, top_k, N]`, zero where no expert is."""
+    if bias is None:
+        return torch.zeros_like(like)
+    here = (trace.local_ids >= 0)[..., None]
+    return torch.where(here, bias[trace.local_ids.clamp(min=0)].to(like.dtype), 0.0)
+
+
+def _weight_rounding(weight: Tensor | QuantizedWeight, numerics: Numerics, is_quantized: bool, to: Format) -> float:
+    """Unit roundoff of a weight that is scaled back to the activations' dtype before it is used; 0 where it is not."""
+    scaled_back = isinstance(weight, QuantizedWeight) and not is_quantized
+    if not scaled_back:
+        return 0.0
+    return to.unit_roundoff if numerics.dequantized_weight == "storage" else FLOAT32.unit_roundoff
+
+
+def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> Budget:
+    """The budget of a call whose activations are of one storage dtype, and whose trace is the reference's."""
+    activation, on_input = call.activation, float(call.apply_router_weight_on_input)
+    storage = call.hidden_states.dtype
     output = Format.of(storage)
-    hidden_size, intermediate_size = w2.shape[1], w2.shape[2]
+    num_local, hidden_size, intermediate_size = call.w2.shape
     tf32 = TF32_UNIT_ROUNDOFF if numerics.input_precision == "tf32" and storage == torch.float32 else 0.0
     wide = trace.output.dtype
-    x_squared = hidden_states.to(wide) ** 2
+    here = trace.local_ids >= 0
+
+    # The input as the first GEMM reads it: quantised from exact values, so that only a rare one flips.
+    x_variance = torch.zeros_like(trace.x)
+    input_dtype = None if call.quantize_input is None else call.quantize_input.dtype
+    if call.quantize_input is not None:
+        exact = call.hidden_states.to(wide)
+        x_variance = quantized(exact, torch.zeros_like(exact), call.quantize_input).variance
 
     # First GEMM, where needed with the routing weight on its input (applied to the accumulator, one rounding).
-    gate_up_squares = torch.zeros(*trace.gate.shape[:2], 2 * intermediate_size, dtype=wide, device=trace.gate.device)
-    for expert, token, slot in _rows_of_each_expert(trace, w13.shape[0]):
-        q = x_squared[token] @ (w13[expert].to(wide) ** 2).T
-        if apply_router_weight_on_input:
-            q = q * topk_weights[token, slot, None].to(wide) ** 2
-        gate_up_squares[token, slot] = q
-    gate_up = torch.cat([trace.gate, trace.up], dim=-1)
+    gate_up_squares = trace.gate.new_zeros(*trace.gate.shape[:2], call.w13.shape[1])
+    from_input = torch.zeros_like(gate_up_squares)
+    for expert, token, slot in _rows_of_each_expert(trace, num_local):
+        squared = (expert_weight(call.w13, expert, wide) ** 2).T
+        factor = call.topk_weights[token, slot, None].to(wide) ** 2 if on_input else 1.0
+        gate_up_squares[token, slot] = trace.x[token] ** 2 @ squared * factor
+        if call.quantize_input is not None:
+            from_input[token, slot] = x_variance[token] @ squared * factor
+    in_order = activation.joined(trace.gate, trace.up)
+    dot = in_order - _bias_of_rows(call.w13_bias, trace, in_order)
     at_gate_up = format_of(numerics.gate_up, storage)
+    is_scaled = isinstance(call.w13, QuantizedWeight)
+    weight_rounding = _weight_rounding(call.w13, numerics, input_dtype is not None, output)
     gate_up_variance = (
-        accumulation(hidden_size, gate_up, gate_up_squares, FLOAT32)
-        + 2 * tf32**2 * gate_up_squares
-        + rounding(gate_up, at_gate_up)
+        Accumulator.of(numerics, input_dtype, hidden_size, is_scaled=is_scaled).variance(
+            hidden_size, dot, gate_up_squares
+        )
+        + (2 * tf32**2 + weight_rounding**2) * gate_up_squares
+        + from_input
+        + (FLOAT32.unit_roundoff * in_order) ** 2 * float(call.w13_bias is not None)
+        + rounding(in_order, at_gate_up)
     )
-    gate_variance, up_variance = gate_up_variance.split(intermediate_size, dim=-1)
-    gate_floor, up_floor = floor(gate_up, at_gate_up).split(intermediate_size, dim=-1)
+    gate_variance, up_variance = activation.split(gate_up_variance)
+    gate_floor, up_floor = activation.split(floor(in_order, at_gate_up))
+    gate_dot, up_dot = activation.split(dot)
     # What rounds a routing weight: its own conversion where declared, and the float32 product with it.
     weight_error = torch.full_like(trace.output_weights, FLOAT32.unit_roundoff)
     if numerics.routing_weight == "storage":
-        absolute = topk_weights.to(wide).abs().clamp(min=output.half_smallest_subnormal)
+        absolute = call.topk_weights.to(wide).abs().clamp(min=output.half_smallest_subnormal)
         weight_error = weight_error + output.unit_roundoff + output.half_smallest_subnormal / absolute
-    on_input = float(apply_router_weight_on_input)
 
-    # Activation: the local slope, the curvature where the slope vanishes, its own float32 arithmetic, its roundings.
-    activated = silu(trace.gate)
+    # Activation.
     at_gate, at_hidden = format_of(numerics.gate, storage), format_of(numerics.hidden, storage)
-    gate_slope = silu_slope(trace.gate) * trace.up
-    hidden_variance = (
-        gate_slope**2 * gate_variance
-        + (SILU_CURVATURE / 2 * gate_variance * trace.up) ** 2
-        + activated**2 * up_variance
-        + (FLOAT32.unit_roundoff * (SILU_ROUNDOFFS + trace.gate.abs()) * trace.hidden) ** 2
-        + rounding(activated, at_gate) * trace.up**2
-        + rounding(trace.hidden, at_hidden)
-    )
-    hidden_floor = (
-        gate_slope.abs() * gate_floor
-        + activated.abs() * up_floor
-        + trace.up.abs() * floor(activated, at_gate)
-        + floor(trace.hidden, at_hidden)
-    )
-    hidden_common = on_input * weight_error[..., None] * (gate_slope * trace.gate + trace.hidden)
+    slope = slopes(activation, trace.gate, trace.up, gate_variance, up_variance)
+    hidden_variance = activation_variance(activation, trace.gate, gate_variance, up_variance, slope, at_gate, at_hidden)
+    hidden_floor = activation_floor(slope, gate_floor, up_floor, at_gate, at_hidden)
+    hidden_common = on_input * weight_error[..., None] * (slope.of_gate * gate_dot + slope.of_up * up_dot)
+
+    # The hidden rows as the second GEMM reads them: once quantised, an error is a flip or a scale's.
+    scale_error = torch.zeros_like(trace.hidden)
+    hidden_dtype = None if call.quantize_hidden is None else call.quantize_hidden.dtype
+    if call.quantize_hidden is not None:
+        known_to = hidden_variance + hidden_common**2 + hidden_floor**2
+        added = quantized(trace.activated[here], known_to[here], call.quantize_hidden)
+        hidden_variance, hidden_floor = torch.zeros_like(known_to), torch.zeros_like(known_to)
+        hidden_variance[here], scale_error[here] = added.variance, added.scale_error
+    columns = columns_of_a_scale(call.quantize_hidden, intermediate_size)
+    one_scale = is_shared_by_rows(call.quantize_hidden)
+    of_scales = trace.hidden * scale_error
 
     # Second GEMM and the weighted sum.
     shared = torch.zeros_like(trace.expert_output)
     squares = torch.zeros_like(trace.expert_output)
-    for expert, token, slot in _rows_of_each_expert(trace, w2.shape[0]):
-        exact = w2[expert].to(wide).T
+    moved = torch.zeros_like(trace.expert_output)
+    for expert, token, slot in _rows_of_each_expert(trace, num_local):
+        exact = expert_weight(call.w2, expert, wide).T
         shared[token, slot] = hidden_variance[token, slot] @ exact**2 + (hidden_common[token, slot] @ exact) ** 2
         squares[token, slot] = trace.hidden[token, slot] ** 2 @ exact**2
+        if call.quantize_hidden is None:
+            continue
+        if one_scale:
+            moved[token, slot] = of_scales[token, slot] @ exact
+            continue
+        for start in range(0, intermediate_size, columns):
+            run = slice(start, start + columns)
+            shared[token, slot] += (of_scales[token, slot, run] @ exact[run]) ** 2
     weights = trace.output_weights[..., None]
     weighted = weights * trace.expert_output
-    present = (trace.local_ids >= 0)[..., None]
+    present = here[..., None]
     at_output, at_weighted = format_of(numerics.expert_output, storage), format_of(numerics.weighted, storage)
+    dot = trace.expert_output - _bias_of_rows(call.w2_bias, trace, trace.expert_output)
+    summing = Accumulator.of(numerics, hidden_dtype, intermediate_size, is_scaled=isinstance(call.w2, QuantizedWeight))
+    weight_rounding = _weight_rounding(call.w2, numerics, hidden_dtype is not None, output)
     own = (
-        accumulation(intermediate_size, trace.expert_output, squares, FLOAT32)
-        + 2 * tf32**2 * squares
+        summing.variance(intermediate_size, dot, squares)
+        + (2 * tf32**2 + weight_rounding**2) * squares
+        + (FLOAT32.unit_roundoff * trace.expert_output) ** 2 * float(call.w2_bias is not None)
         + rounding(trace.expert_output, at_output)
     ) * weights**2 + rounding(weighted, at_weighted)
     times = _multiplicity(trace)[..., None]
     at_combine = format_of(numerics.combine, storage)
     independent = torch.where(present, times * own, 0).sum(dim=1) + accumulation(
-        trace.local_ids.shape[1], trace.output, (weighted**2).sum(dim=1), at_combine
+        trace.local_ids.shape[1], trace.output, (weighted**2).sum(dim=1), at_combine.unit_roundoff
     )
-    independent_floor = (weights.abs() * floor(trace.expert_output, at_output) + floor(weighted, at_weighted)).sum(
-        dim=1
-    ) + floor(trace.output, output)
+    independent_floor = (
+        weights.abs() * (floor(trace.expert_output, at_output) + summing.drift(dot)) + floor(weighted, at_weighted)
+    ).sum(dim=1) + floor(trace.output, output)
     weight_error = (1 - on_input) * weight_error
     variance = (
-        (times * weights**2 * shared).sum(dim=1) + independent + ((weight_error[..., None] * weighted) ** 2).sum(dim=1)
+        (times * weights**2 * shared).sum(dim=1)
+        + (weights * moved).sum(dim=1) ** 2
+        + independent
+        + ((weight_error[..., None] * weighted) ** 2).sum(dim=1)
     )
     # Where no expert is present the answer is exactly zero, and so is the budget.
     any_present = present.any(dim=1)
@@ -208,13 +225,32 @@ def experts_budget(
         hidden=hidden_variance,
         hidden_common=hidden_common,
         hidden_floor=hidden_floor,
+        scale_error=scale_error,
         independent=torch.where(any_present, independent, 0.0),
         independent_floor=independent_floor,
         weight_error=weight_error,
+        columns_of_a_scale=columns,
+        one_scale=one_scale,
+        is_quantized=call.quantize_input is not None,
     )
 
 
-def projected_error(budget: Budget, trace: Trace, w2: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Projected:
+    """What <error of a row, direction> may be, `[M, D]` each.
+
+    Attributes:
+        variance: independent from row to row.
+        linear: of roundings that all go one way.
+        moved: what the scale that all rows share moves it by, with its sign.
+    """
+
+    variance: Tensor
+    linear: Tensor
+    moved: Tensor
+
+
+def projected_error(budget: Budget, trace: Trace, w2: Tensor | QuantizedWeight, directions: Tensor) -> Projected:
     """What <error of a row, direction> may be, for several directions a row.
 
     The columns of a row share the roundings before the second GEMM, so their errors are not independent: those are
@@ -225,16 +261,14 @@ def projected_error(budget: Budget, trace: Trace, w2: Tensor, directions: Tensor
         trace: the reference's.
         w2: `[E_local, H, I]`.
         directions: `[M, D, H]`.
-
-    Returns:
-        The variance, and the linear part of subnormal roundings, `[M, D]` each.
     """
     variance = torch.einsum("mdh,mh->md", directions**2, budget.independent + budget.last**2)
     linear = torch.einsum("mdh,mh->md", directions.abs(), budget.independent_floor)
+    moved = torch.zeros_like(variance)
     times = _multiplicity(trace)
     for expert, token, slot in _rows_of_each_expert(trace, w2.shape[0]):
         along = directions[token]
-        through = along @ w2[expert].to(directions.dtype)  # [P, D, I]
+        through = along @ expert_weight(w2, expert, directions.dtype)  # [P, D, I]
         own = torch.einsum("pdh,ph->pd", along, trace.expert_output[token, slot])
         part = (
             torch.einsum("pdi,pi->pd", through**2, budget.hidden[token, slot])
@@ -242,10 +276,15 @@ def projected_error(budget: Budget, trace: Trace, w2: Tensor, directions: Tensor
             + (budget.weight_error[token, slot, None] * own) ** 2
         )
         weights = trace.output_weights[token, slot, None]
+        of_scales = through * (trace.hidden * budget.scale_error)[token, slot, None]
+        if budget.one_scale:
+            moved.index_add_(0, token, weights * of_scales.sum(dim=-1))
+        else:
+            part = part + _common_of_scales(of_scales, budget.columns_of_a_scale)
         variance.index_add_(0, token, times[token, slot, None] * weights**2 * part)
         floors = torch.einsum("pdi,pi->pd", through.abs(), budget.hidden_floor[token, slot])
         linear.index_add_(0, token, weights.abs() * floors)
-    return variance, linear
+    return Projected(variance, linear, moved)
 
 
 def routing_weight_error(scores: Tensor, ids: Tensor, weights: Tensor, *, renormalize: bool) -> Tensor:

@@ -17,31 +17,41 @@ import numpy as np
 import torch
 from scipy.stats import genpareto
 
-from .calibration import Limits
+from .calibration import KINDS, Limits
 from .cases import build_experts
 from .emulation import emulate
 from .numerics import Numerics
 from .properties.num import budget_of, reference_of
-from .spec import DTYPES, MAPS, ROUTINGS, VALUES, WEIGHTS, ExpertsSpec
+from .spec import ACTIVATIONS, BIASES, DTYPES, MAPS, ROUTINGS, SCHEMES, VALUES, WEIGHTS, ExpertsSpec
 from .statistics import statistics
-from .strategies import POOLS
+from .strategies import POOLS, may_go_together
 
 # Exceedance probability of one case at the limit.
 PER_CASE = 1e-6
 TAIL = 0.1
 # Sizes beyond the suite's own small shapes, so that the limits hold where rows are long too.
-SHAPES = (*POOLS["cpu"].shapes, *POOLS["cuda"].shapes, (128, 96), (256, 64))
+LONGER = ((128, 96), (256, 64))
 EMULATED = (
     Numerics(),
-    Numerics(gate="storage", weighted="float32", expert_output="storage"),
-    Numerics(gate_up="float32", weighted="float32"),
-    Numerics(routing_weight="storage", combine="storage"),
+    Numerics(gate="storage", weighted="float32", expert_output="storage", dequantized_weight="storage"),
+    Numerics(gate_up="float32", weighted="float32", accumulator="hopper_fp8", promoted_every=128),
+    Numerics(routing_weight="storage", combine="storage", accumulator="hopper_fp8"),
 )
+# Schemes by what their errors are made of (see `calibration.KINDS`).
+SCHEMES_OF_KIND = {
+    kind: [name for name, scheme in SCHEMES.items() if (scheme.activation_scale is not None) == (kind == "quantized")]
+    for kind in KINDS
+}
 
 
-def drawn_spec(rng: random.Random, shapes: tuple[tuple[int, int], ...] = SHAPES) -> ExpertsSpec:
+def drawn_spec(rng: random.Random, *, kind: str = "rounded", devices: tuple[str, ...] = ("cpu", "cuda")) -> ExpertsSpec:
     """A spec from the same pools as the suite's, by plain chance."""
-    hidden, intermediate = rng.choice(shapes)
+    scheme = rng.choice(SCHEMES_OF_KIND[kind]) if kind == "quantized" or rng.random() < 0.4 else "none"
+    dtype = rng.choice([d for d in DTYPES if may_go_together(scheme, "silu", d)])
+    shapes = [shape for device in devices for shape in POOLS[device].shapes_of(dtype, scheme)]
+    if scheme == "none" and len(devices) > 1:
+        shapes += [(*shape, 0, 0) for shape in LONGER]
+    hidden, intermediate, block_n, block_k = rng.choice(shapes)
     num_experts = rng.choice((1, 2, 3, 5, 8))
     top_k = rng.randint(1, min(num_experts, 6))
     return ExpertsSpec(
@@ -50,12 +60,17 @@ def drawn_spec(rng: random.Random, shapes: tuple[tuple[int, int], ...] = SHAPES)
         I=intermediate,
         E=num_experts,
         top_k=top_k,
-        dtype=rng.choice(DTYPES),
+        dtype=dtype,
         routing=rng.choice([r for r in ROUTINGS if r != "all_invalid"]),
         weights=rng.choice(WEIGHTS),
         expert_map=rng.choice([m for m in MAPS if m != "owns_nothing"]),
         values=rng.choice(VALUES),
         weight_on_input=top_k == 1 and rng.random() < 0.5,
+        scheme=scheme,
+        block_n=block_n,
+        block_k=block_k,
+        activation=rng.choice([a for a in ACTIVATIONS if may_go_together(scheme, a, dtype)]),
+        bias=rng.choice(BIASES),
         seed=rng.randrange(1 << 20),
     )
 
@@ -65,7 +80,7 @@ def worst_statistics(spec: ExpertsSpec, numerics: Numerics, seed: int) -> dict[s
     case = build_experts(spec)
     trace = reference_of(case)
     budget = budget_of(case, trace, numerics)
-    measured = statistics(emulate(case, numerics, seed), trace, budget, case.w2)
+    measured = statistics(emulate(case, numerics, seed), trace, budget, case.operands().w2)
     return {name: float(getattr(measured, name).nan_to_num(0.0).max()) for name in (f.name for f in fields(Limits))}
 
 
@@ -87,24 +102,28 @@ def fitted_limit(worst: np.ndarray, per_case: float = PER_CASE) -> float:
 
 
 def calibrate(cases: int, seed: int) -> dict[str, object]:
-    """The contents of `calibration.json` from `cases` emulations."""
-    rng = random.Random(seed)
+    """The contents of `calibration.json` from `cases` emulations of each kind."""
     torch.set_num_threads(1)
-    worst: dict[str, list[float]] = {f.name: [] for f in fields(Limits)}
-    for number in range(cases):
-        spec = drawn_spec(rng)
-        measured = worst_statistics(spec, EMULATED[number % len(EMULATED)], rng.randrange(1 << 30))
-        for name, value in measured.items():
-            worst[name].append(value)
-    arrays = {name: np.array(values) for name, values in worst.items()}
-    limits = Limits(**{name: round(fitted_limit(values), 3) for name, values in arrays.items()})
+    kinds = {}
+    for kind in KINDS:
+        rng = random.Random(f"{kind} {seed}")
+        worst: dict[str, list[float]] = {f.name: [] for f in fields(Limits)}
+        for number in range(cases):
+            spec = drawn_spec(rng, kind=kind)
+            measured = worst_statistics(spec, EMULATED[number % len(EMULATED)], rng.randrange(1 << 30))
+            for name, value in measured.items():
+                worst[name].append(value)
+        arrays = {name: np.array(values) for name, values in worst.items()}
+        kinds[kind] = {
+            "limits": asdict(Limits(**{name: round(fitted_limit(values), 3) for name, values in arrays.items()})),
+            "largest_seen": {name: round(float(values.max()), 3) for name, values in arrays.items()},
+            "median": {name: round(float(np.median(values)), 3) for name, values in arrays.items()},
+        }
     return {
-        "schema": 1,
+        "schema": 2,
         "command": f"python -m moegate.conformance.calibrate --cases {cases} --seed {seed}",
         "per_case": PER_CASE,
-        "limits": asdict(limits),
-        "largest_seen": {name: round(float(values.max()), 3) for name, values in arrays.items()},
-        "median": {name: round(float(np.median(values)), 3) for name, values in arrays.items()},
+        **kinds,
     }
 
 

@@ -25,8 +25,13 @@ class Limits:
     expert_gain: float
 
 
+KINDS = ("rounded", "quantized")
+"""Errors are sums of many roundings, or come in whole steps of few quantised activations: two tails, two sets of limits."""
+
+
 @cache
-def limits() -> Limits:
-    """The checked-in calibration."""
+def limits(is_quantized: bool = False) -> Limits:
+    """The checked-in calibration, for calls whose activations are quantised or not."""
     data = json.loads(files(__package__).joinpath("calibration.json").read_text())
-    return Limits(**{f.name: data["limits"][f.name] for f in fields(Limits)})
+    fitted = data[KINDS[is_quantized]]["limits"]
+    return Limits(**{f.name: fitted[f.name] for f in fields(Limits)})

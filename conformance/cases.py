@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..reference.activations import SILU, Activation
 from ..reference.batched import routed_call
+from ..reference.quantization import QuantizedWeight
 from .arena import Arena, poison
-from .spec import TILE, AlignSpec, BatchedSpec, ExpertsSpec, RoutingSpec
+from .operands import ExpertsOperands
+from .spec import ACTIVATIONS, TILE, AlignSpec, BatchedSpec, ExpertsSpec, RoutingSpec
+from .stored import StoredExperts, stored_experts
 from .values import integers, on_grid
 
 # Poisoned elements behind each row of a padded operand; a multiple of 16, so that rows stay aligned as real ones are.
@@ -51,31 +56,92 @@ class AlignCase:
 
 
 @dataclass(frozen=True)
-class ExpertsCase:
+class LayerCase:
+    """The parameters of the experts held here, which both activation formats share.
+
+    Attributes:
+        w13: `[E_local, 2I, H]`, gate rows first, or as `activation` says; stored in few bits where `stored` is there.
+        w2: `[E_local, H, I]`, likewise.
+        arena: where all operands lie.
+        activation: between the two GEMMs, by the reference's name and parameters.
+        w13_bias: `[E_local, 2I]` of the activations' dtype or float32, or None.
+        w2_bias: `[E_local, H]`, or None.
+        stored: scales and zero points of quantised weights, and how activations are quantised; None without.
+    """
+
+    w13: Tensor
+    w2: Tensor
+    arena: Arena
+    activation: Activation = SILU
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+    stored: StoredExperts | None = None
+
+    @property
+    def num_local_experts(self) -> int:
+        """E_local."""
+        return self.w2.shape[0]
+
+    @property
+    def activation_scale(self) -> str:
+        """What shares a scale of the activations; `none` where they are not quantised."""
+        return (None if self.stored is None else self.stored.scheme.activation_scale) or "none"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every operand that is a tensor, by name."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return own if self.stored is None else own | self.stored.tensors()
+
+    def layer(self) -> dict[str, Any]:
+        """The reference's arguments that say what the experts are."""
+        w13: Tensor | QuantizedWeight = self.w13
+        w2: Tensor | QuantizedWeight = self.w2
+        if self.stored is not None:
+            w13, w2 = self.stored.w13(self.w13, self.activation), self.stored.w2(self.w2)
+        return {
+            "w13": w13,
+            "w2": w2,
+            "w13_bias": self.w13_bias,
+            "w2_bias": self.w2_bias,
+            "activation": self.activation,
+            "quantize_input": None if self.stored is None else self.stored.activations(self.stored.a13_scale),
+            "quantize_hidden": None if self.stored is None else self.stored.activations(self.stored.a2_scale),
+        }
+
+    def layer_of_experts(self, which: Tensor) -> dict[str, Any]:
+        """This case's fields with some of the experts alone, `which` an index into them."""
+
+        def some(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[which]
+
+        return {
+            "w13": self.w13[which],
+            "w2": self.w2[which],
+            "w13_bias": some(self.w13_bias),
+            "w2_bias": some(self.w2_bias),
+            "stored": None if self.stored is None else self.stored.of_experts(which),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsCase(LayerCase):
     """The operands of one call of the routed experts.
 
     Attributes:
         hidden_states: `[M, H]`.
-        w13: `[E_local, 2I, H]`, gate rows first.
-        w2: `[E_local, H, I]`.
         topk_weights: `[M, top_k]` float32.
         topk_ids: `[M, top_k]` int32, global ids, -1 = no expert.
         num_experts: E, global.
         expert_map: `[E]` int32, global to local id, -1 = on another rank; or None.
         apply_router_weight_on_input: the routing weight multiplies the experts' input.
-        activation: between the two GEMMs.
     """
 
     hidden_states: Tensor
-    w13: Tensor
-    w2: Tensor
     topk_weights: Tensor
     topk_ids: Tensor
     num_experts: int
-    expert_map: Tensor | None
-    apply_router_weight_on_input: bool
-    arena: Arena
-    activation: str = "silu"
+    expert_map: Tensor | None = None
+    apply_router_weight_on_input: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -87,27 +153,31 @@ class ExpertsCase:
         """Experts chosen for each token."""
         return self.topk_ids.shape[1]
 
+    def operands(self) -> ExpertsOperands:
+        """The reference's arguments."""
+        return ExpertsOperands(
+            hidden_states=self.hidden_states,
+            topk_weights=self.topk_weights,
+            topk_ids=self.topk_ids,
+            expert_map=self.expert_map,
+            apply_router_weight_on_input=self.apply_router_weight_on_input,
+            **self.layer(),
+        )
 
-@dataclass(frozen=True)
-class BatchedCase:
+
+@dataclass(frozen=True, kw_only=True)
+class BatchedCase(LayerCase):
     """The operands of one call of the experts in the batched activation format.
 
     Attributes:
         hidden_states: `[E_local, max_tokens, H]`, poison behind each expert's count.
-        w13: `[E_local, 2I, H]`, gate rows first.
-        w2: `[E_local, H, I]`.
         expert_num_tokens: `[E_local]` int32.
         out: `[E_local, max_tokens, H]` to write into, poison throughout.
-        activation: between the two GEMMs.
     """
 
     hidden_states: Tensor
-    w13: Tensor
-    w2: Tensor
     expert_num_tokens: Tensor
     out: Tensor
-    arena: Arena
-    activation: str = "silu"
 
     @property
     def is_token(self) -> Tensor:
@@ -118,9 +188,13 @@ class BatchedCase:
     def routed(self) -> ExpertsCase:
         """The routed call that says the same: one expert a token, and weights of 1."""
         hidden_states, weights, ids, _ = routed_call(self.hidden_states, self.expert_num_tokens)
-        num_experts = self.w13.shape[0]
+        shared = {name: value for name, value in vars(self).items() if name in LayerCase.__dataclass_fields__}
         return ExpertsCase(
-            hidden_states, self.w13, self.w2, weights, ids, num_experts, None, False, self.arena, self.activation
+            hidden_states=hidden_states,
+            topk_weights=weights,
+            topk_ids=ids,
+            num_experts=self.num_local_experts,
+            **shared,
         )
 
 
@@ -195,6 +269,12 @@ def _weights(spec: ExpertsSpec, device: torch.device | str) -> Tensor:
     return weights
 
 
+def activation_of(spec: ExpertsSpec | BatchedSpec) -> Activation:
+    """The reference's activation of a spec."""
+    name, parameters = ACTIVATIONS[spec.activation]
+    return Activation(name, **parameters)
+
+
 def _operand_values(spec: ExpertsSpec | BatchedSpec, device: torch.device | str) -> Callable[..., Tensor]:
     """What makes the values of a named operand of a spec, from its name, shape and `exponent`."""
     dtype = getattr(torch, spec.dtype)
@@ -206,40 +286,76 @@ def _operand_values(spec: ExpertsSpec | BatchedSpec, device: torch.device | str)
     return values
 
 
-def _expert_weights(
-    spec: ExpertsSpec | BatchedSpec, num_local: int, values: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor]:
-    """`w13 [E_local, 2I, H]` and `w2 [E_local, H, I]`, scaled by 1/sqrt(fan-in), as in trained models."""
-    fan_h, fan_i = round(math.log2(max(spec.H, 1)) / 2), round(math.log2(max(spec.I, 1)) / 2)
-    up = 4 if spec.values == "asymmetric" else 0
-    gate_up = [
-        values("gate", num_local, spec.I, spec.H, exponent=1 - fan_h),
-        values("up", num_local, spec.I, spec.H, exponent=1 - fan_h + up),
-    ]
-    return torch.cat(gate_up, dim=1), values("w2", num_local, spec.H, spec.I, exponent=1 - fan_i)
+def _hidden_states(spec: ExpertsSpec | BatchedSpec, values: Callable[..., Tensor], *rows: int) -> Tensor:
+    """`[…, H]` activations; some of them zero where the spec says so."""
+    x = values("hidden_states", *rows, spec.H, exponent=MAGNITUDE.get(spec.values, 1))
+    if spec.values != "zero_rows":
+        return x
+    kind = integers(spec.seed, "zero_rows", (*rows, 1), 0, 3, x.device)
+    first = torch.arange(spec.H, device=x.device) < (spec.block_k or ROW_PADDING)
+    return x.masked_fill((kind == 0) | ((kind == 1) & first), 0)
+
+
+def _layer(
+    spec: ExpertsSpec | BatchedSpec, num_local: int, values: Callable[..., Tensor], arena: Arena
+) -> dict[str, Any]:
+    """The fields of `LayerCase`, weights of about 1/sqrt(fan-in), as in trained models, all in hostile memory."""
+    activation = activation_of(spec)
+    device = values("device", 1, exponent=0).device
+    size_13, size_2 = (1 - round(math.log2(max(fan_in, 1)) / 2) for fan_in in (spec.H, spec.I))
+    rows = (2 if activation.is_gated else 1) * spec.I
+    stored = None
+    if spec.scheme == "none":
+        up = 4 if spec.values == "asymmetric" else 0
+        gate_up = [
+            values("gate", num_local, spec.I, spec.H, exponent=size_13),
+            values("up", num_local, spec.I, spec.H, exponent=size_13 + up),
+        ]
+        if activation.interleaved:
+            w13 = torch.stack(gate_up, dim=2).flatten(1, 2)
+        else:
+            w13 = torch.cat(gate_up if activation.is_gated else gate_up[:1], dim=1)
+        w2 = values("w2", num_local, spec.H, spec.I, exponent=size_2)
+    else:
+        magnitude = 2.0 ** MAGNITUDE.get(spec.values, 1)
+        nominal = (magnitude, magnitude**2 * (16 if spec.values == "asymmetric" else 1))
+        w13, w2, stored = stored_experts(spec, num_local, activation, (size_13, size_2), nominal, device)
+    # Biases are of the size of what they are added to.
+    size = min(MAGNITUDE.get(spec.values, 1), 1) - 1
+    dtype = torch.float32 if spec.bias == "both_float32" else getattr(torch, spec.dtype)
+    named = {"w13_bias": ("w13", rows), "w2_bias": ("w2", spec.H)}
+    biases = {
+        name: on_grid(spec.seed, name, (num_local, width), dtype, device, exponent=size)
+        for name, (which, width) in named.items()
+        if spec.bias.startswith("both") or spec.bias == which
+    }
+    padding = ROW_PADDING if spec.padded_rows else 0
+    if stored is not None:
+        stored = replace(stored, **{name: arena.place(name, t) for name, t in stored.tensors().items()})
+    return {
+        "w13": arena.place("w13", w13, row_padding=padding),
+        "w2": arena.place("w2", w2, row_padding=padding),
+        "arena": arena,
+        "activation": activation,
+        "stored": stored,
+        **{name: arena.place(name, bias) for name, bias in biases.items()},
+    }
 
 
 def build_experts(spec: ExpertsSpec, device: torch.device | str = "cpu") -> ExpertsCase:
     """The operands of an experts spec."""
     expert_map, num_local = local_experts(spec, device)
     values = _operand_values(spec, device)
-    w13, w2 = _expert_weights(spec, num_local, values)
     arena = Arena()
     padding = ROW_PADDING if spec.padded_rows else 0
     return ExpertsCase(
-        hidden_states=arena.place(
-            "hidden_states",
-            values("hidden_states", spec.M, spec.H, exponent=MAGNITUDE.get(spec.values, 1)),
-            row_padding=padding,
-        ),
-        w13=arena.place("w13", w13, row_padding=padding),
-        w2=arena.place("w2", w2, row_padding=padding),
+        hidden_states=arena.place("hidden_states", _hidden_states(spec, values, spec.M), row_padding=padding),
         topk_weights=arena.place("topk_weights", _weights(spec, device)),
         topk_ids=arena.place("topk_ids", routed_ids(spec, device)),
         num_experts=spec.E,
         expert_map=None if expert_map is None else arena.place("expert_map", expert_map),
         apply_router_weight_on_input=spec.weight_on_input,
-        arena=arena,
+        **_layer(spec, num_local, values, arena),
     )
 
 
@@ -259,9 +375,7 @@ def _counts(spec: BatchedSpec, device: torch.device | str) -> Tensor:
 def build_batched(spec: BatchedSpec, device: torch.device | str = "cpu") -> BatchedCase:
     """The operands of a batched spec."""
     values = _operand_values(spec, device)
-    w13, w2 = _expert_weights(spec, spec.E, values)
-    shape = (spec.E, spec.max_tokens, spec.H)
-    hidden_states = values("hidden_states", *shape, exponent=MAGNITUDE.get(spec.values, 1))
+    hidden_states = _hidden_states(spec, values, spec.E, spec.max_tokens)
     counts = _counts(spec, device)
     behind = torch.arange(spec.max_tokens, device=device)[None, :] >= counts[:, None]
     unknown = poison(hidden_states.dtype)
@@ -271,11 +385,9 @@ def build_batched(spec: BatchedSpec, device: torch.device | str = "cpu") -> Batc
         hidden_states=arena.place(
             "hidden_states", hidden_states.masked_fill(behind[..., None], unknown), row_padding=padding
         ),
-        w13=arena.place("w13", w13, row_padding=padding),
-        w2=arena.place("w2", w2, row_padding=padding),
         expert_num_tokens=arena.place("expert_num_tokens", counts),
         out=arena.place("out", torch.full_like(hidden_states, unknown), row_padding=padding, fixed=False),
-        arena=arena,
+        **_layer(spec, spec.E, values, arena),
     )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
-
 from . import configs, oracle
+from .coverage import declared_pairs
 from .judge import PROPERTIES, Ledger, Property
 from .properties import align, api, batched, hygiene, meta, num, path, route
-from .spec import VALUES
-from .subject import Capabilities, Subject
+from .subject import Subject
 
 # Importing a family declares its properties.
 FAMILIES = (route, align, num, batched, meta, path, hygiene, api, oracle, configs)
@@ -25,22 +23,14 @@ def due(subject: Subject, device: str) -> list[Property]:
     return [prop for prop in allowed if any(set(prop.facets) <= have for have in facets)]
 
 
-def declared_pairs(capabilities: Capabilities) -> set[str]:
-    """Every pair of features of an experts spec that the capabilities declare, named as `Ledger.pairs` names them."""
-    features = {
-        "dtype": capabilities.dtypes,
-        "expert_map": capabilities.maps,
-        "padded_rows": (False, True) if capabilities.padded_rows else (False,),
-        "routing": capabilities.routings,
-        "values": VALUES,
-        "weight_on_input": (False, True) if capabilities.weight_on_input else (False,),
-        "weights": capabilities.weights,
-    }
-    return {
-        f"{a}={x} & {b}={y}"
-        for (a, xs), (b, ys) in combinations(sorted(features.items()), 2)
-        for x, y in product(xs, ys)
-    }
+def pairs_due(subject: Subject, device: str) -> set[str]:
+    """Every pair of features that a whole run on `device` should run, named as `Ledger.pairs` names them."""
+    facets = {facet for prop in due(subject, device) for facet in prop.facets}
+    pairs: set[str] = set()
+    for facet, batched in (("experts", False), ("batched", True)):
+        if facet in facets:
+            pairs |= declared_pairs(subject.capabilities, batched=batched)
+    return pairs
 
 
 def vacuity(ledger: Ledger, subject: Subject, device: str) -> list[str]:
@@ -51,14 +41,13 @@ def vacuity(ledger: Ledger, subject: Subject, device: str) -> list[str]:
     expected = due(subject, device)
     unjudged = [prop.id for prop in expected if prop.id not in ledger.tallies]
     complaints = [f"never judged, though declared: {', '.join(unjudged)}"] if unjudged else []
-    if any("experts" in prop.facets for prop in expected):
-        declared = declared_pairs(subject.capabilities)
-        missing = sorted(declared - set(ledger.pairs))
-        if len(missing) > (1 - LEAST_PAIRS) * len(declared):
-            complaints.append(
-                f"only {len(declared) - len(missing)} of {len(declared)} declared feature pairs were run; "
-                f"missing among others: {', '.join(missing[:5])}"
-            )
+    declared = pairs_due(subject, device)
+    missing = sorted(declared - set(ledger.pairs))
+    if len(missing) > (1 - LEAST_PAIRS) * len(declared):
+        complaints.append(
+            f"only {len(declared) - len(missing)} of {len(declared)} declared feature pairs were run; "
+            f"missing among others: {', '.join(missing[:5])}"
+        )
     return complaints
 
 

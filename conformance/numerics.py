@@ -27,7 +27,10 @@ class Numerics:
         weighted: the expert's output times its routing weight, before the sum over the top-k.
         combine: the running sum over the top-k.
         routing_weight: the routing weight itself, before it is used.
+        dequantized_weight: a weight of few bits times its scale, before a GEMM whose other operand is not quantised.
         input_precision: how the GEMMs read float32 operands: as they are, or rounded to TF32.
+        accumulator: what fp8 products are summed in: float32, or the shorter sums of Hopper's tensor cores.
+        promoted_every: products after which such a short sum enters a float32 one; 0 never.
         repeatable: the same call gives the same bits.
         permutation_invariant: a token's bits do not depend on its place in the batch.
     """
@@ -39,7 +42,10 @@ class Numerics:
     weighted: Rounding = "storage"
     combine: Rounding = "float32"
     routing_weight: Rounding = "float32"
+    dequantized_weight: Rounding = "float32"
     input_precision: Literal["ieee", "tf32"] = "ieee"
+    accumulator: Literal["float32", "hopper_fp8"] = "float32"
+    promoted_every: int = 0
     repeatable: bool = True
     permutation_invariant: bool = False
 
@@ -67,6 +73,8 @@ class Format:
 
 FLOAT32 = Format.of(torch.float32)
 TF32_UNIT_ROUNDOFF = 2.0**-11
+# Hopper's fp8 tensor cores keep about 14 bits of a running sum (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+HOPPER_FP8_UNIT_ROUNDOFF = 2.0**-13
 
 
 def format_of(rounding: Rounding, storage: torch.dtype) -> Format:

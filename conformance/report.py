@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .catalogue import PROPERTIES, declared_pairs
+from .catalogue import PROPERTIES, pairs_due
 from .judge import Ledger, Tally
 from .selection import SELECTION
 from .session import current_session
@@ -17,9 +17,13 @@ def _verdict(tally: Tally) -> str:
     return "violated" if tally.violated else "holds"
 
 
-def _pairs(ledger: Ledger) -> dict[str, int]:
-    declared = declared_pairs(current_session().subject.capabilities)
-    return {"declared": len(declared), "run": len(declared & set(ledger.pairs))}
+def _pairs(ledger: Ledger) -> dict[str, Any]:
+    """How many of the declared pairs of features were run, and how often each."""
+    session = current_session()
+    declared = sorted(pairs_due(session.subject, session.device))
+    counts = {pair: ledger.pairs.get(pair, 0) for pair in declared}
+    least = min(counts.values(), default=0)
+    return {"declared": len(counts), "run": sum(n > 0 for n in counts.values()), "least": least, "counts": counts}
 
 
 def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def as_lines(ledger: Ledger) -> Iterator[str]:
         used = "     -" if row["budget_used"] is None else f"{row['budget_used']:6.2f}"
         yield f"{row['id']:<11} {row['cases']:>6} cases  budget used {used}  {row['verdict']:<9} {row['sentence']}"
     pairs = report["feature_pairs"]
-    yield f"feature pairs run: {pairs['run']} of {pairs['declared']} declared"
+    yield f"feature pairs run: {pairs['run']} of {pairs['declared']} declared, each at least {pairs['least']} times"
     yield f"numerics judged by: {', '.join(f'{k}={v}' for k, v in report['numerics'].items())}"
     for reason, count in report["skipped"].items():
         yield f"skipped ({count}): {reason}"

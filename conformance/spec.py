@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 DTYPES = ("bfloat16", "float16", "float32")
 TILE = 16
@@ -46,7 +46,64 @@ VALUES = (
     "asymmetric",  # up rows 16 times gate rows
     "spread",  # exponents spread over 2**-6 .. 1
     "tiny",  # everything small
+    "zero_rows",  # a third of the tokens are zero, and another third are zero in their first columns
 )
+BIASES = (
+    "none",
+    "both",  # of both GEMMs, in the activations' dtype
+    "both_float32",
+    "w13",  # of the first GEMM alone
+    "w2",  # of the second alone
+)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are stored and activations quantised, by its name in a spec.
+
+    Attributes:
+        weight: the format of stored weights; None where they are of the activations' dtype.
+        weight_scale: what shares a scale: an expert, an output channel, a block, a group along K.
+        activation_scale: what shares a scale of the activations; None where they are not quantised.
+        zero_points: int4 with a zero for each group, and not 8 everywhere.
+    """
+
+    weight: Literal["fp8", "int8", "int4"] | None = None
+    weight_scale: Literal["tensor", "channel", "block", "group"] = "tensor"
+    activation_scale: Literal["static", "tensor", "token", "group"] | None = None
+    zero_points: bool = False
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a spec says how large its blocks or groups are."""
+        return self.weight_scale in ("block", "group")
+
+
+SCHEMES = {
+    "none": Scheme(),
+    "fp8_tensor_static": Scheme("fp8", "tensor", "static"),
+    "fp8_tensor": Scheme("fp8", "tensor", "tensor"),
+    "fp8_tensor_token": Scheme("fp8", "tensor", "token"),
+    "fp8_channel_token": Scheme("fp8", "channel", "token"),
+    "fp8_block": Scheme("fp8", "block", "group"),
+    "int8_channel_token": Scheme("int8", "channel", "token"),
+    "int8_w8a16_channel": Scheme("int8", "channel"),
+    "int8_w8a16_group": Scheme("int8", "group"),
+    "int4_group": Scheme("int4", "group"),
+    "int4_group_zp": Scheme("int4", "group", zero_points=True),
+}
+# Activations by their names in a spec: the reference's name and what differs from its defaults.
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "silu": ("silu", {}),
+    "gelu": ("gelu", {}),
+    "gelu_tanh": ("gelu_tanh", {}),
+    "swigluoai": ("swigluoai", {}),
+    "swigluoai_interleaved": ("swigluoai", {"interleaved": True}),
+    "swigluoai_tight": ("swigluoai", {"alpha": 1.25, "limit": 1.5}),  # most elements meet a clamp
+    "silu_no_mul": ("silu_no_mul", {}),
+    "gelu_no_mul": ("gelu_no_mul", {}),
+    "relu2_no_mul": ("relu2_no_mul", {}),
+}
 COUNTS = (
     "zero",  # no expert has a token
     "full",  # every slab is full
@@ -73,7 +130,9 @@ class Spec:
     """What every spec shares: its features, and the line that replays it."""
 
     # Fields that say how large a case is; the others are features, whose pairs the coverage counts.
-    SIZES: ClassVar[frozenset[str]] = frozenset({"M", "H", "I", "E", "top_k", "block_size", "max_tokens", "seed"})
+    SIZES: ClassVar[frozenset[str]] = frozenset(
+        {"M", "H", "I", "E", "top_k", "block_size", "max_tokens", "block_n", "block_k", "seed"}
+    )
 
     # The facet of a subject that runs such a spec.
     facet: ClassVar[str] = ""
@@ -131,7 +190,7 @@ class AlignSpec(Spec):
 
 @dataclass(frozen=True)
 class ExpertsSpec(Spec):
-    """One call of the routed experts."""
+    """One call of the routed experts; `block_n` and `block_k` are of the blocks (0 and g of the groups) of scales."""
 
     facet: ClassVar[str] = "experts"
 
@@ -147,7 +206,22 @@ class ExpertsSpec(Spec):
     values: str = "unit"
     weight_on_input: bool = False
     padded_rows: bool = False
+    scheme: str = "none"
+    block_n: int = 0
+    block_k: int = 0
+    activation: str = "silu"
+    bias: str = "none"
     seed: int = 0
+
+    def features(self) -> dict[str, Any]:
+        """The features by name, with the activation format and the path that the table says."""
+        return super().features() | {"format": "standard", "path": "naive" if self.takes_naive_blocks else "aligned"}
+
+    @property
+    def takes_naive_blocks(self) -> bool:
+        """vLLM PR 39016's condition: few pairs, no expert map, no weights grouped along K."""
+        few = self.M * self.top_k * 4 <= self.E
+        return few and self.expert_map == "none" and SCHEMES[self.scheme].weight_scale != "group"
 
 
 @dataclass(frozen=True)
@@ -164,7 +238,16 @@ class BatchedSpec(Spec):
     counts: str = "uneven"
     values: str = "unit"
     padded_rows: bool = False
+    scheme: str = "none"
+    block_n: int = 0
+    block_k: int = 0
+    activation: str = "silu"
+    bias: str = "none"
     seed: int = 0
+
+    def features(self) -> dict[str, Any]:
+        """The features by name, with the activation format."""
+        return super().features() | {"format": "batched"}
 
 
 def parse_spec(line: str) -> Spec:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.experts import Trace
+from ..reference.quantization import QuantizedWeight
 from .budget import Budget, projected_error
 
 # Rows beyond which the gains (which cost top_k times the second GEMM) are judged on the first rows alone.
@@ -36,7 +37,7 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
 
 
-def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor) -> Statistics:
+def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | QuantizedWeight) -> Statistics:
     """The statistics of an output `[M, H]`; not-a-number counts as an infinite error."""
     error = (output.to(trace.output.dtype) - trace.output).nan_to_num(torch.inf, torch.inf, torch.inf)
     elementwise = _ratio((error.abs() - budget.last).clamp(min=0), budget.sigma)
@@ -49,20 +50,24 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor) -> Stat
     error = error[:rows]
     shares = part.output_weights[..., None] * part.expert_output  # [M, top_k, H]
     directions = torch.cat([part.output[:, None], shares], dim=1)
-    variance, linear = projected_error(budget.first_rows(rows), part, w2, directions)
+    allowed = projected_error(budget.first_rows(rows), part, w2, directions)
     along = torch.einsum("mdh,mh->md", directions, error)
     along = torch.where(directions.abs().sum(dim=2) == 0, 0.0, along)
     norm = (directions**2).sum(dim=2)
 
-    row_gain = _ratio((along[:, 0].abs() - linear[:, 0]).clamp(min=0), variance[:, 0].sqrt())
+    whole = allowed.variance[:, 0] + allowed.moved[:, 0] ** 2
+    row_gain = _ratio((along[:, 0].abs() - allowed.linear[:, 0]).clamp(min=0), whole.sqrt())
     row_gain = torch.where(norm[:, 0] == 0, torch.nan, row_gain)
     num_local = w2.shape[0]
     ids = torch.where(part.local_ids < 0, num_local, part.local_ids).flatten()
     zeros = torch.zeros(num_local + 1, dtype=error.dtype, device=error.device)
-    expert_along = zeros.index_add(0, ids, along[:, 1:].flatten())[:num_local]
-    expert_linear = zeros.index_add(0, ids, linear[:, 1:].flatten())[:num_local]
-    expert_variance = zeros.index_add(0, ids, variance[:, 1:].flatten())[:num_local]
-    expert_norm = zeros.index_add(0, ids, norm[:, 1:].flatten())[:num_local]
-    beyond = (expert_along.abs() - expert_linear).clamp(min=0)
+
+    def of_experts(values: Tensor) -> Tensor:
+        return zeros.index_add(0, ids, values.flatten())[:num_local]
+
+    expert_norm = of_experts(norm[:, 1:])
+    # What rows have in common adds up before it is squared.
+    expert_variance = of_experts(allowed.variance[:, 1:]) + of_experts(allowed.moved[:, 1:]) ** 2
+    beyond = (of_experts(along[:, 1:]).abs() - of_experts(allowed.linear[:, 1:])).clamp(min=0)
     expert_gain = torch.where(expert_norm == 0, torch.nan, _ratio(beyond, expert_variance.sqrt()))
     return Statistics(elementwise, row_rms, row_gain, expert_gain)

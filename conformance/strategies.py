@@ -6,11 +6,15 @@ Compile-relevant values (H, I, dtype) come from small named pools; nasty shapes 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import strategies as st
 
-from .spec import TILE, VALUES, AlignSpec, BatchedSpec, ExpertsSpec, RoutingSpec
+from .spec import ACTIVATIONS, SCHEMES, TILE, VALUES, AlignSpec, BatchedSpec, ExpertsSpec, RoutingSpec
 from .subject import Capabilities
+
+Shape = tuple[int, int, int, int]
+"""H, I, and (block_n, block_k) of a scheme that has blocks or groups, else zeros."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,10 @@ class Pools:
     Attributes:
         shapes: (H, I) pairs; each is a set of compiled kernels, and nothing else that is drawn is.
         bf16_shapes: those drawn in bfloat16 alone, where another dtype would only be compiled once more.
+        scaled_shapes: of schemes with one scale for an expert or a channel.
+        block_shapes: of schemes with blocks.
+        group_shapes: of schemes with groups along K, which divide H and I.
+        scaled_dtypes: of activations beside weights of few bits.
         experts: E of most cases.
         many_experts: E of the cases that reach the low-latency path.
         max_tokens: of most cases.
@@ -37,13 +45,24 @@ class Pools:
     routing_experts: tuple[int, ...]
     block_sizes: tuple[int, ...] = (16, 32, 64)
     bf16_shapes: tuple[tuple[int, int], ...] = ()
+    scaled_shapes: tuple[tuple[int, int], ...] = ()
+    block_shapes: tuple[Shape, ...] = ()
+    group_shapes: tuple[Shape, ...] = ()
+    scaled_dtypes: tuple[str, ...] = ("bfloat16", "float16")
     slabs: tuple[int, ...] = (1, 15, 16, 18, 33)
     routing_top_k: int = 10
     cases: float = 1.0
 
-    def shapes_of(self, dtype: str) -> tuple[tuple[int, int], ...]:
-        """The (H, I) pairs that are drawn in a dtype."""
-        return self.shapes + (self.bf16_shapes if dtype == "bfloat16" else ())
+    def shapes_of(self, dtype: str, scheme: str = "none") -> tuple[Shape, ...]:
+        """The sizes that are drawn in a dtype with a scheme."""
+        if SCHEMES[scheme].weight_scale == "block":
+            return self.block_shapes
+        if SCHEMES[scheme].weight_scale == "group":
+            return self.group_shapes
+        if scheme != "none":
+            return tuple((*shape, 0, 0) for shape in self.scaled_shapes)
+        shapes = self.shapes + (self.bf16_shapes if dtype == "bfloat16" else ())
+        return tuple((*shape, 0, 0) for shape in shapes)
 
 
 POOLS = {
@@ -52,12 +71,20 @@ POOLS = {
         shapes=((64, 32), (40, 24), (96, 16), (72, 56), (16, 8), (33, 17)),
         experts=(1, 2, 3, 5, 8),
         many_experts=(32, 64),
+        scaled_shapes=((72, 56), (96, 80), (40, 24), (33, 17)),
+        # Several blocks along each axis of both weights, the last ones cut off, and more rows of blocks than columns.
+        block_shapes=((72, 56, 32, 32), (72, 56, 16, 32), (96, 80, 32, 32), (56, 72, 32, 16), (160, 144, 128, 128)),
+        group_shapes=((80, 48, 0, 16), (80, 48, 0, 16), (96, 64, 0, 32), (112, 80, 0, 16), (128, 64, 0, 64)),
         max_tokens=33,
         routing_experts=(1, 2, 5, 8, 60, 64, 128, 257),
     ),
     "cuda": Pools(
         shapes=((256, 128), (200, 72)),
         bf16_shapes=((320, 464),),
+        scaled_shapes=((320, 464),),
+        block_shapes=((320, 464, 128, 128),),
+        group_shapes=((288, 160, 0, 32), (256, 128, 0, 128)),
+        scaled_dtypes=("bfloat16",),
         experts=(1, 2, 5, 8, 16),
         many_experts=(64, 128),
         max_tokens=300,
@@ -102,6 +129,45 @@ def _needs(routing: str, tile: int, capabilities: Capabilities) -> tuple[int, in
     return (0 if capabilities.empty else 1), 0
 
 
+def may_go_together(scheme: str, activation: str, dtype: str) -> bool:
+    """Whether a scheme takes activations of a dtype, and an activation's order of rows.
+
+    Weights of few bits stand beside 16-bit activations, and blocks of interleaved rows would mix gate and up.
+    """
+    if scheme == "none":
+        return True
+    interleaved = ACTIVATIONS[activation][1].get("interleaved", False)
+    return dtype != "float32" and not (interleaved and SCHEMES[scheme].weight_scale == "block")
+
+
+@st.composite
+def _layers(draw: st.DrawFn, pools: Pools, capabilities: Capabilities, dtype: str) -> dict[str, Any]:
+    """What the layer is: half of all are plain, so that no feature crowds the others out."""
+
+    def plain_or(values: tuple[str, ...], plain: str) -> str:
+        others = [value for value in values if value != plain]
+        if plain not in values or (others and draw(st.booleans())):
+            return draw(st.sampled_from(others))
+        return plain
+
+    schemes = capabilities.schemes if dtype in pools.scaled_dtypes else ("none",)
+    scheme = plain_or(schemes, "none")
+    fitting = [a for a in capabilities.activations if may_go_together(scheme, a, dtype)]
+    hidden, intermediate, block_n, block_k = draw(st.sampled_from(pools.shapes_of(dtype, scheme)))
+    return {
+        "H": hidden,
+        "I": intermediate,
+        "block_n": block_n,
+        "block_k": block_k,
+        "dtype": dtype,
+        "scheme": scheme,
+        "activation": plain_or(tuple(fitting), "silu"),
+        "bias": plain_or(capabilities.biases, "none"),
+        "values": draw(st.sampled_from(VALUES)),
+        "padded_rows": draw(st.booleans()) if capabilities.padded_rows else False,
+    }
+
+
 def is_declared(spec: ExpertsSpec, capabilities: Capabilities) -> bool:
     """Whether a subject's capabilities cover a spec that was not drawn from them."""
     return (
@@ -109,6 +175,9 @@ def is_declared(spec: ExpertsSpec, capabilities: Capabilities) -> bool:
         and spec.routing in capabilities.routings
         and spec.weights in capabilities.weights
         and spec.expert_map in capabilities.maps
+        and spec.scheme in capabilities.schemes
+        and spec.activation in capabilities.activations
+        and spec.bias in capabilities.biases
         and (capabilities.weight_on_input or not spec.weight_on_input)
         and (capabilities.padded_rows or not spec.padded_rows)
         and (capabilities.empty or spec.M > 0)
@@ -174,8 +243,7 @@ def experts_specs(
     @st.composite
     def specs(draw: st.DrawFn) -> ExpertsSpec:
         few_pairs = draw(st.booleans()) if low_latency is None else low_latency
-        dtype = draw(st.sampled_from(dtypes or capabilities.dtypes))
-        hidden, intermediate = draw(st.sampled_from(pools.shapes_of(dtype)))
+        layer = draw(_layers(pools, capabilities, draw(st.sampled_from(dtypes or capabilities.dtypes))))
         routing = draw(st.sampled_from(capabilities.routings))
         if few_pairs:
             num_experts = draw(st.sampled_from((*pools.many_experts, 8)))
@@ -191,18 +259,14 @@ def experts_specs(
         on_input = capabilities.weight_on_input and top_k == 1 and draw(st.booleans())
         return ExpertsSpec(
             M=tokens,
-            H=hidden,
-            I=intermediate,
             E=num_experts,
             top_k=top_k,
-            dtype=dtype,
             routing=routing,
             weights=draw(st.sampled_from(capabilities.weights)),
             expert_map=expert_map,
-            values=draw(st.sampled_from(VALUES)),
             weight_on_input=on_input,
-            padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
             seed=draw(SEEDS),
+            **layer,
         )
 
     return specs()
@@ -214,20 +278,15 @@ def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
 
     @st.composite
     def specs(draw: st.DrawFn) -> BatchedSpec:
-        dtype = draw(st.sampled_from(capabilities.dtypes))
-        hidden, intermediate = draw(st.sampled_from(pools.shapes_of(dtype)))
+        layer = draw(_layers(pools, capabilities, draw(st.sampled_from(capabilities.dtypes))))
         counts = draw(st.sampled_from([name for name in capabilities.counts if name != "zero" or capabilities.empty]))
         slabs = tuple(rows for rows in pools.slabs if rows > TILE or not counts.startswith("tile"))
         return BatchedSpec(
             max_tokens=0 if counts == "zero" and draw(st.booleans()) else draw(st.sampled_from(slabs)),
-            H=hidden,
-            I=intermediate,
             E=draw(st.sampled_from(pools.experts)),
-            dtype=dtype,
             counts=counts,
-            values=draw(st.sampled_from(VALUES)),
-            padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
             seed=draw(SEEDS),
+            **layer,
         )
 
     return specs()

@@ -36,6 +36,9 @@ class Capabilities:
         routings, weights, maps: the names of `spec.py` that it takes.
         counts: of the tokens of each expert in the batched format, by the names of `spec.py`.
         logits: kinds of router logits that its routing takes.
+        schemes: how weights are stored and activations quantised, by the names of `spec.py`.
+        activations: between the two GEMMs, by the names of `spec.py`.
+        biases: of the two GEMMs, by the names of `spec.py`.
         weight_on_input: takes routing weights on the experts' input (top_k = 1).
         padded_rows: takes operands whose rows are farther apart than they are wide.
         empty: takes zero tokens.
@@ -48,6 +51,9 @@ class Capabilities:
     maps: tuple[str, ...] = MAPS
     counts: tuple[str, ...] = COUNTS
     logits: tuple[str, ...] = LOGITS
+    schemes: tuple[str, ...] = ("none",)
+    activations: tuple[str, ...] = ("silu",)
+    biases: tuple[str, ...] = ("none",)
     weight_on_input: bool = True
     padded_rows: bool = True
     empty: bool = True

@@ -3,6 +3,7 @@ from contextlib import nullcontext
 import pytest
 
 from moegate.conformance.cases import build_batched
+from moegate.conformance.coverage import pinned_slabs
 from moegate.conformance.properties.batched import (
     judge_form,
     judge_launches,
@@ -19,8 +20,12 @@ EXAMPLES, RUNS = 80, 2  # into a tensor that is given; then, with poisoned alloc
 pytestmark = [pytest.mark.moegate_facets("batched"), pytest.mark.moegate_executions(EXAMPLES, RUNS)]
 
 
-def test_each_token_goes_through_its_expert_and_no_other_row_is_touched(moegate_session, moegate_variant):
-    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+PARTS = 4  # of the pinned specs, which xdist's workers share
+
+
+def judge_of(session, variant):
+    """Runs the subject on a spec as every test here does, and gives its verdicts."""
+    subject = session.subject
     traced = "trace" in subject.facets(variant)
 
     def judge(spec):
@@ -36,17 +41,37 @@ def test_each_token_goes_through_its_expert_and_no_other_row_is_touched(moegate_
         if not all(verdict.holds for verdict in verdicts):
             return verdicts
         if traced:
-            verdicts += judge_launches(case, record, subject.launches.get(variant, {}))
+            verdicts += judge_launches(case, record, subject.launches.get(variant))
         verdicts += judge_memory(case, around, own, subject.numerics)
         return verdicts + judge_rows(case, routed, own, trace, subject.numerics)
 
+    return judge
+
+
+def test_each_token_goes_through_its_expert_and_no_other_row_is_touched(moegate_session, moegate_variant):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
     session.explore(
         batched_specs(session.device, subject.capabilities),
-        judge,
+        judge_of(session, variant),
         name=f"BATCHED/{variant}",
         variant=variant,
         examples=EXAMPLES,
         pinned=pinned(session.device) if subject.capabilities.empty else (),
+        runs=RUNS,
+    )
+
+
+@pytest.mark.moegate_executions(24, RUNS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_pair_of_declared_features_is_run_in_slabs(moegate_session, moegate_variant, part):
+    session, variant, capabilities = moegate_session, moegate_variant, moegate_session.subject.capabilities
+    session.explore(
+        batched_specs(session.device, capabilities),
+        judge_of(session, variant),
+        name=f"BATCHED-PAIRS/{variant}/{part}",
+        variant=variant,
+        examples=1,
+        pinned=pinned_slabs(session.device, capabilities)[part::PARTS],
         runs=RUNS,
     )
 

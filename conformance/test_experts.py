@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from moegate.conformance.cases import build_experts
+from moegate.conformance.coverage import pinned_experts
 from moegate.conformance.properties.hygiene import judge_form, judge_hygiene
 from moegate.conformance.properties.num import budget_of, judge_values, reference_of
 from moegate.conformance.properties.path import judge_path
@@ -11,6 +12,7 @@ from moegate.conformance.spec import DTYPES, ExpertsSpec
 from moegate.conformance.strategies import POOLS, experts_specs, is_declared
 
 EXAMPLES, RUNS = 60, 2  # each case runs twice: with poisoned allocations and without
+PARTS = 6  # of the pinned specs, which xdist's workers share
 pytestmark = [pytest.mark.moegate_facets("experts"), pytest.mark.moegate_executions(EXAMPLES, RUNS)]
 
 
@@ -28,12 +30,9 @@ def pinned(device, low_latency, dtype):
     )
 
 
-@pytest.mark.parametrize("low_latency", [True, False], ids=["few_pairs", "many_pairs"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, moegate_variant, dtype, low_latency):
-    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
-    if dtype not in subject.capabilities.dtypes:
-        pytest.skip(f"{subject.name} does not declare {dtype}")
+def judge_of(session, variant):
+    """Runs the subject on a spec as every test here does, and gives its verdicts."""
+    subject = session.subject
     traced = "trace" in subject.facets(variant)
 
     def judge(spec):
@@ -43,7 +42,7 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
             if traced:
                 with subject.trace() as record:
                     output = session.run_experts(case, variant)
-                verdicts += judge_path(case, record, variant, subject.launches.get(variant, {}))
+                verdicts += judge_path(case, record, variant, subject.launches.get(variant))
             else:
                 output = session.run_experts(case, variant)
             verdicts.append(judge_form(case, output))
@@ -53,14 +52,38 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
             verdicts += judge_hygiene(case, output, again, subject.numerics)
         return verdicts
 
+    return judge
+
+
+@pytest.mark.parametrize("low_latency", [True, False], ids=["few_pairs", "many_pairs"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, moegate_variant, dtype, low_latency):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+    if dtype not in subject.capabilities.dtypes:
+        pytest.skip(f"{subject.name} does not declare {dtype}")
     session.explore(
         experts_specs(session.device, subject.capabilities, dtypes=(dtype,), low_latency=low_latency),
-        judge,
+        judge_of(session, variant),
         name=f"NUM/{variant}/{dtype}/{low_latency}",
         variant=variant,
         examples=EXAMPLES,
         pinned=tuple(
             spec for spec in pinned(session.device, low_latency, dtype) if is_declared(spec, subject.capabilities)
         ),
+        runs=RUNS,
+    )
+
+
+@pytest.mark.moegate_executions(24, RUNS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_pair_of_declared_features_is_run(moegate_session, moegate_variant, part):
+    session, variant, capabilities = moegate_session, moegate_variant, moegate_session.subject.capabilities
+    session.explore(
+        experts_specs(session.device, capabilities),
+        judge_of(session, variant),
+        name=f"PAIRS/{variant}/{part}",
+        variant=variant,
+        examples=1,
+        pinned=pinned_experts(session.device, capabilities)[part::PARTS],
         runs=RUNS,
     )

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arena import Arena
-from .cases import ExpertsCase
+from ..reference.activations import SILU, Activation
+from ..reference.quantization import ActivationQuantization, QuantizedWeight
+from .budget import experts_budget
 from .judge import first_violated
 from .numerics import Numerics
-from .properties.num import budget_of, judge_values, reference_of
+from .operands import ExpertsOperands
+from .properties.num import judge_values
+from .quantization_budget import is_shared_by_rows
 
 # Tokens judged at a time: the float64 reference holds its intermediates for each routed pair.
 CHUNK = 512
@@ -35,11 +38,16 @@ class ExpertsVerdict:
 def verify_experts(
     output: Tensor,
     hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    w13: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    activation: Activation = SILU,
+    quantize_input: ActivationQuantization | None = None,
+    quantize_hidden: ActivationQuantization | None = None,
     expert_map: Tensor | None = None,
     apply_router_weight_on_input: bool = False,
     numerics: Numerics | None = None,
@@ -50,38 +58,48 @@ def verify_experts(
     Args:
         output: what the implementation returned.
         hidden_states: `[M, H]`.
-        w13: `[E_local, 2I, H]`.
-        w2: `[E_local, H, I]`.
+        w13: `[E_local, 2I, H]`, plain or quantised.
+        w2: `[E_local, H, I]`, plain or quantised.
         topk_weights: `[M, top_k]`.
         topk_ids: `[M, top_k]`.
+        w13_bias: `[E_local, 2I]` or None.
+        w2_bias: `[E_local, H]` or None.
+        activation: between the two GEMMs.
+        quantize_input: how the first GEMM's input is quantised, or None.
+        quantize_hidden: how the second GEMM's is, or None.
         expert_map: `[E]` or None.
         apply_router_weight_on_input: the routing weight multiplies the experts' input.
         numerics: what it declares; the default declaration where None.
-        max_tokens: judge this many tokens, spread evenly over the batch; None judges all.
+        max_tokens: judge this many tokens, spread evenly over the batch; None judges all. Where all tokens share one
+            dynamic scale, all are judged, and at once.
     """
+    call = ExpertsOperands(
+        hidden_states,
+        w13,
+        w2,
+        topk_weights,
+        topk_ids,
+        w13_bias,
+        w2_bias,
+        activation,
+        expert_map,
+        apply_router_weight_on_input,
+        quantize_input,
+        quantize_hidden,
+    )
     num_tokens = hidden_states.shape[0]
     if output.shape != hidden_states.shape or output.dtype != hidden_states.dtype:
         expected = f"{list(hidden_states.shape)} {hidden_states.dtype}"
         return ExpertsVerdict(False, float("inf"), f"expected {expected}, got {list(output.shape)} {output.dtype}")
     rows = torch.arange(num_tokens, device=output.device)
-    if max_tokens is not None and num_tokens > max_tokens:
+    one_scale = is_shared_by_rows(quantize_input) or is_shared_by_rows(quantize_hidden)
+    if max_tokens is not None and num_tokens > max_tokens and not one_scale:
         rows = torch.linspace(0, num_tokens - 1, max_tokens, device=output.device).round().long().unique()
     worst, detail = 0.0, ""
-    for chunk in rows.split(CHUNK):
-        case = ExpertsCase(
-            hidden_states[chunk],
-            w13,
-            w2,
-            topk_weights[chunk],
-            topk_ids[chunk],
-            num_experts=w13.shape[0] if expert_map is None else expert_map.numel(),
-            expert_map=expert_map,
-            apply_router_weight_on_input=apply_router_weight_on_input,
-            arena=Arena(),
-        )
-        trace = reference_of(case)
-        budget = budget_of(case, trace, numerics or Numerics())
-        verdicts = judge_values(case, output[chunk], trace, budget)
+    for chunk in [rows] if one_scale else rows.split(CHUNK):
+        part = call.of_tokens(chunk)
+        trace = part.trace()
+        verdicts = judge_values(part, output[chunk], trace, experts_budget(trace, part, numerics or Numerics()))
         worst = max([worst, *(v.budget_used for v in verdicts if v.budget_used is not None)])
         violated = first_violated(verdicts)
         if violated is not None and not detail:

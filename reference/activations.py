@@ -108,6 +108,12 @@ class Activation:
         gate, up = rows.chunk(2, dim=-1)
         return gate, up
 
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The inverse of `split`: `[..., 2I]` rows in w13's order."""
+        if not self.is_gated:
+            return gate
+        return torch.stack([gate, up], dim=-1).flatten(-2) if self.interleaved else torch.cat([gate, up], dim=-1)
+
     @property
     def _is_clamped(self) -> bool:
         return self.name == "swigluoai"

@@ -21,6 +21,23 @@ from torch import Tensor
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
+def grid_step(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far apart the numbers of `dtype` lie around each value: 1 for int8; e4m3 has 3 fraction bits from 2^-6 on."""
+    if dtype == torch.int8:
+        return torch.ones_like(values)
+    exponent = torch.where(values == 0, -5, torch.frexp(values).exponent).clamp(min=-5)  # of 2^-6 it is -5
+    return torch.ldexp(torch.ones_like(values), exponent - 4)
+
+
+def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest number of `dtype`, ties to even and clamped to its range, in the dtype of `values`.
+
+    Not by a cast, which goes through float32 and rounds twice on the way.
+    """
+    step = grid_step(values, dtype)
+    return ((values / step).round() * step).clamp(-LARGEST[dtype], LARGEST[dtype])
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """`[E, N, K]` weights in few bits.
@@ -118,9 +135,7 @@ class ActivationQuantization:
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [rows, K]` in few bits, `[rows, K]` of `dtype`, and the scale of every element, `[rows, K]`."""
         scales = self.scales(x)
-        largest = LARGEST[self.dtype]
-        scaled = (x / scales).clamp(-largest, largest)
-        return (scaled.round() if self.dtype == torch.int8 else scaled).to(self.dtype), scales
+        return nearest(x / scales, self.dtype).to(self.dtype), scales
 
     def rounded(self, x: Tensor) -> Tensor:
         """What the second reader of `x [rows, K]` sees: quantised and scaled back, in the dtype of `x`."""

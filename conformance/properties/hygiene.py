@@ -55,11 +55,7 @@ def judge_hygiene(case: ExpertsCase, output: Tensor, again: Tensor | None, numer
     """HYGIENE-02 to 04; `again` is the output of a second call, made without poisoned allocations."""
     changed = case.arena.changed()
     storage = output.untyped_storage().data_ptr() if output.numel() else None
-    inputs = {
-        name: tensor.untyped_storage().data_ptr()
-        for name, tensor in vars(case).items()
-        if isinstance(tensor, Tensor) and tensor.numel()
-    }
+    inputs = {name: t.untyped_storage().data_ptr() for name, t in case.tensors().items() if t.numel()}
     shared = [name for name, pointer in inputs.items() if pointer == storage]
     verdicts = [
         INPUTS.verdict(not changed, f"written: {changed}"),

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...reference.experts import Trace
+from ...reference.quantization import expert_weight
 from ..arena import Arena
 from ..budget import Budget
 from ..calibration import limits
 from ..cases import ExpertsCase
 from ..judge import Property, Verdict, declare
 from ..numerics import Numerics
-from ..spec import ExpertsSpec
+from ..spec import SCHEMES, ExpertsSpec
+from ..stored import StoredExperts
 
 PERMUTED = declare("META-01", "tokens in another order give the same rows in that order", "experts")
 RELABELLED = declare(
@@ -61,11 +64,23 @@ class Law:
     runs: int = 2
 
 
-def _placed(case: ExpertsCase, **operands: Tensor | None) -> ExpertsCase:
-    """The case with other operands, those too in hostile memory."""
+def _placed(case: ExpertsCase, **operands: Any) -> ExpertsCase:
+    """The case with other operands, those too in hostile memory, and the scales among them."""
     arena = Arena()
-    placed = {name: None if t is None else arena.place(name, t.contiguous()) for name, t in operands.items()}
-    return replace(case, arena=arena, **placed)
+
+    def place(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return arena.place(name, value.contiguous())
+        if isinstance(value, StoredExperts):
+            return replace(value, **{part: place(part, t) for part, t in value.tensors().items()})
+        return value
+
+    return replace(case, arena=arena, **{name: place(name, value) for name, value in operands.items()})
+
+
+def _own_scales(spec: ExpertsSpec) -> bool:
+    """Whether no scale of the activations depends on other tokens or experts."""
+    return SCHEMES[spec.scheme].activation_scale != "tensor"
 
 
 def _agree(
@@ -77,7 +92,7 @@ def _agree(
         return prop.verdict(not differ.any(), f"{int(differ.sum())} elements differ, declared equal to the bit")
     if got.numel() == 0:
         return prop.verdict(True)
-    allowed = times * (limits().elementwise * 2**0.5 * budget.sigma + 2 * budget.last)
+    allowed = times * (limits(budget.is_quantized).elementwise * 2**0.5 * budget.sigma + 2 * budget.last)
     error = (got.double() - expected.double()).abs().nan_to_num(torch.inf)
     used = torch.where(error == 0, 0.0, error / allowed)
     token, column = divmod(int(used.argmax()), got.shape[1])
@@ -105,7 +120,7 @@ def _relabelled(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, nu
     new_id = torch.arange(num_experts, device=out.device).flip(0)
     ids = torch.where(case.topk_ids < 0, case.topk_ids.long(), new_id[case.topk_ids.long().clamp(min=0)])
     if case.expert_map is None:
-        renamed = _placed(case, topk_ids=ids.int(), w13=case.w13.flip(0), w2=case.w2.flip(0))
+        renamed = _placed(case, topk_ids=ids.int(), **case.layer_of_experts(new_id))
     else:
         renamed = _placed(case, topk_ids=ids.int(), expert_map=case.expert_map.flip(0))
     return _agree(RELABELLED, run(renamed), out, budget)
@@ -135,13 +150,22 @@ def _linear(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeri
 
 def _dense(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
     # The dense mixture, written without any routing: every token through every expert, as one product each.
+    layer = case.layer()
+    bias_13, bias_2 = layer["w13_bias"], layer["w2_bias"]
     x = case.hidden_states.double()
+    x = x if layer["quantize_input"] is None else layer["quantize_input"].rounded(x)
+    experts = range(case.num_local_experts)
+    hidden = []
+    for expert in experts:
+        rows = x @ expert_weight(layer["w13"], expert, x.dtype).T + (0 if bias_13 is None else bias_13[expert])
+        hidden.append(case.activation(*case.activation.split(rows)))
+    h = torch.cat(hidden)
+    h = h if layer["quantize_hidden"] is None else layer["quantize_hidden"].rounded(h)
     dense = torch.zeros_like(x)
-    half = case.w2.shape[2]
-    for expert in range(case.w13.shape[0]):
-        gate, up = (x @ case.w13[expert].double().T).split(half, dim=1)
+    for expert, rows in zip(experts, h.split(case.num_tokens), strict=True):
         weight = (case.topk_weights.double() * (case.topk_ids == expert)).sum(dim=1, keepdim=True)
-        dense += weight * ((gate * gate.sigmoid() * up) @ case.w2[expert].double().T)
+        y = rows @ expert_weight(layer["w2"], expert, x.dtype).T + (0 if bias_2 is None else bias_2[expert])
+        dense += weight * y
     return _agree(DENSE, out, dense, budget)
 
 
@@ -163,8 +187,7 @@ def _duplicate(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, num
             topk_ids=with_copy(case.topk_ids),
         )
     )
-    first = Budget(*(getattr(budget, name)[:1] for name in Budget.__dataclass_fields__))
-    return _agree(DUPLICATE, longer[-1:], longer[:1], first, exact=numerics.permutation_invariant)
+    return _agree(DUPLICATE, longer[-1:], longer[:1], budget.first_rows(1), exact=numerics.permutation_invariant)
 
 
 def _shards(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
@@ -174,7 +197,7 @@ def _shards(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeri
         owned = torch.arange(num_experts, device=out.device)[rank::2]
         expert_map = torch.full((num_experts,), -1, dtype=torch.int32, device=out.device)
         expert_map[owned] = torch.arange(len(owned), dtype=torch.int32, device=out.device)
-        total += run(_placed(case, w13=case.w13[owned], w2=case.w2[owned], expert_map=expert_map)).double()
+        total += run(_placed(case, expert_map=expert_map, **case.layer_of_experts(owned))).double()
     # Each shard's last rounding is of a partial sum, which may exceed the whole.
     partial = (trace.output_weights[..., None] * trace.expert_output).abs().sum(dim=1)
     roundoff = torch.finfo(out.dtype).eps / 2
@@ -185,7 +208,7 @@ def _shards(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeri
 LAWS = (
     Law(PERMUTED, _permuted),
     Law(RELABELLED, _relabelled),
-    Law(SPLIT, _split, runs=3),
+    Law(SPLIT, _split, applies=lambda spec: spec.M > 0 and _own_scales(spec), runs=3),
     Law(LINEAR, _linear, applies=lambda spec: spec.M > 0, adapt=lambda spec: replace(spec, weight_on_input=False)),
     Law(
         DENSE,
@@ -199,13 +222,14 @@ LAWS = (
     Law(
         REMOVABLE,
         _removable,
+        applies=lambda spec: spec.M > 0 and _own_scales(spec),
         adapt=lambda spec: replace(spec, weights="one_zero", weight_on_input=False),
     ),
     Law(DUPLICATE, _duplicate),
     Law(
         SHARDS,
         _shards,
-        applies=lambda spec: spec.M > 0 and spec.E > 1,
+        applies=lambda spec: spec.M > 0 and spec.E > 1 and _own_scales(spec),
         adapt=lambda spec: replace(spec, expert_map="none"),
         runs=3,
     ),

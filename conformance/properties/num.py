@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...reference.experts import Trace, trace_experts
+from ...reference.experts import Trace
 from ..budget import Budget, experts_budget
 from ..calibration import limits
 from ..cases import ExpertsCase
 from ..judge import Verdict, declare
 from ..numerics import Numerics
+from ..operands import ExpertsOperands
 from ..statistics import statistics
 
 ELEMENT = declare(
@@ -36,36 +37,21 @@ ABSENT = declare(
 
 def reference_of(case: ExpertsCase) -> Trace:
     """The reference's trace of a case."""
-    return trace_experts(
-        case.hidden_states,
-        case.w13,
-        case.w2,
-        case.topk_weights,
-        case.topk_ids,
-        expert_map=case.expert_map,
-        apply_router_weight_on_input=case.apply_router_weight_on_input,
-    )
+    return case.operands().trace()
 
 
 def budget_of(case: ExpertsCase, trace: Trace, numerics: Numerics) -> Budget:
     """The budget of a case under declared numerics."""
-    return experts_budget(
-        trace,
-        case.hidden_states,
-        case.w13,
-        case.w2,
-        case.topk_weights,
-        numerics=numerics,
-        apply_router_weight_on_input=case.apply_router_weight_on_input,
-    )
+    return experts_budget(trace, case.operands(), numerics)
 
 
-def judge_values(case: ExpertsCase, output: Tensor, trace: Trace, budget: Budget) -> list[Verdict]:
+def judge_values(case: ExpertsCase | ExpertsOperands, output: Tensor, trace: Trace, budget: Budget) -> list[Verdict]:
     """Every NUM verdict on one output; none for a case without tokens."""
-    if case.num_tokens == 0:
+    call = case.operands() if isinstance(case, ExpertsCase) else case
+    if output.shape[0] == 0:
         return []
-    measured = statistics(output, trace, budget, case.w2)
-    limit = limits()
+    measured = statistics(output, trace, budget, call.w2)
+    limit = limits(budget.is_quantized)
     verdicts = []
 
     used = measured.elementwise / limit.elementwise
@@ -73,7 +59,7 @@ def judge_values(case: ExpertsCase, output: Tensor, trace: Trace, budget: Budget
     token, column = divmod(worst, output.shape[1])
     bad = ~torch.isfinite(output)
     detail = (
-        f"token {token}, column {column}, experts {case.topk_ids[token].tolist()} (local "
+        f"token {token}, column {column}, experts {call.topk_ids[token].tolist()} (local "
         f"{trace.local_ids[token].tolist()}): expected {float(trace.output[token, column]):.6g}, "
         f"got {float(output[token, column]):.6g}; error over budget {float(used.max()):.3g}; "
         f"{int((used > 1).sum())} of {used.numel()} elements over, {int(bad.sum())} not finite, "

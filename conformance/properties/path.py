@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..cases import ExpertsCase
 from ..judge import Verdict, declare
 
-Launches = Mapping[str, tuple[Mapping[str, int], ...]]
-"""By assignment (`naive`, `aligned`), and for the batched format (`batched`), the ways in which kernels may be
-launched: kernel name to count."""
+Launches = Callable[[str], Mapping[str, tuple[Mapping[str, int], ...]]]
+"""From what shares a scale of the activations (`none`, `static`, `tensor`, `token`, `group`) to a table: by assignment
+(`naive`, `aligned`), and for the batched format (`batched`), the ways in which kernels may be launched, kernel name to
+count."""
 
 NAIVE = declare(
     "PATH-01",
-    "naive blocks are taken exactly where there is no expert map and M * top_k * 4 <= E, else pairs are aligned",
+    "naive blocks are taken exactly where there is no expert map, M * top_k * 4 <= E and no weight is grouped along K",
     "experts",
     "trace",
     "launches",
@@ -29,18 +30,19 @@ NOTHING = declare("PATH-04", "without tokens nothing is launched", "experts", "t
 
 
 def expects_naive_blocks(case: ExpertsCase) -> bool:
-    """vLLM PR 39016's condition, for unquantised experts."""
-    return case.expert_map is None and case.num_tokens * case.top_k * 4 <= case.num_experts
+    """vLLM PR 39016's condition: fp8 and int8 w8a8 reach the low-latency path exactly as bf16 does."""
+    grouped = case.stored is not None and case.stored.scheme.weight_scale == "group"
+    return case.expert_map is None and case.num_tokens * case.top_k * 4 <= case.num_experts and not grouped
 
 
-def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches) -> list[Verdict]:
+def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches | None) -> list[Verdict]:
     """Every PATH verdict on one execution.
 
     Args:
         case: what ran.
         record: with `last(name)` and `launches`, as `impl.path.PathRecord` has them.
         variant: the backend asked for.
-        launches: the declared table.
+        launches: the declared table, where there is one.
     """
     launched = dict(record.launches)
     if case.num_tokens == 0:
@@ -48,7 +50,8 @@ def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches)
     verdicts = [
         BACKEND.verdict(record.last("backend") == variant, f"asked for {variant}, ran {record.last('backend')}")
     ]
-    if not launches.get("naive"):
+    table = launches(case.activation_scale) if launches is not None else {}
+    if "naive" not in table:
         return verdicts
     expected = "naive" if expects_naive_blocks(case) else "aligned"
     taken = record.last("assignment")
@@ -59,7 +62,5 @@ def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches)
             f"expected {expected}, ran {taken}",
         )
     )
-    verdicts.append(
-        LAUNCHES.verdict(launched in launches[expected], f"expected {launches[expected]}, launched {launched}")
-    )
+    verdicts.append(LAUNCHES.verdict(launched in table[expected], f"expected {table[expected]}, launched {launched}"))
     return verdicts

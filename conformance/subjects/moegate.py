@@ -10,24 +10,75 @@ from torch import Tensor
 from ...impl.align import moe_align_block_size
 from ...impl.batched import batched_experts
 from ...impl.checks import debug_checks
+from ...impl.config import QuantScheme
 from ...impl.fused_moe import fused_experts
 from ...impl.path import PathRecord, record_path
 from ...impl.platform import Platform
 from ...impl.quantization import ExpertsQuantization
 from ...impl.routing import select_experts
-from ..cases import AlignCase, BatchedCase, ExpertsCase, RoutingCase
+from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, RoutingCase
 from ..numerics import Numerics
 from ..properties.path import Launches
+from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
 from ..subject import Capabilities, Subject
 from .moegate_configs import MoegateConfigs
 from .moegate_oracle import MoegateOracle
 
-_LAYER = {"grouped_gemm_kernel": 2, "silu_and_mul_kernel": 1, "combine_kernel": 1}
-_ALIGNED = {"align_place_kernel": 1, **_LAYER}
-# Past a few thousand pairs the counting is a launch of its own.
-_ALIGNED_LARGE = {"align_count_kernel": 1, **_ALIGNED}
+_QUANT_SCHEMES = {
+    ("fp8", True): QuantScheme.FP8_W8A8,
+    ("int8", True): QuantScheme.INT8_W8A8,
+    ("int8", False): QuantScheme.INT8_W8A16,
+    ("int4", False): QuantScheme.INT4_W4A16,
+}
 
-_BATCHED = {"batched_gemm_kernel": 2, "batched_silu_and_mul_kernel": 1}
+
+def _launches(activation_scale: str) -> dict[str, tuple[dict[str, int], ...]]:
+    """The kernels of each path: what quantises activations depends on what shares their scale."""
+    quantiser = {
+        "none": {"activation_kernel": 1},
+        # The scale of the whole tensor is known only when all of it is: a pass for the scale, one for the values.
+        "tensor": {"amax_kernel": 2, "quantize_rows_kernel": 2, "activation_kernel": 1},
+    }.get(activation_scale, {"quantize_rows_kernel": 1, "quantized_activation_kernel": 1})
+    layer = {"grouped_gemm_kernel": 2, "combine_kernel": 1, **quantiser}
+    aligned = {"align_place_kernel": 1, **layer}
+    # The format's own kernels: GEMMs and activations over slabs.
+    own = ("activation_kernel", "quantized_activation_kernel")
+    batched = {f"batched_{name}" if name in own else name: count for name, count in quantiser.items()}
+    return {
+        "naive": (layer,),
+        # Past a few thousand pairs the counting is a launch of its own.
+        "aligned": (aligned, {"align_count_kernel": 1, **aligned}),
+        "batched": ({"batched_gemm_kernel": 2, **batched},),
+    }
+
+
+def quant_scheme(scheme: Scheme) -> QuantScheme:
+    """The implementation's name of a scheme's stored formats."""
+    return _QUANT_SCHEMES[str(scheme.weight), scheme.activation_scale is not None]
+
+
+def _layer_arguments(case: LayerCase) -> dict[str, Any]:
+    """The arguments of `fused_experts` and `batched_experts` that say what the experts are."""
+    stored = case.stored
+    quant = None
+    if stored is not None:
+        quant = ExpertsQuantization(
+            scheme=quant_scheme(stored.scheme),
+            block_shape=stored.block_shape,
+            per_act_token_quant=stored.scheme.activation_scale == "token",
+            **stored.tensors(),
+        )
+    return {
+        "w13": case.w13,
+        "w2": case.w2,
+        "w13_bias": case.w13_bias,
+        "w2_bias": case.w2_bias,
+        "quant": quant,
+        "activation": case.activation.name,
+        "swiglu_alpha": case.activation.alpha,
+        "swiglu_limit": case.activation.limit,
+        "interleaved": case.activation.interleaved,
+    }
 
 
 class MoegateSubject(Subject):
@@ -35,11 +86,9 @@ class MoegateSubject(Subject):
 
     name = "moegate"
     variants = ("triton", "cpu")
-    capabilities = Capabilities()
-    numerics = Numerics()
-    launches: ClassVar[dict[str, Launches]] = {
-        "triton": {"naive": (_LAYER,), "aligned": (_ALIGNED, _ALIGNED_LARGE), "batched": (_BATCHED,)}
-    }
+    capabilities = Capabilities(schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES)
+    numerics = Numerics(accumulator="hopper_fp8", promoted_every=128)
+    launches: ClassVar[dict[str, Launches]] = {"triton": _launches}
 
     def unavailable(self, variant: str, device: str) -> str | None:
         """The CPU backend runs on the CPU; Triton on a GPU, or on a CPU under its interpreter."""
@@ -73,11 +122,9 @@ class MoegateSubject(Subject):
         with debug_checks():
             return fused_experts(
                 case.hidden_states,
-                case.w13,
-                case.w2,
-                case.topk_weights,
-                case.topk_ids,
-                activation=case.activation,
+                topk_weights=case.topk_weights,
+                topk_ids=case.topk_ids,
+                **_layer_arguments(case),
                 apply_router_weight_on_input=case.apply_router_weight_on_input,
                 expert_map=case.expert_map,
                 global_num_experts=case.num_experts,
@@ -89,10 +136,8 @@ class MoegateSubject(Subject):
         with debug_checks():
             return batched_experts(
                 case.hidden_states,
-                case.w13,
-                case.w2,
-                case.expert_num_tokens,
-                activation=case.activation,
+                expert_num_tokens=case.expert_num_tokens,
+                **_layer_arguments(case),
                 backend=variant,
                 out=out,
             )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ...reference.experts import trace_experts
 from ..cases import ExpertsCase, RoutingCase
 from ..subject import Subject
 
@@ -48,15 +49,7 @@ class Previous(Subject):
         """What the last call should have returned, repeated to this call's shape."""
         size = case.hidden_states.numel()
         stale = self._previous.repeat(-(-size // max(1, self._previous.numel())) if size else 0)[:size]
-        self._previous = trace_experts(
-            case.hidden_states,
-            case.w13,
-            case.w2,
-            case.topk_weights,
-            case.topk_ids,
-            expert_map=case.expert_map,
-            apply_router_weight_on_input=case.apply_router_weight_on_input,
-        ).output.flatten()
+        self._previous = case.operands().trace().output.flatten()
         if self._previous.numel() == 0:
             self._previous = torch.zeros(1, dtype=torch.float64)
         return stale.view(case.hidden_states.shape).to(case.hidden_states.dtype)
@@ -69,11 +62,17 @@ class MeanOfExperts(Subject):
 
     def experts(self, case: ExpertsCase, variant: str) -> Tensor:
         """Every token through every local expert, averaged."""
-        num_tokens, num_local = case.num_tokens, case.w13.shape[0]
+        num_tokens, num_local = case.num_tokens, case.num_local_experts
         everyone = torch.arange(num_local, dtype=torch.int32).expand(num_tokens, num_local)
         weights = torch.full((num_tokens, num_local), 1 / num_local)
-        output = trace_experts(case.hidden_states, case.w13, case.w2, weights, everyone).output
-        return output.to(case.hidden_states.dtype)
+        mean = replace(
+            case.operands(),
+            topk_weights=weights,
+            topk_ids=everyone,
+            expert_map=None,
+            apply_router_weight_on_input=False,
+        )
+        return mean.trace().output.to(case.hidden_states.dtype)
 
 
 NULL_KERNELS = (Zeros, Echo, Previous, MeanOfExperts)

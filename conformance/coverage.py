@@ -1,0 +1,129 @@
+"""Every pair of features of an experts call that is declared is really run: covering arrays of pinned specs.
+
+Two arrays, one for each activation format, since a routing, a map and a path are features of the standard format alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from .pairwise import Row, covering_array, pairs_of
+from .spec import SCHEMES, TILE, VALUES, BatchedSpec, ExpertsSpec
+from .strategies import POOLS, Pools, may_go_together
+from .subject import Capabilities
+
+Features = dict[str, tuple[Any, ...]]
+
+
+def _layer_features(capabilities: Capabilities) -> Features:
+    return {
+        "scheme": capabilities.schemes,
+        "activation": capabilities.activations,
+        "dtype": capabilities.dtypes,
+        "bias": capabilities.biases,
+        "values": VALUES,
+        "padded_rows": (False, True) if capabilities.padded_rows else (False,),
+    }
+
+
+def experts_features(capabilities: Capabilities) -> Features:
+    """The features of an experts spec and their declared values."""
+    return _layer_features(capabilities) | {
+        "format": ("standard",),
+        "path": ("aligned", "naive"),
+        "routing": capabilities.routings,
+        "expert_map": capabilities.maps,
+        "weights": capabilities.weights,
+        "weight_on_input": (False, True) if capabilities.weight_on_input else (False,),
+    }
+
+
+def batched_features(capabilities: Capabilities) -> Features:
+    """The features of a batched spec and their declared values."""
+    return _layer_features(capabilities) | {
+        "format": ("batched",),
+        "counts": tuple(counts for counts in capabilities.counts if capabilities.empty or counts != "zero"),
+    }
+
+
+# Which features go together, each rule by the features that it speaks of.
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., bool]], ...] = (
+    (("scheme", "dtype"), lambda scheme, dtype: may_go_together(scheme, "silu", dtype)),
+    (("scheme", "activation"), lambda scheme, activation: may_go_together(scheme, activation, "bfloat16")),
+    # Few pairs are neither a tile nor under a map, and weights grouped along K are always aligned.
+    (("path", "expert_map"), lambda path, expert_map: path == "aligned" or expert_map == "none"),
+    (("path", "routing"), lambda path, routing: path == "aligned" or not routing.startswith("tile")),
+    (("path", "scheme"), lambda path, scheme: path == "aligned" or SCHEMES[scheme].weight_scale != "group"),
+)
+
+
+def is_possible(row: Row) -> bool:
+    """Whether the features of a row go together; a rule about one that is not there yet says nothing."""
+    return all(holds(*(row[name] for name in names)) for names, holds in _RULES if all(name in row for name in names))
+
+
+@cache
+def _rows(features: tuple[tuple[str, tuple[Any, ...]], ...]) -> tuple[Row, ...]:
+    return tuple(covering_array(dict(features), is_possible))
+
+
+def rows(capabilities: Capabilities, *, batched: bool = False) -> tuple[Row, ...]:
+    """The covering array of one format; values that the pools of no device have are not asked for."""
+    features = batched_features(capabilities) if batched else experts_features(capabilities)
+    return _rows(tuple(features.items()))
+
+
+def declared_pairs(capabilities: Capabilities, *, batched: bool = False) -> set[str]:
+    """Every pair of features that the capabilities declare and that go together, as `Ledger.pairs` names them."""
+    return {f"{a}={x} & {b}={y}" for row in rows(capabilities, batched=batched) for (a, x), (b, y) in pairs_of(row)}
+
+
+def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec, ...]:
+    """Experts specs that between them hold every declared pair of features."""
+    pools = POOLS[device]
+    specs = []
+    for number, row in enumerate(rows(capabilities)):
+        features = {name: value for name, value in row.items() if name not in ("format", "path")}
+        base = ExpertsSpec(**_sizes(pools, row, number), M=1, E=1, top_k=1, seed=number % 256, **features)
+        specs.append(_with_few_pairs(base, pools) if row["path"] == "naive" else _with_blocks(base, pools, number))
+    return tuple(specs)
+
+
+def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, ...]:
+    """Batched specs that between them hold every declared pair of features."""
+    pools = POOLS[device]
+    rows_of_slab = [rows for rows in pools.slabs if rows > TILE]
+    return tuple(
+        BatchedSpec(
+            **_sizes(pools, row, number),
+            max_tokens=rows_of_slab[number % len(rows_of_slab)],
+            E=(3, 2, 5)[number % 3],
+            seed=number % 256,
+            **{name: value for name, value in row.items() if name != "format"},
+        )
+        for number, row in enumerate(rows(capabilities, batched=True))
+    )
+
+
+def _sizes(pools: Pools, row: Row, number: int) -> dict[str, int]:
+    shapes = pools.shapes_of(row["dtype"], row["scheme"])
+    hidden, intermediate, block_n, block_k = shapes[number % len(shapes)]
+    return {"H": hidden, "I": intermediate, "block_n": block_n, "block_k": block_k}
+
+
+def _with_few_pairs(spec: ExpertsSpec, pools: Pools) -> ExpertsSpec:
+    """Two tokens or more, so that an expert may have two blocks, under the threshold of naive blocks."""
+    experts = pools.many_experts[0]
+    top_k = 1 if spec.weight_on_input else 2
+    return replace(spec, E=experts, top_k=top_k, M=experts // (4 * top_k))
+
+
+def _with_blocks(spec: ExpertsSpec, pools: Pools, number: int) -> ExpertsSpec:
+    """Several experts, and so many tokens that one of them has two blocks."""
+    top_k = 1 if spec.weight_on_input else (2, 3, 1)[number % 3]
+    experts = (5, 4, 8)[number % 3]
+    least = pools.max_tokens if spec.routing in ("uniform", "some_invalid", "repeated") else TILE + 5
+    return replace(spec, E=experts, top_k=top_k, M=min(least, 2 * TILE + 1))

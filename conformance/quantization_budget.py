@@ -1,0 +1,107 @@
+"""What quantising activations adds to the error budget: values that flip to their neighbour, and scales that move.
+
+The reference quantises as the format says, so a quantised value differs from its own by a step only where the value
+before rounding may lie on the other side of a midpoint: a *flip*, whose probability follows from that value's
+uncertainty and its distance from the midpoint. Everything that does not flip is exact, but for the scale: a dynamic
+scale has the relative error of the largest magnitude that it comes from, and all that share it move together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..reference.quantization import LARGEST, ActivationQuantization, grid_step, nearest
+from .numerics import FLOAT32
+
+# Rarer flips than this are not provided for: a run has fewer values than its inverse.
+NEVER = 1e-7
+# A flip that happens costs a whole step however rare it is: at a variance of a ninth that is three sigma.
+RARE = 1 / 9
+# Unit roundoffs of amax / largest and of x / scale in float32: an approximate division is good to 2 ulp, and so is a
+# product with the rounded reciprocal.
+QUANTIZER_ROUNDOFFS = 4.0
+# Elements this many sigma under the largest magnitude may be the largest one of an honest implementation.
+NEAR = 4.0
+
+
+def flip_variance(scaled: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+    """Squared error, in steps' own units, of rounding values that are only known to `sigma` to the grid of `dtype`.
+
+    Args:
+        scaled: the reference's values over their scales, before clamping and rounding.
+        sigma: of them; where it is zero nothing flips, ties included.
+        dtype: float8_e4m3fn or int8.
+    """
+    largest = LARGEST[dtype]
+    magnitude = scaled.abs()
+    rounded = nearest(magnitude, dtype)
+    above = grid_step(rounded, dtype)
+    # Just below a power of two the numbers lie closer: the step there is that of anything smaller.
+    below = torch.where(rounded == 0, above, grid_step(rounded - above / 4, dtype))
+    variance = torch.zeros_like(scaled)
+    for step, distance in ((above, rounded + above / 2 - magnitude), (below, magnitude - rounded + below / 2)):
+        chance = torch.erfc(distance.clamp(min=0) / (sigma * math.sqrt(2)).clamp(min=torch.finfo(sigma.dtype).tiny)) / 2
+        if step is above:
+            chance = torch.where(rounded >= largest, 0.0, chance)  # what is clamped has no number above it
+        chance = torch.where((sigma == 0) | (chance < NEVER), 0.0, chance.clamp(min=RARE))
+        variance = variance + chance * step**2
+    # Beyond half a step a value may cross several midpoints: then its own error counts.
+    return variance + torch.where(sigma > above / 2, sigma**2, 0.0)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantising adds around the rows that a GEMM reads.
+
+    Attributes:
+        variance: `[rows, K]`, squared, each element for itself, in the units of the rows.
+        scale_error: `[rows, K]`, relative error of each element's scale, common to all that share it.
+    """
+
+    variance: Tensor
+    scale_error: Tensor
+
+
+def quantized(rows: Tensor, row_variance: Tensor, how: ActivationQuantization) -> Quantized:
+    """The budget of quantising rows `[rows, K]` whose values are known up to a variance `[rows, K]`."""
+    if rows.numel() == 0:
+        return Quantized(torch.zeros_like(rows), torch.zeros_like(rows))
+    scales = how.scales(rows)
+    scale_error = _scale_error(rows, row_variance, how)
+    arithmetic = QUANTIZER_ROUNDOFFS * FLOAT32.unit_roundoff
+    if how.static_scale is not None and math.frexp(how.static_scale)[0] == 0.5:
+        arithmetic = 0.0  # over a power of two nothing is rounded
+    scaled = rows / scales
+    sigma = (row_variance / scales**2 + (scale_error**2 + arithmetic**2) * scaled**2).sqrt()
+    return Quantized(scales**2 * flip_variance(scaled, sigma, how.dtype), scale_error)
+
+
+def _scale_error(rows: Tensor, variance: Tensor, how: ActivationQuantization) -> Tensor:
+    if how.static_scale is not None:
+        return torch.zeros_like(rows)
+
+    def relative(magnitude: Tensor, sigma: Tensor, dims: tuple[int, ...]) -> Tensor:
+        amax = magnitude.amax(dim=dims, keepdim=True)
+        near = torch.where(magnitude + NEAR * sigma >= amax, sigma, 0.0).amax(dim=dims, keepdim=True)
+        return torch.where(amax == 0, 0.0, near / amax + FLOAT32.unit_roundoff).expand_as(magnitude)
+
+    magnitude, sigma = rows.abs(), variance.sqrt()
+    if how.granularity == "tensor":
+        return relative(magnitude, sigma, (0, 1))
+    width = rows.shape[1] if how.granularity == "token" else how.group
+    parts = zip(magnitude.split(width, dim=1), sigma.split(width, dim=1), strict=True)
+    return torch.cat([relative(m, s, (1,)) for m, s in parts], dim=1)
+
+
+def columns_of_a_scale(how: ActivationQuantization | None, columns: int) -> int:
+    """How many columns of a row share one scale."""
+    return how.group if how is not None and how.granularity == "group" else max(1, columns)
+
+
+def is_shared_by_rows(how: ActivationQuantization | None) -> bool:
+    """Whether all rows share one dynamic scale."""
+    return how is not None and how.granularity == "tensor" and how.static_scale is None
