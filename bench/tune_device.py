@@ -23,11 +23,12 @@ from ..impl.platform import Platform
 from ..impl.tuning.kernel_config import KernelConfig, use_kernel_configs
 from .machine import l2_bytes
 from .operands import ExpertsCall, Operands, WeightBank, make_operands
+from .plain import plain_experts
 from .rotation import plan_rotation
 from .runner import expect_right
 from .timer import CudaClock, HostClock, Timing, capture_graph, choose_rounds, interleave, one_after_another
 from .tune_candidates import GEMMS, Pair, gemm_sizes
-from .verification import judge_rows, plain_experts
+from .verification import judge_rows
 from .worker_pool import NOT_TRIED, Job, WorkerPool
 from .workloads import Model, Workload
 
@@ -175,7 +176,7 @@ class InProcess:
             self._prepared = None  # the last workload's memory goes first
             if self._bank is None or not self._bank.serves(workload, self._device):
                 self._bank = None
-                self._bank = WeightBank(workload.model, workload.torch_dtype, self._device)
+                self._bank = WeightBank(workload.model, workload.format, self._device)
             rotation = plan_rotation(
                 workload,
                 l2_bytes(self._device),

@@ -43,7 +43,7 @@ def batched_experts(
     activation without a gate takes all of it. Slabs of one size for each expert are what low-latency all-to-all
     kernels deliver (DeepEP); routing weights are left to the combine step behind them. Rows behind an expert's count
     are neither read nor written. Nothing waits for the device, so the call can be captured in a CUDA graph. Last
-    dimensions are contiguous; rows and slabs may be strided. Scales and biases are contiguous.
+    dimensions are contiguous; rows and slabs may be strided. Scales are contiguous.
 
     Args:
         hidden_states: [E_local, max_tokens, H] bfloat16, float16 or float32 (quantised: bfloat16 or float16); an

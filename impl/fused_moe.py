@@ -52,7 +52,7 @@ def fused_experts(
     gate and up are the upper and lower half of `w13[e] @ hidden_states[t] + b13[e]` (Shazeer, arXiv 2002.05202); an
     activation without a gate takes all of it. A pair whose id is -1, or whose expert another rank holds, adds nothing;
     a token without any pair gets zeros. Nothing waits for the device, so the call can be captured in a CUDA graph.
-    Last dimensions are contiguous; rows may be strided. Scales and biases are contiguous.
+    Last dimensions are contiguous; rows may be strided. Scales are contiguous.
 
     Args:
         hidden_states: [M, H] bfloat16, float16 or float32 (quantised: bfloat16 or float16).
