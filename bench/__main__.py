@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from .formats import FORMATS
 from .report import as_json, run_table
 from .selection import choose_device, select_workloads
 from .session import EXIT_BAD_ARGUMENTS, LayerBench, run_workloads
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", help="names, comma-separated; default: every model this machine can run")
     parser.add_argument("--tokens", help="numbers of tokens M, comma-separated; default: 1,8,64,512,4096 (CPU: 1,64)")
     parser.add_argument("--routing", default="uniform", help="uniform, zipf<exponent>, all-to-one; comma-separated")
-    parser.add_argument("--dtype", help="bf16, fp16 or fp32; default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--dtype", help=f"{', '.join(FORMATS)}; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CALLABLE", help="may be repeated")
     parser.add_argument("--fixed-ceilings", action="store_true", help="use the fixed H200 ceilings for the floors")

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .workloads import DTYPES, Workload
+from .formats import FORMATS
+from .workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Ceilings:
     Attributes:
         read_bandwidth: bytes per second of a pure read of device memory.
         copy_bandwidth: bytes per second of a copy within device memory, bytes read plus bytes written.
-        peak: operations per second of a matrix product on random data, by dtype ("bf16", ...).
+        peak: operations per second of a matrix product on random data, by dtype ("bf16", "fp8", "int8", ...).
         source: where the numbers come from.
     """
 
@@ -45,8 +46,8 @@ class Ceilings:
 H200_PUBLISHED = Ceilings(
     read_bandwidth=4.3e12,
     copy_bandwidth=4.3e12,
-    peak={"bf16": 790e12, "fp16": 790e12, "fp8": 1580e12},
-    source="H200, fixed: 4.3 TB/s, 790 TFLOP/s in 16 bits",
+    peak={"bf16": 790e12, "fp16": 790e12, "fp8": 1580e12, "int8": 1580e12},
+    source="H200, fixed: 4.3 TB/s, 790 TFLOP/s in 16 bits, 1580 in 8",
 )
 """Fixed H200 ceilings, so that ratios from different runs share one denominator."""
 
@@ -71,9 +72,14 @@ class Floor:
 
 
 def expert_bytes(workload: Workload) -> int:
-    """Bytes of one expert's w13 and w2."""
-    model = workload.model
-    return (model.w13_rows + model.intermediate_size) * model.hidden_size * workload.torch_dtype.itemsize
+    """Bytes of one expert's w13 and w2, with their scales, zero points and biases."""
+    model, stored = workload.model, workload.format
+    biases = (model.w13_rows + model.hidden_size) * workload.torch_dtype.itemsize if model.has_bias else 0
+    return (
+        stored.weight_bytes(model.w13_rows, model.hidden_size, parts=2 if model.is_gated else 1)
+        + stored.weight_bytes(model.hidden_size, model.intermediate_size)
+        + biases
+    )
 
 
 def activation_bytes(workload: Workload, rotation: int = 0) -> int:
@@ -99,10 +105,11 @@ def floor(workload: Workload, ceilings: Ceilings, rotations: Sequence[int] = (0,
     """
     if not rotations:
         raise ValueError("rotations: expected at least one, got none")
-    if workload.dtype not in ceilings.peak:
+    name = workload.format.peak
+    if name not in ceilings.peak:
         known = ", ".join(ceilings.peak)
-        raise ValueError(f"ceilings: expected a peak for {workload.dtype}, got those of {known} ({ceilings.source})")
-    peak = ceilings.peak[workload.dtype]
+        raise ValueError(f"ceilings: expected a peak for {name}, got those of {known} ({ceilings.source})")
+    peak = ceilings.peak[name]
     rows = []
     for rotation in rotations:
         touched = int(np.count_nonzero(workload.rows_by_local_expert(rotation)))
@@ -123,7 +130,7 @@ def measure_ceilings(device: torch.device | str, dtypes: Sequence[str] = ("bf16"
 
     Args:
         device: the device.
-        dtypes: whose matrix products to time.
+        dtypes: whose matrix products to time: "bf16", "fp16", "fp32", "fp8" or "int8".
     """
     device = torch.device(device)
     on_gpu = device.type != "cpu"
@@ -140,10 +147,24 @@ def measure_ceilings(device: torch.device | str, dtypes: Sequence[str] = ("bf16"
     peak = {}
     for name in dtypes:
         size = 8192 if on_gpu else 512
-        left, right = (torch.empty(size, size, dtype=DTYPES[name], device=device).normal_() for _ in range(2))
-        out = torch.empty_like(left)
-        peak[name] = 2 * size**3 / seconds(partial(torch.mm, left, right, out=out))
+        peak[name] = 2 * size**3 / seconds(_product(name, size, device))
     return Ceilings(read, copy, peak, f"measured on {device_name(device)}")
+
+
+def _product(name: str, size: int, device: torch.device) -> Callable[[], object]:
+    """A square matrix product of operands of a dtype, in the fastest way that torch has for it."""
+    left, right = (torch.empty(size, size, dtype=torch.float32, device=device).normal_() for _ in range(2))
+    if name == "fp8" and device.type != "cpu":
+        one = torch.ones((), device=device)
+        fp8_left, fp8_right = (values.to(torch.float8_e4m3fn) for values in (left, right))
+        return partial(torch._scaled_mm, fp8_left, fp8_right.t(), one, one, out_dtype=torch.bfloat16)
+    if name == "int8" and device.type != "cpu":
+        int8_left, int8_right = ((values * 40).clamp(-127, 127).to(torch.int8) for values in (left, right))
+        return partial(torch._int_mm, int8_left, int8_right.t())
+    # A CPU has no products of 8 bits: its backend multiplies what they mean, in float32.
+    dtype = FORMATS[name].activations if name in FORMATS else torch.float32
+    left, right = left.to(dtype), right.to(dtype)
+    return partial(torch.mm, left, right, out=torch.empty_like(left))
 
 
 def device_name(device: torch.device | str) -> str:

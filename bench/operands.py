@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
+from ..impl.quantization import ExpertsQuantization
+from ..impl.quantize import quantize_weights
 from .floor import expert_bytes
+from .formats import Format
 from .workloads import Model, Workload
 
 # Of the memory that is free: graphs keep their intermediates beside the weights.
@@ -29,8 +33,12 @@ class ExpertsCall(Protocol):
         activation: str,
         expert_map: torch.Tensor | None,
         global_num_experts: int,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+        quant: ExpertsQuantization | None = None,
+        interleaved: bool = False,
     ) -> torch.Tensor:
-        """The experts' weighted sum, `[M, H]`."""
+        """The experts' weighted sum, `[M, H]`; the last four are passed only where they are not as by default."""
         ...
 
 
@@ -40,13 +48,18 @@ class Operands:
 
     Attributes:
         hidden_states: `[M, H]`.
-        w13: `[E_local, 2I, H]`, gate rows first; `[E_local, I, H]` where the activation is not gated.
-        w2: `[E_local, H, I]`.
+        w13: `[E_local, 2I, H]`, gate rows first; `[E_local, I, H]` where the activation is not gated. Stored as `quant`
+            says.
+        w2: `[E_local, H, I]`, likewise.
         topk_weights: `[M, top_k]` float32.
         topk_ids: `[M, top_k]` int32 global ids.
         activation: between the two GEMMs.
         expert_map: `[E]` int32, or None where all experts are local.
         global_num_experts: E.
+        w13_bias: `[E_local, 2I]` or None.
+        w2_bias: `[E_local, H]` or None.
+        quant: how the weights are stored; None where they are plain.
+        interleaved: gate and up rows of w13 alternate.
     """
 
     hidden_states: torch.Tensor
@@ -57,6 +70,27 @@ class Operands:
     activation: str
     expert_map: torch.Tensor | None
     global_num_experts: int
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    quant: ExpertsQuantization | None = None
+    interleaved: bool = False
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether w13 holds gate and up rows."""
+        return not self.activation.endswith("_no_mul")
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.w13.shape[1] // (2 if self.is_gated else 1)
+
+    @cached_property
+    def _beside(self) -> dict[str, Any]:
+        """What a contender need not know of where it is not there."""
+        beside = {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias, "quant": self.quant}
+        given = {name: value for name, value in beside.items() if value is not None}
+        return given | ({"interleaved": True} if self.interleaved else {})
 
     def pass_to(self, experts: ExpertsCall) -> torch.Tensor:
         """`experts` of these operands."""
@@ -69,21 +103,33 @@ class Operands:
             activation=self.activation,
             expert_map=self.expert_map,
             global_num_experts=self.global_num_experts,
+            **self._beside,
         )
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One copy of a layer's parameters; fields as in `Operands`."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    quant: ExpertsQuantization | None = None
 
 
 class WeightBank:
     """Copies of one model's weights on one device, made when first asked for and kept; each has other values."""
 
-    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
-        self.model, self.dtype, self.device = model, dtype, device
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def __init__(self, model: Model, stored: Format, device: torch.device) -> None:
+        self.model, self.stored, self.device = model, stored, device
+        self._copies: list[LayerWeights] = []
         expert_map = model.expert_map()
         self.expert_map = None if expert_map is None else expert_map.to(device)
 
     def serves(self, workload: Workload, device: torch.device) -> bool:
         """Whether these are a workload's weights."""
-        return (self.model, self.dtype, self.device) == (workload.model, workload.torch_dtype, device)
+        return (self.model, self.stored, self.device) == (workload.model, workload.format, device)
 
     def room_for(self, workload: Workload) -> int:
         """How many copies fit, those that exist counted in; at least one."""
@@ -91,40 +137,72 @@ class WeightBank:
             return 1
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        if self.stored.is_quantized:
+            # One weight as it was before, while it is quantised.
+            free -= self.model.local_experts * self.model.w13_rows * self.model.hidden_size * 2
         more = int(free * _WEIGHTS_SHARE) // (expert_bytes(workload) * self.model.local_experts)
         return max(1, len(self._copies) + more)
 
-    def copy(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(w13, w2) of a copy."""
+    def copy(self, index: int) -> LayerWeights:
+        """The parameters of a copy."""
         while len(self._copies) <= index:
             self._copies.append(self._make(len(self._copies)))
         return self._copies[index]
 
-    def _make(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        model = self.model
+    def _make(self, index: int) -> LayerWeights:
+        model, stored = self.model, self.stored
         generator = torch.Generator(self.device).manual_seed(1000 + index)
 
-        def weight(rows: int, columns: int) -> torch.Tensor:
-            # A variance of 1 / columns keeps activations near one, so that no product is zero or overflows.
-            shape = (model.local_experts, rows, columns)
-            values = torch.empty(shape, dtype=self.dtype, device=self.device)
-            return values.normal_(std=1 / math.sqrt(columns), generator=generator)
+        def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+            values = torch.empty(shape, dtype=stored.activations, device=self.device)
+            return values.normal_(std=std, generator=generator)
 
-        return weight(model.w13_rows, model.hidden_size), weight(model.hidden_size, model.intermediate_size)
+        def weight(rows: int, columns: int, parts: int) -> tuple[torch.Tensor, Any, Any]:
+            # A variance of 1 / columns keeps activations near one, so that no product is zero or overflows.
+            plain = normal(model.local_experts, rows, columns, std=1 / math.sqrt(columns))
+            if stored.weight_scale is None:
+                return plain, None, None
+            values, scale, zero_point = quantize_weights(
+                plain,
+                stored.scheme,
+                weight_scale=stored.weight_scale,
+                block_shape=stored.block_shape,
+                zero_points=stored.zero_points,
+                parts=parts,
+            )
+            return values, scale.to(stored.scale_dtype), zero_point
+
+        w13, w13_scale, w13_zero_point = weight(model.w13_rows, model.hidden_size, 2 if model.is_gated else 1)
+        w2, w2_scale, w2_zero_point = weight(model.hidden_size, model.intermediate_size, 1)
+        w13_bias, w2_bias, quant = None, None, None
+        if model.has_bias:
+            w13_bias = normal(model.local_experts, model.w13_rows)
+            w2_bias = normal(model.local_experts, model.hidden_size)
+        if stored.is_quantized:
+            quant = ExpertsQuantization(
+                stored.scheme,
+                w13_scale,
+                w2_scale,
+                w13_zero_point,
+                w2_zero_point,
+                stored.block_shape,
+                per_act_token_quant=stored.per_act_token_quant,
+            )
+        return LayerWeights(w13, w2, w13_bias, w2_bias, quant)
 
 
 def make_operands(workload: Workload, bank: WeightBank, call: int, weight_copy: int) -> Operands:
     """The operands of one call of a rotation."""
     generator = torch.Generator(bank.device).manual_seed(call)
     shape = (workload.num_tokens, workload.model.hidden_size)
-    w13, w2 = bank.copy(weight_copy)
+    dtype = bank.stored.activations
     return Operands(
-        hidden_states=torch.empty(shape, dtype=bank.dtype, device=bank.device).normal_(generator=generator),
-        w13=w13,
-        w2=w2,
+        hidden_states=torch.empty(shape, dtype=dtype, device=bank.device).normal_(generator=generator),
         topk_weights=torch.from_numpy(workload.topk_weights(call)).to(bank.device),
         topk_ids=torch.from_numpy(workload.topk_ids(call)).to(bank.device),
         activation=workload.model.activation,
         expert_map=bank.expert_map,
         global_num_experts=workload.model.num_experts,
+        interleaved=workload.model.interleaved,
+        **vars(bank.copy(weight_copy)),
     )

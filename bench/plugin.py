@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--moegate-bench-routing", metavar="NAMES", default="uniform", help="uniform, zipf<exponent>, all-to-one"
     )
-    group.addoption("--moegate-bench-dtype", metavar="NAME", help="bf16, fp16 or fp32")
+    group.addoption("--moegate-bench-dtype", metavar="NAME", help="bf16, fp16, fp32, fp8-block, int4-g128, ...")
     group.addoption(
         "--moegate-bench-device", metavar="DEVICE", help="cuda, cuda:N or cpu (default: a GPU if there is one)"
     )

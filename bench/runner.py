@@ -80,17 +80,17 @@ def measure_workload(
 
     Raises:
         WrongKernelError: ours is wrong, eagerly or as captured.
-        ValueError: a workload that moegate cannot run yet, no subject, or a bank of other weights.
+        ValueError: a workload that cannot be, no subject, or a bank of other weights.
     """
-    if workload.model.unsupported:
-        raise ValueError(f"workload: {workload.model.name}: {workload.model.unsupported}")
+    if workload.unsupported:
+        raise ValueError(f"workload: {workload.model.name}: {workload.unsupported}")
     if not subjects:
         raise ValueError("subjects: expected at least one, got none")
     device = torch.device(device)
     if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     if bank is None:
-        bank = WeightBank(workload.model, workload.torch_dtype, device)
+        bank = WeightBank(workload.model, workload.format, device)
     elif not bank.serves(workload, device):
         raise ValueError(f"bank: expected weights of {workload.model.name} in {workload.dtype}, got another model's")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .workloads import DTYPES, MODELS, SMALL_MODELS, Routing, Workload, find_model
+from .formats import find_format
+from .workloads import MODELS, SMALL_MODELS, Routing, Workload, find_model
 
 GPU_TOKENS = (1, 8, 64, 512, 4096)
 CPU_TOKENS = (1, 64)
@@ -42,25 +43,24 @@ def select_workloads(
     Args:
         device: decides the defaults: full layers, bf16 and a cold cache on a GPU; small layers, fp32 and a warm cache
             on a CPU.
-        models: comma-separated names; None: all that can run. One named here is kept even if it cannot run yet, so
+        models: comma-separated names; None: all that can be stored so. One named here is kept even if it cannot, so
             that the reason is reported.
         tokens: comma-separated numbers of tokens.
         routings: comma-separated routings (`Routing.parse`).
-        dtype: "bf16", "fp16" or "fp32".
+        dtype: a key of `FORMATS`: "bf16", "fp8-block", "int4-g128", ...
 
     Raises:
         ValueError: an unknown name, or not a number.
     """
     on_gpu = device.type == "cuda"
+    dtype = dtype or ("bf16" if on_gpu else "fp32")
+    stored = find_format(dtype)
     if models is None:
         known = MODELS if on_gpu else SMALL_MODELS
-        chosen = [model for model in known.values() if model.unsupported is None]
+        chosen = [model for model in known.values() if stored.unfit(model.hidden_size, model.intermediate_size) is None]
     else:
         chosen = [find_model(name) for name in _words(models)]
     counts = (GPU_TOKENS if on_gpu else CPU_TOKENS) if tokens is None else [_count(word) for word in _words(tokens)]
-    dtype = dtype or ("bf16" if on_gpu else "fp32")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     workloads = [
         Workload(model, count, Routing.parse(routing), dtype, "cold" if on_gpu else "warm")
         for model in chosen

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..impl.fused_moe import fused_experts
 from .floor import H200_PUBLISHED, Ceilings, measure_ceilings
+from .formats import find_format
 from .operands import ExpertsCall, WeightBank, make_operands
 from .peers import load_peer
 from .record import Record
@@ -62,12 +63,13 @@ class LayerBench:
         self._bank: WeightBank | None = None
 
     def ceilings(self, dtype: str) -> Ceilings:
-        """The device's ceilings for a dtype, measured when first asked for."""
+        """The device's ceilings for a workload's dtype, measured when first asked for."""
         if self._fixed_ceilings:
             return H200_PUBLISHED
-        if dtype not in self._ceilings:
-            self._ceilings[dtype] = measure_ceilings(self.device, [dtype])
-        return self._ceilings[dtype]
+        peak = find_format(dtype).peak
+        if peak not in self._ceilings:
+            self._ceilings[peak] = measure_ceilings(self.device, [peak])
+        return self._ceilings[peak]
 
     def measure(self, workload: Workload) -> Measurement:
         """Time ours and the peers; raises as `measure_workload` does."""
@@ -95,7 +97,7 @@ class LayerBench:
     def _weights(self, workload: Workload) -> WeightBank:
         if self._bank is None or not self._bank.serves(workload, self.device):
             self._bank = None  # the last model's weights go before the next one's are made
-            self._bank = WeightBank(workload.model, workload.torch_dtype, self.device)
+            self._bank = WeightBank(workload.model, workload.format, self.device)
         return self._bank
 
 
@@ -106,7 +108,7 @@ class Run:
     Attributes:
         records: of every contender that was timed.
         failures: (workload id, subject, reason) of those that were wrong or raised.
-        skipped: (workload id, reason) of those that moegate does not claim to run.
+        skipped: (workload id, reason) of those that cannot be.
     """
 
     records: tuple[Record, ...]
@@ -138,8 +140,8 @@ def run_workloads(bench: LayerBench, workloads: Sequence[Workload], progress_con
         for workload in workloads:
             progress.update(task, description=f"{workload.model.name} M={workload.num_tokens}")
             try:
-                if workload.model.unsupported:
-                    skipped.append((workload.id, workload.model.unsupported))
+                if workload.unsupported:
+                    skipped.append((workload.id, workload.unsupported))
                     continue
                 measured = bench.measure(workload)
             except Exception as error:

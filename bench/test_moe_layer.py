@@ -23,8 +23,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.benchmark(timer=CLOCK)
 def test_moe_layer(workload: Workload, benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> None:
     layer_bench = layer_bench_of(pytestconfig)
-    if workload.model.unsupported:
-        pytest.skip(workload.model.unsupported)
+    if workload.unsupported:
+        pytest.skip(workload.unsupported)
     if benchmark.enabled:
         measured = layer_bench.measure(workload)
         record = measured.records[0]

@@ -33,7 +33,7 @@ from .timer import PairedRatio, Timing
 from .tune_candidates import GEMMS, Pair, candidate_configs, default_pair, gemm_candidates
 from .tune_device import Bench, CandidateError, InProcess, Plan
 from .worker_pool import error_text
-from .workloads import Workload
+from .workloads import Model, Workload
 
 __all__ = ["Trial", "candidate_configs", "measure_pairs", "plan_search", "search", "tune"]
 
@@ -410,6 +410,16 @@ class Watcher:
 
     def done(self, tuned: Tuned) -> None:
         """A workload is tuned, and written."""
+
+
+def unsearchable(model: Model) -> str | None:
+    """Why no tiles are searched for a model's layer, in words; None where they are.
+
+    The search judges each GEMM beside plain ones, with silu between them.
+    """
+    if model.activation != "silu":
+        return f"tiles are searched for layers with silu, it has {model.activation}"
+    return "tiles are searched for layers without biases" if model.has_bias else None
 
 
 def layer_key(workload: Workload, platform: Platform) -> ConfigKey:

@@ -9,8 +9,9 @@ import torch
 
 from ..impl.config import QuantScheme
 from ..impl.platform import Platform
-from ..impl.tuning.kernel_config import KernelConfig, layer_kernel_configs
+from ..impl.tuning.kernel_config import KernelConfig
 from ..impl.tuning.limits import obstacle
+from ..impl.tuning.lookup import default_kernel_configs
 from .workloads import Workload
 
 GEMMS = ("w13", "w2")
@@ -34,7 +35,7 @@ def gemm_sizes(workload: Workload, gemm: str) -> tuple[int, int]:
 def default_pair(workload: Workload, platform: Platform) -> Pair:
     """The tiles that run where no tuned file speaks."""
     model = workload.model
-    w13, w2, _ = layer_kernel_configs(
+    found = default_kernel_configs(
         num_tokens=workload.num_tokens,
         top_k=model.top_k,
         num_experts=model.num_experts,
@@ -43,7 +44,7 @@ def default_pair(workload: Workload, platform: Platform) -> Pair:
         dtype=workload.torch_dtype,
         platform=platform,
     )
-    return w13, w2
+    return found.w13, found.w2
 
 
 def candidate_configs(workload: Workload, platform: Platform) -> list[KernelConfig]:

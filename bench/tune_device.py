@@ -18,15 +18,17 @@ import torch
 from ..impl.align import ExpertAssignment, prepare_expert_assignment, uses_naive_block_assignment
 from ..impl.fused_moe import fused_experts
 from ..impl.kernels.grouped_gemm import grouped_gemm
+from ..impl.kernels.tile import gemm_operands
 from ..impl.platform import Platform
 from ..impl.tuning.kernel_config import KernelConfig, use_kernel_configs
 from .machine import l2_bytes
 from .operands import ExpertsCall, Operands, WeightBank, make_operands
+from .plain import plain_experts
 from .rotation import plan_rotation
 from .runner import expect_right
 from .timer import CudaClock, HostClock, Timing, capture_graph, choose_rounds, interleave, one_after_another
 from .tune_candidates import GEMMS, Pair, gemm_sizes
-from .verification import judge_rows, plain_experts
+from .verification import judge_rows
 from .worker_pool import NOT_TRIED, Job, WorkerPool
 from .workloads import Model, Workload
 
@@ -174,7 +176,7 @@ class InProcess:
             self._prepared = None  # the last workload's memory goes first
             if self._bank is None or not self._bank.serves(workload, self._device):
                 self._bank = None
-                self._bank = WeightBank(workload.model, workload.torch_dtype, self._device)
+                self._bank = WeightBank(workload.model, workload.format, self._device)
             rotation = plan_rotation(
                 workload,
                 l2_bytes(self._device),
@@ -245,7 +247,7 @@ class _Prepared:
             grouped_gemm(
                 data.c,
                 each.hidden_states if is_first else data.a,
-                each.w13 if is_first else each.w2,
+                gemm_operands(each.w13 if is_first else each.w2),
                 topk_ids=each.topk_ids,
                 topk_weights=each.topk_weights,
                 mul_weight=not is_first,
@@ -498,7 +500,7 @@ def _compile_gemm(device: str, workload: Workload, gemm: str, config: KernelConf
     grouped_gemm(
         torch.empty((top_k, n), dtype=workload.torch_dtype, device=where),
         torch.zeros((1 if is_first else top_k, k), dtype=workload.torch_dtype, device=where),
-        torch.zeros((1, n, k), dtype=workload.torch_dtype, device=where),
+        gemm_operands(torch.zeros((1, n, k), dtype=workload.torch_dtype, device=where)),
         topk_ids=torch.zeros((1, top_k), dtype=torch.int32, device=where),
         topk_weights=torch.ones((1, top_k), dtype=torch.float32, device=where),
         mul_weight=not is_first,

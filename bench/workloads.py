@@ -18,12 +18,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from .formats import FORMATS, Format, find_format
+
 TOKEN_COUNTS = tuple(2**power for power in range(15))
 """M from 1 to 16,384."""
-
-# What `fused_experts` computes so far. A model with another activation is declared, and not run.
-_RUNNABLE_ACTIVATIONS = frozenset({"silu"})
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Model:
         activation: the model's own, under moegate's name (`moegate.impl.config.Activation`).
         num_local_experts: experts of this rank; None: all. Rank 0 holds the ids from 0 on.
         has_bias: whether the experts' GEMMs add a bias.
+        interleaved: gate and up rows of w13 alternate, as in the published checkpoint.
         native_scheme: how the published checkpoint stores the experts, where that is not what is timed here.
     """
 
@@ -52,6 +51,7 @@ class Model:
     activation: str = "silu"
     num_local_experts: int | None = None
     has_bias: bool = False
+    interleaved: bool = False
     native_scheme: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -86,13 +86,6 @@ class Model:
     def w13_rows(self) -> int:
         """Rows of one expert's w13: 2I where gated, else I."""
         return (2 if self.is_gated else 1) * self.intermediate_size
-
-    @property
-    def unsupported(self) -> str | None:
-        """Why moegate cannot run this model yet, in words; None where it can."""
-        if self.activation not in _RUNNABLE_ACTIVATIONS:
-            return f"activation {self.activation} is not implemented yet"
-        return "expert biases are not implemented yet" if self.has_bias else None
 
     def expert_map(self) -> torch.Tensor | None:
         """`[E]` int32 on the CPU, global to local id and -1 elsewhere; None where this rank holds every expert."""
@@ -155,6 +148,7 @@ MODELS = {
             "Hugging Face openai/gpt-oss-120b config.json",
             activation="swigluoai",
             has_bias=True,
+            interleaved=True,
             native_scheme="mxfp4",
         ),
         # Not a model: gpt-oss-120b's sizes (H and I are no multiples of 128) with SiLU and without biases, which
@@ -181,6 +175,8 @@ SMALL_MODELS = {
         MODELS["deepseek-v3-tp8"].scaled_down(32),
         MODELS["minimax-m2.5-ep4"].scaled_down(32),
         MODELS["gpt-oss-like"].scaled_down(16),
+        MODELS["gpt-oss-120b"].scaled_down(16),
+        MODELS["nemotron-3-nano"].scaled_down(16),
     )
 }
 """The same routing problems with H and I divided, for the CPU backend."""
@@ -257,7 +253,7 @@ class Workload:
         model: the layer.
         num_tokens: M.
         routing: who chooses what.
-        dtype: of activations and weights, a key of `DTYPES`.
+        dtype: how activations and weights are stored, a key of `FORMATS`.
         cache_state: "cold" (each call's weights come from device memory) or "warm" (whatever the cache holds).
     """
 
@@ -270,15 +266,24 @@ class Workload:
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
             raise ValueError(f"num_tokens: expected at least 1, got {self.num_tokens}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        find_format(self.dtype)
         if self.cache_state not in ("cold", "warm"):
             raise ValueError(f"cache_state: expected cold or warm, got {self.cache_state!r}")
 
     @property
+    def format(self) -> Format:
+        """How activations and weights are stored."""
+        return FORMATS[self.dtype]
+
+    @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch names it."""
-        return DTYPES[self.dtype]
+        """The activations' dtype as torch names it."""
+        return self.format.activations
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why there is no such layer, in words; None where moegate can run it."""
+        return self.format.unfit(self.model.hidden_size, self.model.intermediate_size)
 
     @property
     def id(self) -> str:
@@ -286,9 +291,10 @@ class Workload:
         model = self.model
         local = "" if model.local_experts == model.num_experts else f"of{model.num_experts}"
         shape = f"E{model.local_experts}{local}k{model.top_k}H{model.hidden_size}I{model.intermediate_size}"
+        rows = "-interleaved" if model.interleaved else ""
         bias = "-bias" if model.has_bias else ""
         return (
-            f"{model.name}-{shape}-{model.activation}{bias}-{self.dtype}-M{self.num_tokens}"
+            f"{model.name}-{shape}-{model.activation}{rows}{bias}-{self.dtype}-M{self.num_tokens}"
             f"-{self.routing}-{_routing_digest(model, self.num_tokens, self.routing)}-{self.cache_state}"
         )
 

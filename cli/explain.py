@@ -40,6 +40,7 @@ def explain(
     activation: Annotated[str, typer.Option(help="silu, gelu, gelu_tanh, swigluoai, ...")] = "silu",
     batched: Annotated[bool, typer.Option("--batched", help="Tokens arrive as [E_local, max_tokens, H].")] = False,
     lora: Annotated[bool, typer.Option("--lora", help="LoRA adapters may be applied to the experts.")] = False,
+    bias: Annotated[bool, typer.Option("--bias", help="The experts' GEMMs add biases.")] = False,
     weight_on_input: Annotated[
         bool, typer.Option("--weight-on-input", help="Routing weights multiply the experts' input (top-k 1).")
     ] = False,
@@ -79,6 +80,7 @@ def explain(
             activation=activation,
             batched=batched,
             lora=lora,
+            bias=bias,
             weight_on_input=weight_on_input,
             ranks={"dp_size": dp, "ep_size": ep, "tp_size": tp},
             sizes={"num_experts": experts, "hidden_size": hidden, "intermediate_size": intermediate},
@@ -123,6 +125,7 @@ def _config(
     activation: str,
     batched: bool,
     lora: bool,
+    bias: bool,
     weight_on_input: bool,
     ranks: dict[str, int],
     sizes: dict[str, int],
@@ -151,6 +154,7 @@ def _config(
         activation_format=ActivationFormat.BATCHED if batched else ActivationFormat.STANDARD,
         apply_router_weight_on_input=weight_on_input,
         is_lora_enabled=lora,
+        has_bias=bias,
         parallel=ParallelConfig(**ranks),
     )
 

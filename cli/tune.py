@@ -92,7 +92,7 @@ def _folder(console: Console, output: Path | None) -> Path:
 def _workloads(
     console: Console, models: Sequence[str], shapes: Sequence[str], tokens: str | None, dtype: str
 ) -> list[Workload]:
-    from moegate.bench.tune import DEFAULT_TOKENS
+    from moegate.bench.tune import DEFAULT_TOKENS, unsearchable
     from moegate.bench.workloads import MODELS, Workload
 
     if not models and not shapes:
@@ -103,8 +103,8 @@ def _workloads(
     for name in models:
         if name not in MODELS:
             _refuse(console, f"--model: expected one of {', '.join(MODELS)}, got {name!r}")
-        if MODELS[name].unsupported:
-            _refuse(console, f"--model: {name} cannot be run: {MODELS[name].unsupported}")
+        if why := unsearchable(MODELS[name]):
+            _refuse(console, f"--model: {name}: {why}")
         chosen.append(MODELS[name])
     chosen += [_shape(console, shape) for shape in shapes]
     counts = DEFAULT_TOKENS

@@ -152,7 +152,7 @@ DEFAULT = declare(
 BROKEN = declare("CONFIG-06", "a broken file is an error that names the file and the key", "configs")
 CLAMPED = declare(
     "CONFIG-07",
-    "a step that does not divide a block of activation scales is clamped and reported; weight-only groups are spanned",
+    "a step that does not divide a block or group of scales along K is clamped and reported",
     "configs",
 )
 TOO_LARGE = declare(
@@ -259,7 +259,7 @@ def _misfit(question: ConfigSpec, found: Found) -> str:
         if tile["num_warps"] * warp > 1024:
             return f"too many threads: {tile}"
         k = (question.block_shape or (0, 0))[1]
-        if k and question.scheme in _SCALED_ACTIVATIONS and k % step:
+        if k and k % step:
             return f"a step of {step} does not divide the scale block's {k}"
     return ""
 
@@ -413,12 +413,11 @@ def judge_validation(facet: ConfigsFacet, device: str, scheme: str, block_shape:
     question = ConfigSpec(device=device, scheme=scheme, block_shape=block_shape, M=16, N=704)
     default = facet.find(question, folder)
     k = (block_shape or (0, 0))[1]
-    clamps = bool(k) and scheme in _SCALED_ACTIVATIONS
     for step in (16, 32, 64, 128, 256):
         file = put_public(folder, question, {16: small_tile() | {"BLOCK_SIZE_K": step, "num_stages": 1}})
         found = facet.find(question, folder)
         runs = found.w13["BLOCK_SIZE_K"] if found.w13 else None
-        if clamps and k % step:
+        if k and k % step:
             said = all(word in " ".join(found.reasons) for word in (file.name, str(step), str(runs)))
             holds = runs is not None and k % runs == 0 and runs <= k and said and found.file == file
         else:
@@ -428,7 +427,7 @@ def judge_validation(facet: ConfigsFacet, device: str, scheme: str, block_shape:
     _, limit, _ = DEVICES[device]
     large = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 128, "num_stages": 8}
     cases = [("num_warps", small_tile() | {"num_warps": 64})]
-    cases += [("shared memory", small_tile() | large)] if limit and not clamps else []
+    cases += [("shared memory", small_tile() | large)] if limit and not k else []
     for what, tile in cases:
         file = put_public(folder, question, {16: tile})
         found = facet.find(question, folder)

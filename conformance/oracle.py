@@ -88,6 +88,14 @@ class OracleSpec(Spec):
         return {}
 
     @property
+    def is_layer(self) -> bool:
+        """Whether there is such a layer: groups divide its columns, and no shard cuts a block."""
+        rows, columns = self.block_shape or (1, 1)
+        if rows == 0:
+            return self.intermediate_size % columns == 0
+        return self.tp == 1 or (self.intermediate_size % rows == 0 and self.intermediate_size % columns == 0)
+
+    @property
     def triton(self) -> str:
         """The Triton backend of this question's activation format."""
         return "batched_triton" if self.is_batched else "triton"
@@ -543,9 +551,11 @@ def configurations(platforms: Iterable[str] = PLATFORMS, weights: Iterable[Any] 
         for batched, lora, on_input, dp, ep, tp, size in product(
             flags, flags, flags, (1, 2), (1, 4), (1, 2), INTERMEDIATE_SIZES
         ):
-            yield OracleSpec(
+            question = OracleSpec(
                 platform, dtype, scheme, block_shape, activation, batched, lora, on_input, dp, ep, tp, size
             )
+            if question.is_layer:
+                yield question
 
 
 _TYPICAL_WEIGHTS = (WEIGHTS[0], WEIGHTS[4], WEIGHTS[10])
@@ -601,7 +611,7 @@ def oracle_specs() -> Any:
         on_request=st.sampled_from(((), ("flashinfer_cutlass",), ("triton",))),
         request=requested,
         environment=requested,
-    )
+    ).filter(lambda question: question.is_layer)
 
 
 def covering() -> Iterator[OracleSpec]:
@@ -613,7 +623,9 @@ def covering() -> Iterator[OracleSpec]:
     ):
         question = OracleSpec(platform, *weights, activation, batched, lora, dp=dp)
         for on_input, size in product(flags, INTERMEDIATE_SIZES):
-            yield replace(question, weight_on_input=on_input, intermediate_size=size)
+            varied = replace(question, weight_on_input=on_input, intermediate_size=size)
+            if varied.is_layer:
+                yield varied
         for request in ("auto", "triton", "batched_triton", "flashinfer_cutlass", "flashinfer_trtllm", "flashinfer"):
             yield replace(question, request=request)
         yield replace(question, absent=(question.triton,))

@@ -6,18 +6,19 @@ NaN in weights) would stall its queue to ask for: those checks run inside `debug
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from .config import Activation
+from .config import Activation, ActivationFunction
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-SUPPORTED_ACTIVATIONS = (Activation.SILU,)
 
 _debug: ContextVar[bool] = ContextVar(
     "moegate_debug", default=os.environ.get("MOEGATE_DEBUG", "0").lower() in ("1", "true", "on", "yes")
@@ -75,7 +76,7 @@ def expect_tensor(
         raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
-    if value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if sizes and sizes[-1] > 1 and value.stride(-1) != 1 and value.numel():
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}")
     if contiguous and not value.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
@@ -112,16 +113,42 @@ def expect_bool(name: str, value: Any) -> bool:
     return value
 
 
-def expect_activation(name: str, value: Any) -> Activation:
-    """Check an activation, given as one or by its name, that this build's kernels compute.
+def expect_activation(activation: Any, alpha: Any, limit: Any, interleaved: Any) -> ActivationFunction:
+    """Check an activation, given as one or by its name, and its parameters.
 
     Raises:
-        ValueError: anything else, with the names that exist.
+        TypeError: a parameter that is no number, or `interleaved` that is no bool.
+        ValueError: no activation, with the names that exist; swigluoai's parameters for another one, or not positive
+            and finite; rows that alternate for an activation without a gate.
     """
-    for supported in SUPPORTED_ACTIVATIONS:
-        if value == supported:
-            return supported
-    raise ValueError(f"{name}: expected one of {[str(known) for known in SUPPORTED_ACTIVATIONS]}, got {value!r}")
+    try:
+        return _activation(activation, alpha, limit, interleaved)
+    except TypeError:
+        pass  # an argument that cannot be remembered is none that is right: the check below says which
+    return _activation.__wrapped__(activation, alpha, limit, interleaved)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _activation(activation: Any, alpha: Any, limit: Any, interleaved: Any) -> ActivationFunction:
+    if not isinstance(activation, str) or activation not in set(Activation):
+        raise ValueError(f"activation: expected one of {[str(known) for known in Activation]}, got {activation!r}")
+    kind = Activation(activation)
+    for name, value, default in (
+        ("swiglu_alpha", alpha, ActivationFunction.alpha),
+        ("swiglu_limit", limit, ActivationFunction.limit),
+    ):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+        if kind is not Activation.SWIGLUOAI and value != default:
+            raise ValueError(
+                f"{name}: expected {default} for the activation {kind}, which has no such parameter, got {value}"
+            )
+    expect_bool("interleaved", interleaved)
+    if interleaved and not kind.is_gated:
+        raise ValueError(f"interleaved: expected False for the activation {kind}, which has no gate, got True")
+    return ActivationFunction(kind, float(alpha), float(limit), interleaved)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

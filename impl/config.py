@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class ActivationFunction:
     limit: float = 7.0
     interleaved: bool = False
 
-    @property
+    @cached_property
     def rows_a_column(self) -> int:
         """Rows of w13 for each column of the activation's result: 2 where gated, else 1."""
         return 2 if self.kind.is_gated else 1
@@ -82,6 +83,42 @@ def _expect_rank(name: str, rank: int, size: int) -> None:
         raise TypeError(f"{name}_rank: expected an int, got {type(rank).__name__} {rank!r}")
     if not 0 <= rank < size:
         raise ValueError(f"{name}_rank: expected a rank in [0, {size}) for {name}_size {size}, got {rank}")
+
+
+def expect_block_shape(scheme: QuantScheme, block_shape: Any) -> tuple[int, int] | None:
+    """Check the shape of a scheme's blocks or groups of weight scales.
+
+    Args:
+        scheme: which.
+        block_shape: (bn, bk) of blocks, (0, g) of groups along K, None otherwise.
+
+    Returns:
+        It as a tuple.
+
+    Raises:
+        ValueError: no two integers, a shape that the scheme does not have, or columns that 16 does not divide: a step
+            of a kernel along K divides them, and has at least 16.
+    """
+    groups = scheme in (QuantScheme.INT8_W8A16, QuantScheme.INT4_W4A16)
+    if block_shape is None:
+        if scheme is QuantScheme.INT4_W4A16:
+            raise ValueError(f"block_shape: expected (0, group) for scheme {scheme}, got None")
+        return None
+    if scheme in (QuantScheme.NONE, QuantScheme.INT8_W8A8):
+        raise ValueError(f"block_shape: expected None for scheme {scheme}, got {block_shape}")
+    if (
+        not isinstance(block_shape, (tuple, list))
+        or len(block_shape) != 2
+        or any(type(size) is not int or size < 0 for size in block_shape)
+    ):
+        raise ValueError(f"block_shape: expected two integers of at least 0, got {block_shape!r}")
+    rows, columns = block_shape
+    if groups != (rows == 0):
+        wanted = "(0, group)" if groups else "(rows, columns) of at least one row"
+        raise ValueError(f"block_shape: expected {wanted} for scheme {scheme}, got {tuple(block_shape)}")
+    if columns < 16 or columns % 16:
+        raise ValueError(f"block_shape: expected columns that 16 divides, got {columns} in {tuple(block_shape)}")
+    return rows, columns
 
 
 def _as_member(enum: type[StrEnum], name: str, value: Any) -> Any:
@@ -129,11 +166,13 @@ class MoEConfig:
         intermediate_size: the model's intermediate size of one expert, before tensor parallelism divides it.
         dtype: of activations and unquantised weights: bfloat16, float16 or float32.
         scheme: how weights and activations are quantised.
-        block_shape: (n, k) of block-wise weight scales, (0, group) of scales grouped along K, None otherwise.
+        block_shape: (n, k) of block-wise weight scales, (0, group) of scales grouped along K, None otherwise. No shard
+            of tensor parallelism cuts a block, and groups divide both H and I.
         activation: between the two GEMMs.
         activation_format: how tokens reach the experts.
         apply_router_weight_on_input: routing weights multiply the experts' input instead of their output (top_k = 1).
         is_lora_enabled: LoRA adapters may be applied to the experts.
+        has_bias: the experts' GEMMs add biases.
         parallel: this rank's place.
         expert_map: for each global expert its local id on this rank, -1 where another rank owns it; None for the
             linear placement, by which rank r owns the r-th run of experts and the first ranks take the remainder.
@@ -153,6 +192,7 @@ class MoEConfig:
     activation_format: ActivationFormat = ActivationFormat.STANDARD
     apply_router_weight_on_input: bool = False
     is_lora_enabled: bool = False
+    has_bias: bool = False
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     expert_map: tuple[int, ...] | None = None
 
@@ -169,7 +209,7 @@ class MoEConfig:
             ("activation_format", ActivationFormat),
         ):
             object.__setattr__(self, name, _as_member(enum, name, getattr(self, name)))
-        for name in ("apply_router_weight_on_input", "is_lora_enabled"):
+        for name in ("apply_router_weight_on_input", "is_lora_enabled", "has_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         if not isinstance(self.parallel, ParallelConfig):
@@ -185,18 +225,32 @@ class MoEConfig:
             )
         if self.apply_router_weight_on_input and self.top_k != 1:
             raise ValueError(f"apply_router_weight_on_input: expected top_k 1, got {self.top_k}")
-        if self.block_shape is not None:
-            if self.scheme is QuantScheme.NONE:
-                raise ValueError(f"block_shape: expected None for scheme none, got {self.block_shape}")
-            shape = self.block_shape
-            if (
-                not isinstance(shape, (tuple, list))
-                or len(shape) != 2
-                or any(type(b) is not int or b < 0 for b in shape)
-            ):
-                raise ValueError(f"block_shape: expected two integers of at least 0, got {shape!r}")
-            object.__setattr__(self, "block_shape", tuple(shape))
+        if self.scheme is not QuantScheme.NONE and self.dtype is torch.float32:
+            raise ValueError(f"dtype: expected bfloat16 or float16 for scheme {self.scheme}, got {self.dtype}")
+        object.__setattr__(self, "block_shape", expect_block_shape(self.scheme, self.block_shape))
+        self._check_shards()
         self._check_placement()
+
+    def _check_shards(self) -> None:
+        """A rank holds whole groups always, and whole blocks where the model's are cut into shards."""
+        if self.block_shape is None:
+            return
+        rows, columns = self.block_shape
+        size, shards = self.intermediate_size_per_partition, self.parallel.tp_size
+        if rows == 0 and self.hidden_size % columns:
+            raise ValueError(
+                f"block_shape: expected groups that divide hidden_size {self.hidden_size}, got {self.block_shape}"
+            )
+        if rows == 0 and shards == 1 and size % columns:
+            raise ValueError(
+                f"block_shape: expected groups that divide intermediate_size {size}, got {self.block_shape}"
+            )
+        if shards > 1 and (size % columns or (rows and size % rows)):
+            what = "groups" if rows == 0 else "blocks"
+            raise ValueError(
+                f"tp_size: expected shards of whole {what} of block_shape {self.block_shape}, got {size} of "
+                f"intermediate_size {self.intermediate_size} for each of {shards} ranks"
+            )
 
     def _check_placement(self) -> None:
         if self.expert_map is None:

@@ -18,9 +18,12 @@ from .checks import (
     expect_tensor,
 )
 from .config import Activation, ActivationFormat
+from .experts.base import ExpertsCall
 from .kernels.device import current_device
 from .oracle.call import experts_of_call
 from .platform import Platform
+from .quantization import ExpertsQuantization
+from .weights import debug_expect_scales, expect_experts_weights
 
 
 def fused_experts(
@@ -30,7 +33,13 @@ def fused_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     *,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    quant: ExpertsQuantization | None = None,
     activation: Activation | str = Activation.SILU,
+    swiglu_alpha: float = 1.702,
+    swiglu_limit: float = 7.0,
+    interleaved: bool = False,
     apply_router_weight_on_input: bool = False,
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
@@ -38,19 +47,28 @@ def fused_experts(
     allow_tf32: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The routed experts' weighted sum: `out[t] = sum_j weight[t, j] * w2[e] @ (silu(gate) * up)`, e = ids[t, j].
+    """The routed experts' weighted sum: `out[t] = sum_j weight[t, j] * (w2[e] @ act(gate, up) + b2[e])`, e = ids[t, j].
 
-    gate and up are the upper and lower half of `w13[e] @ hidden_states[t]` (Shazeer, arXiv 2002.05202). A pair whose
-    id is -1, or whose expert another rank holds, adds nothing; a token without any pair gets zeros. Nothing waits for
-    the device, so the call can be captured in a CUDA graph. Last dimensions are contiguous; rows may be strided.
+    gate and up are the upper and lower half of `w13[e] @ hidden_states[t] + b13[e]` (Shazeer, arXiv 2002.05202); an
+    activation without a gate takes all of it. A pair whose id is -1, or whose expert another rank holds, adds nothing;
+    a token without any pair gets zeros. Nothing waits for the device, so the call can be captured in a CUDA graph.
+    Last dimensions are contiguous; rows may be strided. Scales are contiguous.
 
     Args:
-        hidden_states: [M, H] bfloat16, float16 or float32.
-        w13: [E_local, 2I, H] of the same dtype, gate rows first, then up.
-        w2: [E_local, H, I] of the same dtype.
+        hidden_states: [M, H] bfloat16, float16 or float32 (quantised: bfloat16 or float16).
+        w13: [E_local, 2I, H] of the same dtype, gate rows first, then up; [E_local, I, H] for an activation without a
+            gate. Quantised: of the dtype that `quant` says.
+        w2: [E_local, H, I] as w13.
         topk_weights: [M, top_k] float32, not NaN.
         topk_ids: [M, top_k] int32 or int64, global ids in [-1, E).
-        activation: between the two GEMMs; silu for now.
+        w13_bias: [E_local, 2I] in the order of w13's rows, of the activations' dtype or float32; the routing weight
+            does not multiply it.
+        w2_bias: [E_local, H] likewise; the routing weight multiplies it, unless that is on the input.
+        quant: how w13 and w2 are stored (`ExpertsQuantization`); None where they are of the activations' dtype.
+        activation: between the two GEMMs.
+        swiglu_alpha: of swigluoai (`ActivationFunction`).
+        swiglu_limit: of swigluoai.
+        interleaved: w13's gate and up rows alternate, from gate 0 on; not with scales in blocks.
         apply_router_weight_on_input: weights multiply the experts' input instead of their output; top_k must be 1.
         expert_map: [E] int32, global to local id, -1 for experts of other ranks; None where all are local.
         global_num_experts: E; None takes it from `expert_map` or `w13`.
@@ -64,22 +82,17 @@ def fused_experts(
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape, device, layout or range, by name, before
-            anything is launched; in debug mode (`checks.debug_checks`) also ids outside [-1, E), NaN weights, and
-            maps with values outside [-1, E_local) or a local id twice.
+            anything is launched; in debug mode (`checks.debug_checks`) also ids outside [-1, E), NaN weights, maps
+            with values outside [-1, E_local) or a local id twice, and scales that are not positive and finite.
     """
-    activation = expect_activation("activation", activation)
+    function = expect_activation(activation, swiglu_alpha, swiglu_limit, interleaved)
     expect_bool("apply_router_weight_on_input", apply_router_weight_on_input)
     expect_bool("allow_tf32", allow_tf32)
     expect_tensor("hidden_states", hidden_states, shape=("M", "H"), dtypes=FLOATS)
     num_tokens, hidden_size = hidden_states.shape
     dtypes = (hidden_states.dtype,)
-    expect_tensor("w2", w2, shape=("E_local", hidden_size, "I"), dtypes=dtypes, like=hidden_states)
-    num_local_experts, _, intermediate_size = w2.shape
-    expect_tensor(
-        "w13", w13, shape=(num_local_experts, 2 * intermediate_size, hidden_size), dtypes=dtypes, like=hidden_states
-    )
-    if hidden_size < 1 or intermediate_size < 1:
-        raise ValueError(f"w2: expected H and I of at least 1, got shape {list(w2.shape)}")
+    weights = expect_experts_weights(hidden_states, "E_local", w13, w2, w13_bias, w2_bias, quant, function)
+    num_local_experts = weights.num_local_experts
     expect_tensor("topk_ids", topk_ids, shape=(num_tokens, "top_k"), dtypes=IDS, like=hidden_states)
     top_k = topk_ids.shape[1]
     expect_tensor("topk_weights", topk_weights, shape=(num_tokens, top_k), dtypes=(torch.float32,), like=hidden_states)
@@ -98,9 +111,12 @@ def fused_experts(
         num_experts,
         top_k,
         hidden_size,
-        intermediate_size,
+        weights.intermediate_size,
         hidden_states.dtype,
-        activation,
+        weights.scheme,
+        weights.block_shape,
+        function.kind,
+        weights.has_bias,
         apply_router_weight_on_input,
     )
     if out is None:
@@ -111,36 +127,35 @@ def fused_experts(
             "out",
             out,
             hidden_states=hidden_states,
-            w13=w13,
-            w2=w2,
             topk_weights=topk_weights,
             topk_ids=topk_ids,
             expert_map=expert_map,
+            **weights.tensors(),
         )
     debug_expect_ids("topk_ids", topk_ids, num_experts)
     debug_expect_no_nan("topk_weights", topk_weights)
     if expert_map is not None:
         debug_expect_expert_map("expert_map", expert_map, num_local_experts)
+    debug_expect_scales(quant)
 
     path.note("backend", experts.backend)
     if num_tokens == 0:
         return out
     if num_local_experts == 0:
         return out.zero_()
+    call = ExpertsCall(
+        hidden_states,
+        weights,
+        topk_weights,
+        topk_ids,
+        function,
+        apply_router_weight_on_input,
+        expert_map,
+        num_experts,
+        allow_tf32,
+    )
     with current_device(hidden_states):
-        experts.apply(
-            out,
-            hidden_states,
-            w13,
-            w2,
-            topk_weights,
-            topk_ids,
-            activation=activation,
-            apply_router_weight_on_input=apply_router_weight_on_input,
-            expert_map=expert_map,
-            global_num_experts=num_experts,
-            allow_tf32=allow_tf32,
-        )
+        experts.apply(out, call)
     return out
 
 

@@ -25,8 +25,10 @@ from triton.runtime import jit
 
 from moegate.impl import path
 from moegate.impl.batched import batched_experts
+from moegate.impl.config import Activation, QuantScheme
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.platform import Platform, Vendor
+from moegate.impl.quantization import ExpertsQuantization
 from moegate.impl.routing import select_experts
 from moegate.impl.tuning.kernel_config import KernelConfig, use_kernel_configs
 
@@ -39,6 +41,36 @@ def target(platform: Platform) -> GPUTarget:
     if platform.vendor is Vendor.AMD:
         return GPUTarget("hip", _GFX[capability], 64)
     return GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+
+
+_STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
+
+
+def quantised(scheme: str, e: int, rows: int, h: int, i: int, group: int) -> tuple[Any, ...]:
+    """w13, w2 and their quantisation on the meta device; a scheme is named `fp8_block`, `int4_w4a16_group_zp`, ..."""
+
+    def meta(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    bits = scheme.partition("_")[0]
+    stored = _STORED[bits]
+    pack = 2 if stored is torch.uint8 else 1
+    block = (group, group) if "block" in scheme else (0, group) if "group" in scheme else None
+    if block is None:
+        scales = [meta(e, n) if "channel" in scheme else meta(e) for n in (rows, h)]
+    else:
+        grids = ((rows // i * -(-i // group), -(-h // group)), (-(-h // group), -(-i // group)))
+        scales = [
+            meta(e, *grid) if block[0] else meta(e, n, k // group)
+            for grid, n, k in zip(grids, (rows, h), (h, i), strict=True)
+        ]
+    zeros = (
+        [meta(e, n // 2, k // group, of=torch.uint8) for n, k in ((rows, h), (h, i))] if "zp" in scheme else [None] * 2
+    )
+    static = [meta(1)] * 2 if "static" in scheme else [None] * 2
+    kind = QuantScheme(next(s for s in QuantScheme if s.startswith(bits) and ("w8a16" in scheme) == ("w8a16" in s)))
+    quant = ExpertsQuantization(kind, *scales, *zeros, block, *static, per_act_token_quant="token" in scheme)
+    return meta(e, rows, h // pack, of=stored), meta(e, h, i // pack, of=stored), quant
 
 
 def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -55,18 +87,28 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[A
     def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
+    activation = Activation(job.get("activation", "silu"))
+    rows = (2 if activation.is_gated else 1) * i
+    w13, w2, quant = meta(local, rows, h), meta(local, h, i), None
+    if job.get("scheme"):
+        w13, w2, quant = quantised(job["scheme"], local, rows, h, i, job.get("group", 128))
+    options = {"activation": activation, "quant": quant, "interleaved": job.get("interleaved", False)}
+    if job.get("bias"):
+        options |= {"w13_bias": meta(local, rows), "w2_bias": meta(local, h)}
+
     def run() -> None:
         if job.get("batched"):
-            batched_experts(meta(e, m, h), meta(e, 2 * i, h), meta(e, h, i), meta(e, of=torch.int32))
+            batched_experts(meta(e, m, h), w13, w2, meta(e, of=torch.int32), **options)
             return
         select_experts(meta(m, e), k)
         fused_experts(
             meta(m, h),
-            meta(local, 2 * i, h),
-            meta(local, h, i),
+            w13,
+            w2,
             meta(m, k, of=torch.float32),
             meta(m, k, of=getattr(torch, job.get("ids", "int32"))),
             expert_map=meta(e, of=torch.int32) if job.get("expert_map") else None,
+            **options,
         )
 
     with mock.patch.object(path, "launch", record), mock.patch.object(Platform, "of", return_value=platform):

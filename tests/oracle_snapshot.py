@@ -47,6 +47,8 @@ def snapshot():
         groups = defaultdict(lambda: defaultdict(list))
         for (shape_name, shape), weights, activation in product(SHAPES, WEIGHTS, ACTIVATIONS):
             dtype, scheme, block_shape = weights
+            if not OracleSpec("cpu", *weights, activation, **shape).is_layer:
+                continue
             name = f"{dtype}" if scheme == "none" else f"{dtype} {scheme} {block_shape or ''}".strip()
             result = _result(facet, weights, activation, shape, batched, lora, dp)
             groups[result][(shape_name, name)].append(activation)

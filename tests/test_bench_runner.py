@@ -9,6 +9,7 @@ import torch
 from moegate.bench import __main__ as command
 from moegate.bench import machine
 from moegate.bench.floor import Ceilings
+from moegate.bench.formats import FORMATS
 from moegate.bench.operands import WeightBank, make_operands
 from moegate.bench.peers import load_peer
 from moegate.bench.record import Record
@@ -109,7 +110,7 @@ def test_the_judge_is_exchangeable_and_named():
 @pytest.mark.parametrize("model", [TOY, SHARD], ids=lambda model: model.name)
 def test_rows_are_judged_right_on_every_dtype_and_shard(model, dtype):
     workload = Workload(model, 17, dtype=dtype)
-    operands = make_operands(workload, WeightBank(model, workload.torch_dtype, torch.device("cpu")), 0, 0)
+    operands = make_operands(workload, WeightBank(model, workload.format, torch.device("cpu")), 0, 0)
     verdict = verify_rows(fused_experts, operands)
     assert verdict.holds
     assert not verify_rows(lambda *a, **k: fused_experts(*a, **k)[:-1], operands).holds
@@ -170,7 +171,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="subjects: expected at least one"):
         measure({})
     with pytest.raises(ValueError, match="bank: expected weights of toy"):
-        measure({OURS: fused_experts}, bank=WeightBank(SHARD, torch.float32, torch.device("cpu")))
+        measure({OURS: fused_experts}, bank=WeightBank(SHARD, FORMATS["fp32"], torch.device("cpu")))
 
 
 def test_a_run_goes_on_after_a_failure_and_says_so_in_its_exit_code():

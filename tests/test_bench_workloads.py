@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from moegate.bench.formats import FORMATS, find_format
 from moegate.bench.selection import select_workloads
 from moegate.bench.workloads import MODELS, SMALL_MODELS, TOKEN_COUNTS, Model, Routing, Workload, find_model
 from moegate.impl.config import Activation
@@ -104,16 +105,33 @@ def test_an_expert_parallel_rank_maps_its_own_experts_and_no_others():
     assert QWEN.expert_map() is None
 
 
-def test_models_keep_their_true_activation_and_say_what_cannot_run():
+def test_models_keep_their_true_activation():
     assert MODELS["nemotron-3-nano"].activation == "relu2_no_mul"
     assert not MODELS["nemotron-3-nano"].is_gated
     assert MODELS["gpt-oss-120b"].activation == "swigluoai"
-    for name in ("nemotron-3-nano", "gpt-oss-120b"):
-        assert "not implemented" in (MODELS[name].unsupported or "")
+    assert MODELS["gpt-oss-120b"].has_bias
+    assert MODELS["gpt-oss-120b"].interleaved
     for model in MODELS.values():
         assert Activation(model.activation).is_gated == model.is_gated
         assert model.source
     assert TOKEN_COUNTS[-1] == 16384
+
+
+def test_layers_that_cannot_be_stored_so_are_left_out_unless_they_are_named():
+    device = torch.device("cuda")
+    every = select_workloads(device, dtype="int4-g128", tokens="1")
+    assert "gpt-oss-120b" not in {workload.model.name for workload in every}
+    assert "deepseek-v3-tp8" in {workload.model.name for workload in every}
+    (named,) = select_workloads(device, models="gpt-oss-120b", dtype="int4-g128", tokens="1")
+    assert named.unsupported == "int4-g128 needs H and I that 128 divides, got 2880 and 2880"
+    (block,) = select_workloads(device, models="deepseek-v3-tp8", dtype="fp8-block", tokens="1")
+    assert block.id.startswith("deepseek-v3-tp8-E256k8H7168I256-silu-fp8-block-M1-")
+    assert named.id.startswith("gpt-oss-120b-E128k4H2880I2880-swigluoai-interleaved-bias-int4-g128-M1-")
+
+
+def test_every_format_is_known_by_its_own_name():
+    assert all(find_format(name).name == name for name in FORMATS)
+    assert find_format("fp8-block").block_shape == (128, 128)
 
 
 def test_default_workloads_fit_the_device():
@@ -121,7 +139,7 @@ def test_default_workloads_fit_the_device():
     assert {workload.dtype for workload in on_cpu} == {"fp32"}
     assert all("/" in workload.model.name and workload.cache_state == "warm" for workload in on_cpu)
     on_gpu = select_workloads(torch.device("cuda"))
-    assert all(workload.model.unsupported is None and workload.cache_state == "cold" for workload in on_gpu)
+    assert all(workload.unsupported is None and workload.cache_state == "cold" for workload in on_gpu)
     assert {workload.num_tokens for workload in on_gpu} == {1, 8, 64, 512, 4096}
 
 
@@ -130,7 +148,8 @@ def test_default_workloads_fit_the_device():
     [
         (lambda: find_model("qwen"), "model: expected one of .* got 'qwen'"),
         (lambda: Workload(QWEN, 0), "num_tokens: expected at least 1, got 0"),
-        (lambda: Workload(QWEN, 1, dtype="int8"), "dtype: expected one of bf16, fp16, fp32, got 'int8'"),
+        (lambda: Workload(QWEN, 1, dtype="int8"), "dtype: expected one of bf16, fp16, fp32, .* got 'int8'"),
+        (lambda: select_workloads(torch.device("cuda"), dtype="fp4"), "dtype: expected one of bf16"),
         (lambda: Workload(QWEN, 1, cache_state="hot"), "cache_state: expected cold or warm, got 'hot'"),
         (lambda: Routing.parse("zipf"), "exponent: expected more than 0 for zipf"),
         (lambda: Routing.parse("uniform2"), "exponent: expected more than 0 for zipf and 0 elsewhere"),

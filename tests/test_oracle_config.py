@@ -31,6 +31,43 @@ SIZES = {"num_experts": 8, "top_k": 2, "hidden_size": 64, "intermediate_size": 9
         ({"scheme": "fp8_w8a8", "block_shape": (128,)}, "block_shape: expected two integers"),
         ({"scheme": "fp8_w8a8", "block_shape": 128}, "block_shape: expected two integers"),
         ({"scheme": "fp8_w8a8", "block_shape": (True, 1)}, "block_shape: expected two integers"),
+        ({"has_bias": 1}, "has_bias: expected a bool"),
+        ({"scheme": "fp8_w8a8", "dtype": torch.float32}, "dtype: expected bfloat16 or float16 for scheme fp8_w8a8"),
+        ({"scheme": "fp8_w8a8", "block_shape": (-1, 16)}, "block_shape: expected two integers of at least 0"),
+        ({"scheme": "fp8_w8a8", "block_shape": (0, 32)}, "block_shape: expected (rows, columns) of at least one row"),
+        ({"scheme": "fp8_w8a8", "block_shape": (32, 0)}, "block_shape: expected columns that 16 divides, got 0"),
+        ({"scheme": "fp8_w8a8", "block_shape": (32, 40)}, "block_shape: expected columns that 16 divides, got 40"),
+        ({"scheme": "fp8_w8a8", "block_shape": (32, 8)}, "block_shape: expected columns that 16 divides, got 8"),
+        ({"scheme": "int8_w8a8", "block_shape": (32, 32)}, "block_shape: expected None for scheme int8_w8a8"),
+        ({"scheme": "int8_w8a8", "block_shape": (0, 32)}, "block_shape: expected None for scheme int8_w8a8"),
+        ({"scheme": "int8_w8a16", "block_shape": (32, 32)}, "block_shape: expected (0, group) for scheme int8_w8a16"),
+        ({"scheme": "int4_w4a16"}, "block_shape: expected (0, group) for scheme int4_w4a16, got None"),
+        ({"scheme": "int4_w4a16", "block_shape": (32, 32)}, "block_shape: expected (0, group) for scheme int4_w4a16"),
+        ({"scheme": "int4_w4a16", "block_shape": (0, 0)}, "block_shape: expected columns that 16 divides, got 0"),
+        (
+            {"scheme": "int4_w4a16", "block_shape": (0, 64)},
+            "block_shape: expected groups that divide intermediate_size 96, got (0, 64)",
+        ),
+        (
+            {"scheme": "int8_w8a16", "block_shape": (0, 48)},
+            "block_shape: expected groups that divide hidden_size 64, got (0, 48)",
+        ),
+        (
+            {"scheme": "fp8_w8a8", "block_shape": (32, 32), "parallel": ParallelConfig(tp_size=2)},
+            "tp_size: expected shards of whole blocks of block_shape (32, 32), got 48 of intermediate_size 96",
+        ),
+        (
+            {"scheme": "fp8_w8a8", "block_shape": (16, 32), "parallel": ParallelConfig(tp_size=2)},
+            "tp_size: expected shards of whole blocks",
+        ),
+        (
+            {"scheme": "fp8_w8a8", "block_shape": (5, 16), "parallel": ParallelConfig(tp_size=2)},
+            "tp_size: expected shards of whole blocks",
+        ),
+        (
+            {"scheme": "int4_w4a16", "block_shape": (0, 32), "parallel": ParallelConfig(tp_size=2)},
+            "tp_size: expected shards of whole groups of block_shape (0, 32), got 48 of intermediate_size 96",
+        ),
         ({"apply_router_weight_on_input": True}, "apply_router_weight_on_input: expected top_k 1"),
     ],
 )
@@ -52,6 +89,25 @@ def test_a_contradictory_configuration_is_refused_by_name(changes, words):
 )
 def test_a_rank_knows_how_many_experts_it_holds(changes, local):
     assert MoEConfig(**SIZES | changes).num_local_experts == local
+
+
+@pytest.mark.parametrize(
+    ("scheme", "block_shape", "tp"),
+    [
+        ("fp8_w8a8", None, 4),
+        ("fp8_w8a8", (128, 128), 1),  # the last block of either side may be narrower
+        ("fp8_w8a8", (5, 16), 1),
+        ("fp8_w8a8", (48, 16), 2),
+        ("int8_w8a8", None, 2),
+        ("int8_w8a16", None, 4),
+        ("int8_w8a16", (0, 32), 3),
+        ("int4_w4a16", (0, 32), 1),
+        ("int4_w4a16", (0, 16), 6),
+    ],
+)
+def test_scales_that_no_shard_cuts_are_taken(scheme, block_shape, tp):
+    config = MoEConfig(**SIZES, scheme=scheme, block_shape=block_shape, parallel=ParallelConfig(tp_size=tp))
+    assert config.block_shape == block_shape
 
 
 def test_a_configuration_can_be_a_key_however_its_block_shape_came():

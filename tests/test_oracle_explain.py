@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import typer
@@ -11,13 +12,14 @@ from typer.testing import CliRunner
 
 from moegate.explain import explain
 from moegate.impl import once
-from moegate.impl.config import MoEConfig
+from moegate.impl.config import Activation, MoEConfig, QuantScheme
 from moegate.impl.experts.base import unshipped_feature
 from moegate.impl.oracle import choose
 from moegate.impl.oracle.available import every_kernel, installed_kernels
 from moegate.impl.oracle.backends import UnquantizedMoeBackend as Backend
 from moegate.impl.oracle.choose import choose_backend
 from moegate.impl.oracle.decision import BackendRefusedError
+from moegate.impl.oracle.select import select_backend
 from moegate.impl.platform import Platform
 
 LAYER = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
@@ -71,6 +73,11 @@ def test_lora_takes_triton_on_rocm(run):
     assert result.exit_code == 0
     assert "decision: triton (TritonExperts)" in result.output
     assert "vllm #40273" in result.output
+
+
+def test_biases_leave_triton_alone_where_others_add_none(run):
+    assert "decision: flashinfer_trtllm" in run("--platform", "cuda:10.0").output
+    assert "decision: triton" in run("--platform", "cuda:10.0", "--bias").output
 
 
 def test_a_refused_request_says_why_and_exits_with_a_finding(run):
@@ -156,6 +163,9 @@ def test_this_machine_counts_what_is_installed(run):
         (["--top-k", "200"], "top_k: expected at most num_experts"),
         (["--block-shape", "128x128", "--dtype", "fp8_w8a8"], "--block-shape: expected N,K"),
         (["--block-shape", "128,128"], "block_shape: expected None"),
+        (["--dtype", "int4_w4a16"], "block_shape: expected (0, group) for scheme int4_w4a16, got None"),
+        (["--dtype", "int4_w4a16", "--block-shape", "0,96"], "block_shape: expected groups that divide hidden_size"),
+        (["--dtype", "fp8_w8a8", "--block-shape", "128,128", "--tp", "4"], "tp_size: expected shards of whole blocks"),
         (["--without", "cutlass"], "--without: expected one of"),
         (["--weight-on-input", "--top-k", "2"], "apply_router_weight_on_input: expected top_k 1"),
     ],
@@ -214,9 +224,31 @@ def test_the_process_environment_is_read_by_the_wrapper_alone(monkeypatch):
 
 def test_this_build_says_what_it_does_not_ship():
     cpu = Platform.parse("cpu")
-    quantised = MoEConfig(8, 2, 128, 128, scheme="fp8_w8a8")
-    kernels = installed_kernels(quantised, cpu)
-    unshipped = unshipped_feature(quantised) or ""
+    adapted = MoEConfig(8, 2, 128, 128, is_lora_enabled=True)
+    kernels = installed_kernels(adapted, cpu)
+    unshipped = unshipped_feature(adapted) or ""
+    assert "LoRA" in unshipped
     assert kernels[Backend.TRITON].why == kernels[Backend.CPU].why == unshipped
     for declared in (Backend.AITER, Backend.XPU, Backend.FLASHINFER_TRTLLM):
         assert "moegate ships no" in kernels[declared].why
+
+
+@pytest.mark.parametrize("scheme", QuantScheme)
+@pytest.mark.parametrize("activation", Activation)
+def test_this_build_ships_every_scheme_activation_and_bias(scheme, activation):
+    block_shape = (0, 32) if scheme is QuantScheme.INT4_W4A16 else None
+    config = MoEConfig(8, 2, 128, 128, scheme=scheme, block_shape=block_shape, activation=activation, has_bias=True)
+    assert unshipped_feature(config) is None
+    assert choose_backend(config, Platform.parse("cpu")).backend is Backend.CPU
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform"),
+    [("aiter", "rocm:gfx942"), ("flashinfer_trtllm", "cuda:10.0"), ("flashinfer_cutlass", "cuda:9.0")],
+)
+def test_backends_that_add_no_biases_refuse_them(backend, platform):
+    where, config = Platform.parse(platform), MoEConfig(8, 2, 128, 128)
+    assert select_backend(config, where, every_kernel(), backend).backend == backend
+    with pytest.raises(BackendRefusedError, match="biases"):
+        select_backend(replace(config, has_bias=True), where, every_kernel(), backend)
+    assert select_backend(replace(config, has_bias=True), where, every_kernel()).backend is Backend.TRITON

@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional
 
 from moegate.conformance.verify import verify_experts
-from moegate.impl.config import Activation, MoEConfig
+from moegate.impl.config import Activation, ActivationFunction, MoEConfig, QuantScheme
 from moegate.impl.experts import flashinfer_cutlass
+from moegate.impl.experts.base import ExpertsCall
 from moegate.impl.experts.cpu import CpuExperts
 from moegate.impl.experts.flashinfer_cutlass import FlashInferCutlassExperts, compiled_module, local_expert_ids
 from moegate.impl.experts.readiness import State
@@ -26,6 +27,8 @@ from moegate.impl.oracle.decision import BackendRefusedError
 from moegate.impl.oracle.select import select_backend
 from moegate.impl.path import record_path
 from moegate.impl.platform import Platform
+from moegate.impl.quantization import ExpertsQuantization
+from moegate.impl.weights import ExpertsWeights
 
 H200 = Platform.parse("cuda:9.0")
 LAYER = MoEConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
@@ -185,16 +188,11 @@ def _operands(num_rows=2):
 MAP = torch.tensor([0, -1, 1, 2, -1, 3, -1, -1], dtype=torch.int32)
 
 
-def _apply(experts, operands, out, activation=Activation.SILU, **options):
+def _apply(experts, operands, out, activation=Activation.SILU, on_input=False, beside=None, **parameters):
     hidden, w13, w2, weights, ids = operands
-    arguments = {
-        "activation": activation,
-        "apply_router_weight_on_input": False,
-        "expert_map": MAP,
-        "global_num_experts": 8,
-        "allow_tf32": False,
-    } | options
-    experts.apply(out, hidden, w13, w2, weights, ids, **arguments)
+    function = ActivationFunction(activation, **parameters)
+    held = ExpertsWeights(w13, w2, **(beside or {}))
+    experts.apply(out, ExpertsCall(hidden, held, weights, ids, function, on_input, MAP, 8, False))
 
 
 def test_the_adapter_computes_what_the_cpu_experts_compute(stand_in):
@@ -232,6 +230,29 @@ def test_weights_are_converted_once_and_again_when_they_change(stand_in):
         assert len(path.all("weights_converted")) == 3
     gate, up = operands[1].chunk(2, dim=1)
     assert torch.equal(stand_in[3].fc1, torch.cat((up, gate), dim=1))
+
+
+@pytest.mark.parametrize("activation", [kind for kind in Activation if kind.is_gated])
+def test_rows_that_alternate_are_sorted_and_parameters_are_those_of_the_call(stand_in, activation):
+    operands = _operands()
+    function = {"interleaved": True}
+    if activation is Activation.SWIGLUOAI:
+        function |= {"alpha": 1.25, "limit": 0.75}
+    expected, got = torch.empty(5, 16, dtype=torch.bfloat16), torch.empty(5, 16, dtype=torch.bfloat16)
+    _apply(CpuExperts(), operands, expected, activation, **function)
+    _apply(FlashInferCutlassExperts(), operands, got, activation, **function)
+    assert (got.float() - expected.float()).norm() < 0.02 * expected.float().norm()
+
+
+def test_weights_are_converted_again_where_their_rows_mean_something_else(stand_in):
+    experts, operands = FlashInferCutlassExperts(), _operands()
+    out = torch.empty(5, 16, dtype=torch.bfloat16)
+    for interleaved in (False, True, True, False):
+        _apply(experts, operands, out, interleaved=interleaved)
+    first, second, third, fourth = (call.fc1 for call in stand_in)
+    assert torch.equal(second[:, :8], operands[1][:, 1::2])
+    assert second is third
+    assert torch.equal(first, fourth)
 
 
 def test_swigluoai_passes_alpha_beta_and_limit_for_each_local_expert(stand_in):
@@ -275,8 +296,18 @@ def test_weights_on_the_input_are_refused_by_name(stand_in):
             FlashInferCutlassExperts(),
             _operands(),
             torch.empty(5, 16, dtype=torch.bfloat16),
-            apply_router_weight_on_input=True,
+            on_input=True,
         )
+
+
+def test_biases_and_scales_are_refused_by_name(stand_in):
+    out, operands = torch.empty(5, 16, dtype=torch.bfloat16), _operands()
+    with pytest.raises(ValueError, match="w13_bias"):
+        _apply(FlashInferCutlassExperts(), operands, out, beside={"w13_bias": torch.zeros(4, 16)})
+    quant = ExpertsQuantization(QuantScheme.FP8_W8A8, torch.ones(4), torch.ones(4))
+    with pytest.raises(ValueError, match="quant: expected None for flashinfer_cutlass, got fp8_w8a8"):
+        _apply(FlashInferCutlassExperts(), operands, out, beside={"quant": quant})
+    assert not stand_in
 
 
 def test_ids_become_local_and_others_are_passed_over():

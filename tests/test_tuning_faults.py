@@ -13,7 +13,7 @@ from moegate.conformance import configs as suite
 from moegate.conformance.judge import PROPERTIES
 from moegate.conformance.subjects.moegate_configs import MoegateConfigs
 from moegate.impl.config import QuantScheme
-from moegate.impl.tuning import kernel_config, limits, lookup, names, schema, writer
+from moegate.impl.tuning import kernel_config, lookup, names, schema, writer
 from moegate.impl.tuning.kernel_config import KernelConfig
 from moegate.impl.tuning.names import ConfigKey
 
@@ -240,13 +240,17 @@ FAULTS = {
         {"CONFIG-06"},
     ),
     "long steps run as they stand": (
-        lambda patch: patch.setattr(lookup, "fit_block_k", lambda tile, scheme, block_shape: tile),
+        lambda patch: patch.setattr(lookup, "fit_block_k", lambda tile, block_shape: tile),
         {"CONFIG-07"},
     ),
     "long steps are cut without a word": (_silent_clamp, {"CONFIG-07"}),
-    "weight-only groups are not spanned": (
+    "weight-only groups are spanned": (
         lambda patch: patch.setattr(
-            limits, "_ACTIVATION_BYTES", {**limits._ACTIVATION_BYTES, QuantScheme.INT4_W4A16: 2.0}
+            lookup,
+            "fit_block_k",
+            lambda tile, block_shape: kernel_config.fit_block_k(
+                tile, None if (block_shape or (1,))[0] == 0 else block_shape
+            ),
         ),
         {"CONFIG-07"},
     ),
@@ -256,7 +260,7 @@ FAULTS = {
     ),
     "the default rule forgets the device's memory": (
         lambda patch: (
-            patch.setattr(kernel_config, "_tiles", lambda dtype, platform: kernel_config._HOPPER),
+            patch.setattr(kernel_config, "_tiles", lambda dtype, platform, scheme: kernel_config._HOPPER),
             patch.setattr(kernel_config, "_fit", lambda config, dtype, platform: config),
             kernel_config.default_kernel_config.cache_clear(),
         ),

@@ -12,8 +12,8 @@ import torch
 
 from moegate.impl.config import QuantScheme
 from moegate.impl.platform import Platform
-from moegate.impl.tuning.kernel_config import KernelConfig
-from moegate.impl.tuning.limits import fit_block_k, obstacle, shared_memory
+from moegate.impl.tuning.kernel_config import KernelConfig, fit_block_k
+from moegate.impl.tuning.limits import obstacle, shared_memory
 from moegate.impl.tuning.schema import Tile
 
 # Every way in which operands are kept: copied for mma.sync, read in place by warp-group instructions, swapped.
@@ -79,21 +79,23 @@ def test_the_tile_rules_own_bound_is_never_lower_than_the_estimate():
 
 
 @pytest.mark.parametrize(
-    ("scheme", "block_shape", "step", "fitted"),
+    ("block_shape", "step", "fitted"),
     [
-        (QuantScheme.FP8_W8A8, (128, 128), 256, 128),
-        (QuantScheme.FP8_W8A8, (128, 128), 64, 64),
-        (QuantScheme.FP8_W8A8, (64, 96), 64, 32),
-        (QuantScheme.FP8_W8A8, None, 256, 256),
-        (QuantScheme.INT8_W8A8, (64, 64), 128, 64),
-        (QuantScheme.INT8_W8A16, (0, 128), 256, 256),
-        (QuantScheme.INT4_W4A16, (0, 32), 128, 128),
-        (QuantScheme.NONE, None, 256, 256),
+        ((128, 128), 256, 128),
+        ((128, 128), 64, 64),
+        ((64, 96), 64, 32),
+        ((0, 128), 256, 128),
+        ((0, 32), 128, 32),
+        (None, 256, 256),
     ],
 )
-def test_steps_divide_blocks_of_activation_scales_and_span_groups_of_weight_scales(scheme, block_shape, step, fitted):
-    tile = Tile(16, 64, step, 1, 4, 3)
-    assert fit_block_k(tile, scheme, block_shape).block_size_k == fitted
+def test_steps_divide_the_blocks_and_groups_of_scales(block_shape, step, fitted):
+    assert fit_block_k(Tile(16, 64, step, 1, 4, 3), block_shape).block_size_k == fitted
+
+
+def test_a_scale_block_that_no_step_divides_is_refused_by_name():
+    with pytest.raises(ValueError, match="block_shape: expected a K that 16 divides"):
+        fit_block_k(Tile(16, 64, 64, 1, 4, 3), (128, 24))
 
 
 def test_threads_are_counted_in_the_devices_warps():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..judge import Verdict, declare
+from .api_quantization import BAD_EXPERTS_CALLS, quantized_arguments
 
 NAMED = declare("API-01", "bad input raises ValueError or TypeError with a message that names the argument", "api")
 UNTOUCHED = declare("API-02", "a refused call leaves its inputs as they were", "api")
@@ -25,6 +26,7 @@ class BadCall:
         what: what is wrong with it, in a few words.
         change: takes good keyword arguments and returns bad ones.
         debug: only the checks that synchronise the device can see it.
+        base: which good arguments it starts from: of `quantized_arguments`, or "" for plain ones.
     """
 
     function: str
@@ -32,13 +34,22 @@ class BadCall:
     what: str
     change: Callable[[dict[str, Any]], dict[str, Any]]
     debug: bool = False
+    base: str = ""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a subject must declare for it: the function, and the scales' class."""
+        return (self.function, "ExpertsQuantization") if self.base else (self.function,)
 
     def __str__(self) -> str:
-        return f"{self.function}-{self.argument}-{self.what}".replace(" ", "_")
+        base = f"-{self.base}" if self.base else ""
+        return f"{self.function}{base}-{self.argument}-{self.what}".replace(" ", "_")
 
 
-def good_arguments(function: str, device: str) -> dict[str, Any]:
-    """Arguments that the function accepts."""
+def good_arguments(function: str, device: str, base: str = "") -> dict[str, Any]:
+    """Arguments that the function accepts; `quant` as the fields of an `ExpertsQuantization`."""
+    if base:
+        return good_arguments(function, device) | quantized_arguments(base, device)
     m, h, i, e, k = 4, 32, 16, 4, 2
 
     def full(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -206,6 +217,7 @@ BAD_CALLS: tuple[BadCall, ...] = (
     BadCall("moe_align_block_size", "num_experts", "is negative", _set("num_experts", -1)),
     BadCall("moe_align_block_size", "topk_ids", "has an id of E", _map("topk_ids", lambda t: t + 3), debug=True),
     BadCall("moe_align_block_size", "expert_map", "has the wrong length", _expert_map(0, 1, 2)),
+    *(BadCall(*call) for call in BAD_EXPERTS_CALLS),
 )
 
 
@@ -214,14 +226,30 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten().contiguous().view(torch.uint8)
 
 
+def _tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among the arguments and the fields of their scales."""
+    fields = arguments.get("quant")
+    every = arguments | (fields if isinstance(fields, dict) else {})
+    return {name: value for name, value in every.items() if isinstance(value, torch.Tensor)}
+
+
+def _with_scales(arguments: dict[str, Any], functions: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the subject's own value in place of the fields of its scales."""
+    fields = arguments.get("quant")
+    if not isinstance(fields, dict):
+        return arguments
+    return arguments | {"quant": functions["ExpertsQuantization"](**fields)}
+
+
 def judge_bad_call(call: BadCall, functions: dict[str, Any], device: str) -> list[Verdict]:
     """API-01 and 02 on one bad call."""
-    bad = call.change(good_arguments(call.function, device))
-    before = {name: value.clone() for name, value in bad.items() if isinstance(value, torch.Tensor)}
+    bad = call.change(good_arguments(call.function, device, call.base))
+    tensors = _tensors(bad)
+    before = {name: value.clone() for name, value in tensors.items()}
     debug = functions["debug_checks"]
     try:
         with debug(call.debug):
-            functions[call.function](**bad)
+            functions[call.function](**_with_scales(bad, functions))
     except (ValueError, TypeError) as error:
         named = re.search(rf"\b{re.escape(call.argument)}\b", str(error))
         verdict = NAMED.verdict(bool(named) and "got" in str(error), f"{call}: the error says {str(error)!r}")
@@ -232,6 +260,6 @@ def judge_bad_call(call: BadCall, functions: dict[str, Any], device: str) -> lis
     changed = [
         name
         for name, value in before.items()
-        if value.device.type != "meta" and not torch.equal(_bits(value), _bits(bad[name]))
+        if value.device.type != "meta" and not torch.equal(_bits(value), _bits(tensors[name]))
     ]
     return [verdict, UNTOUCHED.verdict(not changed, f"{call}: changed {changed}")]

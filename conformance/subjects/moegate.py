@@ -177,4 +177,5 @@ class MoegateSubject(Subject):
             "select_experts": select_experts,
             "moe_align_block_size": moe_align_block_size,
             "debug_checks": debug_checks,
+            "ExpertsQuantization": ExpertsQuantization,
         }

@@ -32,6 +32,7 @@ class AiterExperts(DeclaredExperts):
                 f"its kernels are for gfx942 and gfx950, not {platform}",
             ),
             *common_checks(config),
+            (not config.has_bias, "adds no biases"),
             (config.dtype in (torch.bfloat16, torch.float16), f"takes bfloat16 and float16, got {config.dtype}"),
             (
                 config.scheme in (QuantScheme.NONE, QuantScheme.FP8_W8A8),

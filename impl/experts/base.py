@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ..config import Activation, ActivationFunction, MoEConfig, QuantScheme
+from ..config import ActivationFunction, MoEConfig
 from ..platform import Platform
 from ..weights import ExpertsWeights
 from .readiness import READY, Readiness
@@ -16,10 +16,6 @@ from .readiness import READY, Readiness
 
 def unshipped_feature(config: MoEConfig) -> str | None:
     """What `config` needs and no kernel of this build computes yet, in words for the user; None where all is there."""
-    if config.scheme is not QuantScheme.NONE:
-        return f"this build ships no kernel for the scheme {config.scheme} yet"
-    if config.activation is not Activation.SILU:
-        return f"this build ships no kernel for the activation {config.activation} yet"
     if config.is_lora_enabled:
         return "this build ships no LoRA kernel yet"
     return None

@@ -7,13 +7,14 @@ from typing import ClassVar
 import torch
 
 from .. import path
-from ..config import Activation, ActivationFormat, MoEConfig, QuantScheme
-from ..kernels.activation import batched_silu_and_mul
+from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.batched_gemm import batched_gemm
+from ..kernels.quantize import Rows
 from ..platform import Platform
-from ..tuning.kernel_config import layer_kernel_configs
-from .base import BatchedExperts, unshipped_feature
+from ..tuning.lookup import default_kernel_configs
+from .base import BatchedCall, BatchedExperts, unshipped_feature
 from .readiness import READY, Readiness, absent
+from .stages import LayerWorkspace, activate_hidden, quantize_input, w2_operands, w13_operands
 from .triton import unfit_for_triton
 
 _SCHEMES = (QuantScheme.NONE, QuantScheme.FP8_W8A8)
@@ -49,46 +50,40 @@ class BatchedTritonExperts(BatchedExperts):
         unshipped = unshipped_feature(config)
         return READY if unshipped is None else absent(f"in the batched activation format {unshipped}")
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        expert_num_tokens: torch.Tensor,
-        *,
-        activation: Activation,
-        allow_tf32: bool,
-    ) -> None:
+    def apply(self, out: torch.Tensor, call: BatchedCall) -> None:
         """Write each token through its expert; see `BatchedExperts.apply`."""
-        num_experts, max_tokens, hidden_size = hidden_states.shape
-        intermediate_size = w2.shape[2]
-        platform = Platform.of(hidden_states.device)
+        weights, function, counts = call.weights, call.activation, call.expert_num_tokens
+        num_experts, max_tokens, hidden_size = call.hidden_states.shape
+        intermediate_size = weights.intermediate_size
+        w13_rows = function.rows_a_column * intermediate_size
+        platform = Platform.of(out.device)
         # The host knows the slabs and not the counts: tiles are chosen for slabs that are half full, which gives a
         # slab one row block where a block can hold it. Tuned files say nothing here: their keys count the tokens of a
         # layer, before dispatch has spread them.
-        w13_config, w2_config, source = layer_kernel_configs(
+        configs = default_kernel_configs(
             num_tokens=max_tokens,
             top_k=1,
             num_experts=2,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
-            dtype=hidden_states.dtype,
+            dtype=out.dtype,
             platform=platform,
+            scheme=weights.scheme,
+            block_shape=weights.block_shape,
+            is_gated=function.kind.is_gated,
         )
-        path.note("config", w13_config.as_dict() | {"source": source})
-        path.note("config_w2", w2_config.as_dict() | {"source": source})
+        path.note("config", configs.w13.as_dict() | {"source": configs.source})
+        path.note("config_w2", configs.w2.as_dict() | {"source": configs.source})
 
-        # One workspace: GEMM1's output and the activation's; parts start on 256 bytes.
         num_rows = num_experts * max_tokens
-        gate_up_size = num_rows * 2 * intermediate_size
-        first_size = (gate_up_size + 127) // 128 * 128
-        workspace = torch.empty(
-            first_size + num_rows * intermediate_size, dtype=hidden_states.dtype, device=hidden_states.device
-        )
-        gate_up = workspace[:gate_up_size].view(num_experts, max_tokens, 2 * intermediate_size)
-        activated = workspace[first_size:].view(num_experts, max_tokens, intermediate_size)
+        slabs = Rows("slabs", num_rows, expert_num_tokens=counts, max_tokens=max_tokens)
+        workspace = LayerWorkspace(out, num_rows, w13_rows, intermediate_size, hidden_size=0)
+        gate_up = workspace.gate_up.view(num_experts, max_tokens, w13_rows)
+        allow_tf32 = call.allow_tf32
 
-        batched_gemm(gate_up, hidden_states, w13, expert_num_tokens, allow_tf32=allow_tf32, config=w13_config)
-        batched_silu_and_mul(activated, gate_up, expert_num_tokens, platform)
-        batched_gemm(out, activated, w2, expert_num_tokens, allow_tf32=allow_tf32, config=w2_config)
+        x, x_scale = quantize_input(call.hidden_states, weights, slabs)
+        operands = w13_operands(weights, function, x_scale)
+        batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13)
+        hidden, hidden_scale = activate_hidden(workspace.hidden, workspace.gate_up, weights, function, slabs, platform)
+        hidden = hidden.view(num_experts, max_tokens, intermediate_size)
+        batched_gemm(out, hidden, w2_operands(weights, hidden_scale), counts, allow_tf32=allow_tf32, config=configs.w2)

@@ -14,14 +14,14 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from .. import path
-from ..config import Activation, MoEConfig, QuantScheme
+from ..config import Activation, ActivationFunction, MoEConfig, QuantScheme
 from ..platform import Platform, Vendor
-from .base import StandardExperts
+from .base import ExpertsCall, StandardExperts
 from .declared import common_checks, first_refusal
 from .readiness import READY, Readiness, absent, on_request
 
@@ -45,8 +45,6 @@ _ACTIVATIONS = {
     Activation.GELU_NO_MUL: "Gelu",
     Activation.RELU2_NO_MUL: "Relu2",
 }
-# gpt-oss: gate * sigmoid(alpha * gate) * (up + beta), both clamped to the limit (arXiv 2508.10925 and its model code).
-_SWIGLUOAI = {"swiglu_alpha": 1.702, "swiglu_beta": 1.0, "swiglu_limit": 7.0}
 # Builds of its own that FlashInfer prefers on a GPU of 78 multiprocessors (H20).
 _H20_MULTIPROCESSORS = 78
 _H20_SUFFIX = "_h20_prebuilt_d"
@@ -96,9 +94,9 @@ class FlashInferCutlassExperts(StandardExperts):
     backend: ClassVar[str] = "flashinfer_cutlass"
 
     def __init__(self) -> None:
-        # By the id of w13, for as long as it lives: itself, the version converted, the copy.
-        self._converted: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
-        self._parameters: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = {}
+        # By the id of w13, for as long as it lives: itself, the version converted, whether rows alternate, the copy.
+        self._converted: dict[int, tuple[weakref.ref[torch.Tensor], int, bool, torch.Tensor]] = {}
+        self._parameters: dict[tuple[float, float, int, torch.device], dict[str, torch.Tensor]] = {}
 
     @classmethod
     def refusal(cls, config: MoEConfig, platform: Platform) -> str | None:
@@ -113,6 +111,7 @@ class FlashInferCutlassExperts(StandardExperts):
                 f"its kernels are for compute capability 8.9, 9.0, 10.0, 10.3, 11.0 and 12.x, not {platform}",
             ),
             *common_checks(config),
+            (not config.has_bias, "this adapter passes no biases on"),
             (config.scheme is QuantScheme.NONE, f"takes unquantised weights, got {config.scheme}"),
             (config.dtype in (torch.bfloat16, torch.float16), f"takes bfloat16 and float16, got {config.dtype}"),
             (config.activation in _ACTIVATIONS, f"takes {', '.join(_ACTIVATIONS)}, got {config.activation}"),
@@ -141,24 +140,29 @@ class FlashInferCutlassExperts(StandardExperts):
             f"installed but not compiled: the first use compiles {module} for many minutes; ask for it by name"
         )
 
-    def prepare(self, w13: torch.Tensor, activation: Activation) -> torch.Tensor:
+    def prepare(self, w13: torch.Tensor, activation: ActivationFunction) -> torch.Tensor:
         """w13 with the up rows before the gate rows, converted once: the copy is kept until w13 changes or goes.
 
         Args:
-            w13: [E_local, 2I, H] gate rows first, or [E_local, I, H] of an activation without gate.
-            activation: says which.
+            w13: [E_local, 2I, H] as the activation says, or [E_local, I, H] of one without gate.
+            activation: says which, and whether gate and up rows alternate.
 
         Returns:
             The kernel's layout; w13 itself where nothing is to be moved.
         """
-        if not activation.is_gated:
+        if not activation.kind.is_gated:
             return w13.contiguous()
         known = self._converted.get(id(w13))
-        if known is not None and known[0]() is w13 and known[1] == w13._version:
-            return known[2]
-        gate, up = w13.chunk(2, dim=1)
+        if known is not None and known[0]() is w13 and known[1:3] == (w13._version, activation.interleaved):
+            return known[3]
+        gate, up = (w13[:, 0::2], w13[:, 1::2]) if activation.interleaved else w13.chunk(2, dim=1)
         converted = torch.cat((up, gate), dim=1)
-        self._converted[id(w13)] = (weakref.ref(w13, self._forget(id(w13))), w13._version, converted)
+        self._converted[id(w13)] = (
+            weakref.ref(w13, self._forget(id(w13))),
+            w13._version,
+            activation.interleaved,
+            converted,
+        )
         path.note("weights_converted", self.backend)
         return converted
 
@@ -171,55 +175,50 @@ class FlashInferCutlassExperts(StandardExperts):
 
         return forget
 
-    def _activation_parameters(self, activation: Activation, num_experts: int, device: torch.device) -> dict[str, Any]:
-        if activation is not Activation.SWIGLUOAI:
+    def _activation_parameters(
+        self, activation: ActivationFunction, num_experts: int, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """alpha, beta and limit of swigluoai for each local expert: gate * sigmoid(alpha * gate) * (up + beta)."""
+        if activation.kind is not Activation.SWIGLUOAI:
             return {}
-        known = self._parameters.get((num_experts, device))
+        key = (activation.alpha, activation.limit, num_experts, device)
+        known = self._parameters.get(key)
         if known is None:
-            known = self._parameters[num_experts, device] = {
+            values = {"swiglu_alpha": activation.alpha, "swiglu_beta": 1.0, "swiglu_limit": activation.limit}
+            known = self._parameters[key] = {
                 name: torch.full((num_experts,), value, dtype=torch.float32, device=device)
-                for name, value in _SWIGLUOAI.items()
+                for name, value in values.items()
             }
         return known
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *,
-        activation: Activation,
-        apply_router_weight_on_input: bool,
-        expert_map: torch.Tensor | None,
-        global_num_experts: int,
-        allow_tf32: bool,
-    ) -> None:
+    def apply(self, out: torch.Tensor, call: ExpertsCall) -> None:
         """Write the layer into `out`; see `StandardExperts.apply`.
 
         Raises:
             ImportError: flashinfer-python is not installed.
-            ValueError: routing weights on the input, which these kernels do not take.
+            ValueError: routing weights on the input, or biases, which this adapter does not pass on.
         """
-        del allow_tf32  # no float32 operands
-        if apply_router_weight_on_input:
+        weights, activation = call.weights, call.activation
+        if call.apply_router_weight_on_input:
             raise ValueError("apply_router_weight_on_input: expected False for flashinfer_cutlass, got True")
+        if weights.has_bias:
+            raise ValueError("w13_bias, w2_bias: expected None for flashinfer_cutlass, got biases")
+        if weights.quant is not None:
+            raise ValueError(f"quant: expected None for flashinfer_cutlass, got {weights.scheme}")
         fused_moe = importlib.import_module("flashinfer.fused_moe")
         result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
         fused_moe.cutlass_fused_moe(
-            hidden_states.contiguous(),
-            local_expert_ids(topk_ids, expert_map, global_num_experts),
-            topk_weights.contiguous(),
-            self.prepare(w13, activation),
-            w2.contiguous(),
+            call.hidden_states.contiguous(),
+            local_expert_ids(call.topk_ids, call.expert_map, call.global_num_experts),
+            call.topk_weights.contiguous(),
+            self.prepare(weights.w13, activation),
+            weights.w2.contiguous(),
             out.dtype,
             quant_scales=[],
             output=result,
-            activation_type=getattr(fused_moe.ActivationType, _ACTIVATIONS[activation]),
+            activation_type=getattr(fused_moe.ActivationType, _ACTIVATIONS[activation.kind]),
             use_fused_finalize=False,
-            **self._activation_parameters(activation, w2.shape[0], w2.device),
+            **self._activation_parameters(activation, weights.num_local_experts, out.device),
         )
         if result is not out:
             out.copy_(result)

@@ -36,6 +36,7 @@ class FlashInferTrtllmExperts(DeclaredExperts):
                 f"its binaries are for compute capability 10.0 and 10.3, not {platform}",
             ),
             *common_checks(config),
+            (not config.has_bias, "adds no biases"),
             (config.dtype is torch.bfloat16, f"takes bfloat16, got {config.dtype}"),
             (is_fp8 or config.scheme is QuantScheme.NONE, f"takes the schemes none and fp8_w8a8, got {config.scheme}"),
             (

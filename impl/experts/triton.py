@@ -1,4 +1,4 @@
-"""The Triton backend: align, GEMM, activation, GEMM, sum."""
+"""The Triton backend: align, quantise, GEMM, activation, GEMM, sum."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 
 from .. import path
 from ..align import prepare_expert_assignment
-from ..config import Activation, ActivationFormat, MoEConfig, QuantScheme
-from ..kernels.activation import silu_and_mul
+from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.combine import combine
 from ..kernels.grouped_gemm import grouped_gemm
+from ..kernels.quantize import Rows
 from ..platform import Platform, Vendor
 from ..tuning.lookup import find_kernel_configs
-from .base import StandardExperts, unshipped_feature
+from .base import ExpertsCall, StandardExperts, unshipped_feature
 from .readiness import READY, Readiness, absent
+from .stages import LayerWorkspace, activate_hidden, quantize_input, w2_operands, w13_operands
 
 
 def unfit_for_triton(platform: Platform) -> str | None:
@@ -57,35 +58,27 @@ class TritonExperts(StandardExperts):
         unshipped = unshipped_feature(config)
         return READY if unshipped is None else absent(unshipped)
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *,
-        activation: Activation,
-        apply_router_weight_on_input: bool,
-        expert_map: torch.Tensor | None,
-        global_num_experts: int,
-        allow_tf32: bool,
-    ) -> None:
+    def apply(self, out: torch.Tensor, call: ExpertsCall) -> None:
         """Write the layer into `out`; see `StandardExperts.apply`."""
+        weights, topk_ids, function = call.weights, call.topk_ids, call.activation
         num_tokens, top_k = topk_ids.shape
-        num_local_experts, hidden_size, intermediate_size = w2.shape
+        num_local_experts, hidden_size = weights.num_local_experts, weights.hidden_size
+        intermediate_size = weights.intermediate_size
+        w13_rows = function.rows_a_column * intermediate_size
         num_pairs = num_tokens * top_k
-        platform = Platform.of(hidden_states.device)
+        platform = Platform.of(out.device)
         configs = find_kernel_configs(
             num_tokens=num_tokens,
             top_k=top_k,
-            num_experts=global_num_experts,
+            num_experts=call.global_num_experts,
             num_local_experts=num_local_experts,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
-            dtype=hidden_states.dtype,
+            dtype=out.dtype,
             platform=platform,
+            scheme=weights.scheme,
+            block_shape=weights.block_shape,
+            is_gated=function.kind.is_gated,
         )
         path.note("config", configs.w13.as_dict() | {"source": configs.source})
         path.note("config_w2", configs.w2.as_dict() | {"source": configs.source})
@@ -94,46 +87,54 @@ class TritonExperts(StandardExperts):
             topk_ids,
             block_size=configs.w13.block_size_m,
             num_local_experts=num_local_experts,
-            global_num_experts=global_num_experts,
-            expert_map=expert_map,
+            global_num_experts=call.global_num_experts,
+            expert_map=call.expert_map,
+            scheme=weights.scheme,
+            block_shape=weights.block_shape,
         )
-
-        # One workspace: GEMM1's output, whose memory GEMM2's output takes over once the activation has read it, and
-        # the activation's output. Parts start on 256 bytes.
-        gate_up_size = num_pairs * 2 * intermediate_size
-        first_size = (max(gate_up_size, num_pairs * hidden_size) + 127) // 128 * 128
-        workspace = torch.empty(
-            first_size + num_pairs * intermediate_size, dtype=hidden_states.dtype, device=hidden_states.device
-        )
-        gate_up = workspace[:gate_up_size].view(num_pairs, 2 * intermediate_size)
-        activated = workspace[first_size:].view(num_pairs, intermediate_size)
-        y = workspace[: num_pairs * hidden_size].view(num_pairs, hidden_size)
-
-        grouped_gemm(
-            gate_up,
-            hidden_states,
-            w13,
+        pairs = Rows(
+            "pairs",
+            num_pairs,
             topk_ids=topk_ids,
-            topk_weights=topk_weights,
-            mul_weight=apply_router_weight_on_input,
-            sorted_token_ids=assignment.sorted_token_ids,
-            expert_ids=assignment.expert_ids,
+            expert_map=call.expert_map,
+            num_experts=call.global_num_experts,
+            num_local_experts=num_local_experts,
+        )
+        workspace = LayerWorkspace(out, num_pairs, w13_rows, intermediate_size, hidden_size)
+        routing = {
+            "topk_ids": topk_ids,
+            "topk_weights": call.topk_weights,
+            "sorted_token_ids": assignment.sorted_token_ids,
+            "expert_ids": assignment.expert_ids,
+            "allow_tf32": call.allow_tf32,
+        }
+
+        x, x_scale = quantize_input(call.hidden_states, weights)
+        grouped_gemm(
+            workspace.gate_up,
+            x,
+            w13_operands(weights, function, x_scale),
+            mul_weight=call.apply_router_weight_on_input,
             a_row_is_token=True,
-            allow_tf32=allow_tf32,
             config=configs.w13,
+            **routing,
         )
-        silu_and_mul(activated, gate_up, topk_ids, expert_map, global_num_experts, num_local_experts, platform)
+        hidden, hidden_scale = activate_hidden(workspace.hidden, workspace.gate_up, weights, function, pairs, platform)
         grouped_gemm(
-            y,
-            activated,
-            w2,
-            topk_ids=topk_ids,
-            topk_weights=topk_weights,
-            mul_weight=not apply_router_weight_on_input,
-            sorted_token_ids=assignment.sorted_token_ids,
-            expert_ids=assignment.expert_ids,
+            workspace.expert_output,
+            hidden,
+            w2_operands(weights, hidden_scale),
+            mul_weight=not call.apply_router_weight_on_input,
             a_row_is_token=False,
-            allow_tf32=allow_tf32,
             config=configs.w2,
+            **routing,
         )
-        combine(out, y, topk_ids, expert_map, global_num_experts, num_local_experts, platform)
+        combine(
+            out,
+            workspace.expert_output,
+            topk_ids,
+            call.expert_map,
+            call.global_num_experts,
+            num_local_experts,
+            platform,
+        )

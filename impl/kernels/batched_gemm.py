@@ -10,14 +10,18 @@ from .. import path
 from ..tuning.kernel_config import KernelConfig
 from .sizes import cdiv
 from .slabs import tokens_of_slab
-from .tile import product_of_tile, tile_of_program, tile_options
+from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
 
 
-@triton.jit(do_not_specialize=["max_tokens"])
+@triton.jit(do_not_specialize=["max_tokens", "stride_bias", "scale_rows", "scale_columns", "part"])
 def batched_gemm_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
+    a_scale_ptr,
+    b_scale_ptr,
+    b_zero_ptr,
+    bias_ptr,
     expert_num_tokens_ptr,
     max_tokens,
     N,
@@ -26,13 +30,24 @@ def batched_gemm_kernel(
     stride_am,
     stride_be,
     stride_bn,
+    stride_bias,
     stride_ce,
     stride_cm,
+    scale_rows,
+    scale_columns,
+    part,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDE_B: tl.constexpr,
     SWAP_AB: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    A_SCALE: tl.constexpr,
+    B_SCALE: tl.constexpr,
+    B_FORMAT: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,24 +70,41 @@ def batched_gemm_kernel(
     acc = product_of_tile(
         a_ptr + expert.to(tl.int64) * stride_ae,
         rows * stride_am,
+        a_scale_ptr,
+        expert.to(tl.int64) * max_tokens + rows,
         real,
         b_ptr,
+        b_scale_ptr,
+        b_zero_ptr,
         expert,
         pid_n,
         N,
         K,
         stride_be,
         stride_bn,
+        scale_rows,
+        scale_columns,
+        part,
         EVEN_N,
         EVEN_K,
         WIDE_B,
         SWAP_AB,
         INPUT_PRECISION,
+        A_SCALE,
+        B_SCALE,
+        B_FORMAT,
+        SCALE_N,
+        SCALE_K,
+        ONE_SCALE,
+        WINDOW,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
     )
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns
+        acc += tl.load(bias_ptrs, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     c_ptrs = c_ptr + expert.to(tl.int64) * stride_ce + (rows * stride_cm)[:, None] + columns[None, :]
     c_mask = real[:, None] if EVEN_N else real[:, None] & (columns < N)[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=c_mask)
@@ -81,7 +113,7 @@ def batched_gemm_kernel(
 def batched_gemm(
     c: torch.Tensor,
     a: torch.Tensor,
-    b: torch.Tensor,
+    operands: GemmOperands,
     expert_num_tokens: torch.Tensor,
     *,
     allow_tf32: bool,
@@ -92,28 +124,34 @@ def batched_gemm(
     Args:
         c: [E_local, max_tokens, N], rows contiguous; rows behind an expert's count are not written.
         a: [E_local, max_tokens, K], rows contiguous; rows behind an expert's count are not read.
-        b: [E_local, N, K], rows contiguous.
+        operands: the weights, with scales and bias.
         expert_num_tokens: [E_local] int32.
         allow_tf32: float32 operands may be rounded to TF32.
         config: the tile choice.
     """
-    num_experts, n, k = b.shape
+    b, bias = operands.b, operands.bias
     max_tokens = a.shape[1]
     path.launch(
         batched_gemm_kernel,
-        (cdiv(max_tokens, config.block_size_m) * cdiv(n, config.block_size_n), num_experts),
+        (cdiv(max_tokens, config.block_size_m) * cdiv(operands.n, config.block_size_n), b.shape[0]),
         a,
         b,
         c,
+        operands.a_scale,
+        operands.b_scale,
+        operands.b_zero,
+        bias,
         expert_num_tokens,
         max_tokens,
-        n,
-        k,
+        operands.n,
+        operands.k,
         a.stride(0),
         a.stride(1),
         b.stride(0),
         b.stride(1),
+        0 if bias is None else bias.stride(0),
         c.stride(0),
         c.stride(1),
-        **tile_options(b, config, allow_tf32),
+        *operands.numbers,
+        **tile_options(operands, config, allow_tf32),
     )

@@ -9,7 +9,7 @@ import triton.language as tl
 from .. import path
 from ..tuning.kernel_config import KernelConfig
 from .sizes import cdiv
-from .tile import product_of_tile, tile_of_program, tile_options
+from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
 
 
 @triton.jit(
@@ -18,15 +18,23 @@ from .tile import product_of_tile, tile_of_program, tile_options
         "num_experts",
         "stride_expert_ids",
         "stride_weights",
+        "stride_bias",
         "a_top_k",
         "top_k",
         "mul_weight",
+        "scale_rows",
+        "scale_columns",
+        "part",
     ]
 )
 def grouped_gemm_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
+    a_scale_ptr,
+    b_scale_ptr,
+    b_zero_ptr,
+    bias_ptr,
     topk_weights_ptr,
     sorted_token_ids_ptr,
     expert_ids_ptr,
@@ -37,17 +45,29 @@ def grouped_gemm_kernel(
     stride_am,
     stride_be,
     stride_bn,
+    stride_bias,
     stride_expert_ids,
     stride_weights,
+    scale_rows,
+    scale_columns,
+    part,
     a_top_k,
     top_k,
     mul_weight,
     NAIVE: tl.constexpr,
+    WEIGHT_BEFORE_BIAS: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDE_B: tl.constexpr,
     SWAP_AB: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    A_SCALE: tl.constexpr,
+    B_SCALE: tl.constexpr,
+    B_FORMAT: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -74,31 +94,52 @@ def grouped_gemm_kernel(
         return
 
     real = pairs < num_pairs
-    a_rows = (pairs // a_top_k).to(tl.int64) * stride_am
+    a_index = pairs // a_top_k
     acc = product_of_tile(
         a_ptr,
-        a_rows,
+        a_index.to(tl.int64) * stride_am,
+        a_scale_ptr,
+        a_index,
         real,
         b_ptr,
+        b_scale_ptr,
+        b_zero_ptr,
         expert,
         pid_n,
         N,
         K,
         stride_be,
         stride_bn,
+        scale_rows,
+        scale_columns,
+        part,
         EVEN_N,
         EVEN_K,
         WIDE_B,
         SWAP_AB,
         INPUT_PRECISION,
+        A_SCALE,
+        B_SCALE,
+        B_FORMAT,
+        SCALE_N,
+        SCALE_K,
+        ONE_SCALE,
+        WINDOW,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
     )
-    if mul_weight:
-        weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
-        acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
+    weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
+    if WEIGHT_BEFORE_BIAS:
+        if mul_weight:
+            acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns
+        acc += tl.load(bias_ptrs, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if not WEIGHT_BEFORE_BIAS:
+        if mul_weight:
+            acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     c_ptrs = c_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
     c_mask = real[:, None] if EVEN_N else real[:, None] & (columns < N)[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=c_mask)
@@ -107,7 +148,7 @@ def grouped_gemm_kernel(
 def grouped_gemm(
     c: torch.Tensor,
     a: torch.Tensor,
-    b: torch.Tensor,
+    operands: GemmOperands,
     *,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -123,10 +164,11 @@ def grouped_gemm(
     Args:
         c: [M * top_k, N], dense; rows of pairs that no block holds are not written.
         a: [M, K] (`a_row_is_token`) or [M * top_k, K], rows contiguous.
-        b: [E_local, N, K], rows contiguous.
+        operands: the weights, with scales and bias.
         topk_ids: [M, top_k].
         topk_weights: [M, top_k] float32.
-        mul_weight: multiply them into the float32 accumulator.
+        mul_weight: multiply them into the float32 accumulator: before the bias where they stand for the input
+            (`a_row_is_token`), behind it where they weigh the output.
         sorted_token_ids: the alignment's pairs for `config.block_size_m`, or None for naive blocks.
         expert_ids: the alignment's experts, or None for naive blocks.
         a_row_is_token: row p // top_k of `a` belongs to pair p, else row p.
@@ -135,8 +177,7 @@ def grouped_gemm(
     """
     num_pairs = topk_ids.numel()
     top_k = topk_ids.shape[1]
-    num_experts, n, k = b.shape
-    naive = sorted_token_ids is None
+    b, n, bias = operands.b, operands.n, operands.bias
     num_m_blocks = num_pairs if expert_ids is None else expert_ids.shape[0]
     path.launch(
         grouped_gemm_kernel,
@@ -144,21 +185,29 @@ def grouped_gemm(
         a,
         b,
         c,
+        operands.a_scale,
+        operands.b_scale,
+        operands.b_zero,
+        bias,
         topk_weights,
         sorted_token_ids,
         topk_ids if expert_ids is None else expert_ids,
         num_pairs,
         n,
-        k,
-        num_experts,
+        operands.k,
+        b.shape[0],
         a.stride(0),
         b.stride(0),
         b.stride(1),
+        0 if bias is None else bias.stride(0),
         topk_ids.stride(0),
         topk_weights.stride(0),
+        *operands.numbers,
         top_k if a_row_is_token else 1,
         top_k,
         int(mul_weight),
-        NAIVE=naive,
-        **tile_options(b, config, allow_tf32),
+        NAIVE=sorted_token_ids is None,
+        # Without a bias the order says nothing, and one variant serves both GEMMs.
+        WEIGHT_BEFORE_BIAS=a_row_is_token and bias is not None,
+        **tile_options(operands, config, allow_tf32),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import Activation, ActivationFormat, MoEConfig
+from ..config import Activation, ActivationFormat, MoEConfig, QuantScheme
 from ..experts.base import Experts
 from ..platform import Platform
 from .backends import AUTO
@@ -21,8 +21,8 @@ def experts_of_call(backend: str, *layer: Any) -> Any:
 
     Args:
         backend: a backend's name; `auto` leaves it to `MOEGATE_BACKEND`, and to the oracle where that is not set.
-        layer: platform, activation format, E, top_k, H, I, dtype, activation, and whether routing weights multiply
-            the input.
+        layer: platform, activation format, E, top_k, H, I, dtype, scheme, block shape, activation, whether the GEMMs
+            add biases, and whether routing weights multiply the input.
 
     Raises:
         TypeError, ValueError: no name, an unknown one, or no backend that can serve, with the reasons.
@@ -43,7 +43,10 @@ def _decide(
     hidden_size: int,
     intermediate_size: int,
     dtype: torch.dtype,
+    scheme: QuantScheme,
+    block_shape: tuple[int, int] | None,
     activation: Activation,
+    has_bias: bool,
     apply_router_weight_on_input: bool,
 ) -> Experts:
     """The oracle's decision; `environment` is what the process asks for, and part of the question."""
@@ -54,7 +57,10 @@ def _decide(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         dtype=dtype,
+        scheme=scheme,
+        block_shape=block_shape,
         activation=activation,
+        has_bias=has_bias,
         activation_format=activation_format,
         apply_router_weight_on_input=apply_router_weight_on_input,
     )

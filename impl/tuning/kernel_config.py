@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ..config import QuantScheme
 from ..platform import Platform, Vendor
+from .schema import Tile
+
+AnyTile = TypeVar("AnyTile", Tile, "KernelConfig")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,33 @@ _AMD = {
     64: KernelConfig(64, 128, 64, 1, 4, 2),
     128: KernelConfig(128, 128, 64, 8, 8, 2),
 }
+# Operands of one byte. Below 64 rows fp8 reaches Hopper's tensor cores only with swapped operands; a step of 128 is
+# what one block of scales covers.
+_HOPPER_W8A8 = {
+    16: KernelConfig(16, 128, 128, 1, 4, 4, swap_ab=True),
+    32: KernelConfig(32, 128, 128, 1, 4, 3, swap_ab=True),
+    64: KernelConfig(64, 128, 128, 1, 4, 3),
+    128: KernelConfig(128, 128, 128, 8, 8, 3),
+}
+_W8A8 = {
+    16: KernelConfig(16, 64, 128, 1, 4, 3),
+    32: KernelConfig(32, 64, 128, 1, 4, 3),
+    64: KernelConfig(64, 128, 128, 1, 4, 2),
+    128: KernelConfig(128, 128, 64, 8, 8, 2),
+}
+# Weights that are unpacked in registers: swapped, they stay there as the matrix instruction's row operand.
+_HOPPER_WEIGHT_ONLY = {
+    16: KernelConfig(16, 64, 128, 1, 4, 4, swap_ab=True),
+    32: KernelConfig(32, 64, 128, 1, 4, 3, swap_ab=True),
+    64: KernelConfig(64, 128, 64, 1, 8, 3, swap_ab=True),
+    128: KernelConfig(128, 64, 64, 8, 8, 3),
+}
+_WEIGHT_ONLY = {
+    16: KernelConfig(16, 64, 64, 1, 4, 3),
+    32: KernelConfig(32, 64, 64, 1, 4, 3),
+    64: KernelConfig(64, 64, 64, 1, 4, 3),
+    128: KernelConfig(128, 128, 32, 8, 8, 2),
+}
 # float32 is computed on the vector units: few registers, small tiles, nothing to gain from 128 rows.
 _FLOAT32 = {
     16: KernelConfig(16, 64, 32, 1, 4, 3),
@@ -107,9 +138,13 @@ _FLOAT32 = {
 _INTERPRETER = {16: KernelConfig(16, 32, 32, 1, 4, 1)}
 
 
-def _tiles(dtype: torch.dtype, platform: Platform) -> dict[int, KernelConfig]:
+def _tiles(dtype: torch.dtype, platform: Platform, scheme: QuantScheme) -> dict[int, KernelConfig]:
     if platform.vendor is Vendor.CPU:
         return _INTERPRETER
+    if scheme in (QuantScheme.FP8_W8A8, QuantScheme.INT8_W8A8):
+        return _HOPPER_W8A8 if platform.is_hopper else _W8A8
+    if scheme is not QuantScheme.NONE:
+        return _HOPPER_WEIGHT_ONLY if platform.is_hopper else _WEIGHT_ONLY
     if dtype.itemsize == 4:
         return _FLOAT32
     if platform.vendor is Vendor.AMD:
@@ -119,6 +154,25 @@ def _tiles(dtype: torch.dtype, platform: Platform) -> dict[int, KernelConfig]:
     if platform.vendor is Vendor.NVIDIA and platform.family == 100:
         return _BLACKWELL
     return _AMPERE
+
+
+def fit_block_k(config: AnyTile, block_shape: tuple[int, int] | None) -> AnyTile:
+    """The tile with a BLOCK_SIZE_K that divides the K of a scale block or group.
+
+    One step of the kernel knows one scale: a longer step would apply the first block's scale to the next
+    (https://github.com/vllm-project/vllm/pull/39183 and 43506, in whose review such values were seen to be overridden
+    in silence).
+
+    Raises:
+        ValueError: no step that the kernel takes divides it.
+    """
+    k = block_shape[1] if block_shape is not None else 0
+    size = config.block_size_k
+    while k and k % size:
+        size //= 2
+    if size < 16:
+        raise ValueError(f"block_shape: expected a K that 16 divides, got {block_shape}")
+    return config if size == config.block_size_k else replace(config, block_size_k=size)
 
 
 def _fit(config: KernelConfig, dtype: torch.dtype, platform: Platform) -> KernelConfig:
@@ -139,7 +193,16 @@ def _fit(config: KernelConfig, dtype: torch.dtype, platform: Platform) -> Kernel
 
 @lru_cache(maxsize=4096)
 def default_kernel_config(
-    *, num_tokens: int, top_k: int, num_experts: int, n: int, k: int, dtype: torch.dtype, platform: Platform
+    *,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    platform: Platform,
+    scheme: QuantScheme = QuantScheme.NONE,
+    block_shape: tuple[int, int] | None = None,
 ) -> KernelConfig:
     """The tile for one grouped GEMM where no tuned file has one.
 
@@ -153,19 +216,29 @@ def default_kernel_config(
         num_experts: experts that the pairs are spread over (with an `expert_map`: the global ones).
         n: rows of one expert's weight: 2I for the first GEMM, H for the second.
         k: columns of it: H for the first GEMM, I for the second.
-        dtype: of the operands.
+        dtype: of the activations.
         platform: where it runs.
+        scheme: how weights and activations are quantised.
+        block_shape: as `MoEConfig` has it.
 
     Raises:
-        ValueError: a platform with less shared memory than the smallest tile needs.
+        ValueError: a platform with less shared memory than the smallest tile needs, or a block_shape whose K no step
+            of the kernel divides.
     """
-    tiles = _tiles(dtype, platform)
+    tiles = _tiles(dtype, platform, scheme)
     rows = 2 * num_tokens * top_k / num_experts
     block_size_m = next((size for size in tiles if size >= rows), max(tiles))
     config = tiles[block_size_m]
     # An expert narrower than the tile would only pad it.
     while config.block_size_n > 32 and config.block_size_n // 2 >= n:
         config = replace(config, block_size_n=config.block_size_n // 2)
+    if scheme is not QuantScheme.NONE:
+        # Scales that differ within a tile's rows of weights take registers, which a large tile has not.
+        scale_n = block_shape[0] if block_shape is not None else 0
+        if block_size_m == 128 and scale_n and (n % 256 or scale_n % config.block_size_n):
+            config = replace(config, block_size_n=min(64, config.block_size_n))
+        stored = torch.int8 if scheme in (QuantScheme.FP8_W8A8, QuantScheme.INT8_W8A8) else dtype
+        return _fit(fit_block_k(config, block_shape), stored, platform)
     # A step that divides K needs no mask: H = 2880 takes half the step, with the same bytes in flight. Rows that no
     # step divides are not aligned either, and their loads go through registers, of which a small tile leaves some.
     if k % config.block_size_k and k % 64 == 0:
@@ -205,41 +278,3 @@ def use_kernel_configs(w13: KernelConfig, w2: KernelConfig | None = None) -> Ite
 def override_in_force() -> tuple[KernelConfig, KernelConfig] | None:
     """The tiles of the innermost `use_kernel_configs` block, None outside."""
     return _override.get()
-
-
-def layer_kernel_configs(
-    *,
-    num_tokens: int,
-    top_k: int,
-    num_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    dtype: torch.dtype,
-    platform: Platform,
-) -> tuple[KernelConfig, KernelConfig, str]:
-    """The tiles of a gated layer's two GEMMs, with one block_size_m, and where they come from.
-
-    Arguments are those of `default_kernel_config`, with H and I of the layer.
-    """
-    override = override_in_force()
-    if override is not None:
-        return (*override, "override")
-    w13 = default_kernel_config(
-        num_tokens=num_tokens,
-        top_k=top_k,
-        num_experts=num_experts,
-        n=2 * intermediate_size,
-        k=hidden_size,
-        dtype=dtype,
-        platform=platform,
-    )
-    w2 = default_kernel_config(
-        num_tokens=num_tokens,
-        top_k=top_k,
-        num_experts=num_experts,
-        n=hidden_size,
-        k=intermediate_size,
-        dtype=dtype,
-        platform=platform,
-    )
-    return w13, w2, "default"

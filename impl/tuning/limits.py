@@ -1,9 +1,6 @@
-"""Whether a tile fits the kernel and the device, and what is made of one that almost does."""
+"""Whether a tile fits the kernel and the device."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
@@ -11,8 +8,6 @@ from ..config import QuantScheme
 from ..platform import Platform, Vendor
 from .kernel_config import KernelConfig
 from .schema import Tile
-
-AnyTile = TypeVar("AnyTile", Tile, KernelConfig)
 
 # Threads of one block, on NVIDIA and AMD alike.
 _MAX_THREADS = 1024
@@ -24,22 +19,6 @@ _WEIGHT_BYTES = {
     QuantScheme.INT8_W8A16: 1.0,
     QuantScheme.INT4_W4A16: 0.5,
 }
-
-
-def fit_block_k(tile: AnyTile, scheme: QuantScheme, block_shape: tuple[int, int] | None) -> AnyTile:
-    """The tile with a BLOCK_SIZE_K that divides the scale block's K, where activations are scaled by block too.
-
-    One step of the kernel knows one scale: a longer step would apply the first block's scale to the next
-    (https://github.com/vllm-project/vllm/pull/39183 and 43506, in whose review such values were seen to be overridden
-    in silence). Weight-only groups may be spanned: they are applied before the product.
-    """
-    k = block_shape[1] if block_shape is not None else 0
-    if not k or scheme not in _ACTIVATION_BYTES:
-        return tile
-    size = tile.block_size_k
-    while k % size:
-        size //= 2
-    return tile if size == tile.block_size_k else replace(tile, block_size_k=size)
 
 
 def shared_memory(config: KernelConfig, dtype: torch.dtype, scheme: QuantScheme, platform: Platform) -> int:

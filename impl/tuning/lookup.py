@@ -20,8 +20,8 @@ import torch
 from ..config import QuantScheme
 from ..once import log_once
 from ..platform import Platform, Vendor
-from .kernel_config import KernelConfig, default_kernel_config, override_in_force
-from .limits import fit_block_k, kernel_config, obstacle
+from .kernel_config import KernelConfig, default_kernel_config, fit_block_k, override_in_force
+from .limits import kernel_config, obstacle
 from .names import ConfigKey
 from .schema import TunedFile, parse, read_bytes
 
@@ -86,11 +86,7 @@ class Layer:
         )
 
     def default(self, num_tokens: int) -> Pair:
-        """The default tiles, with steps that divide the scale block's K.
-
-        Raises:
-            ValueError: a block_shape whose K no step of the kernel divides.
-        """
+        """The default tiles; `default_kernel_config` says what they may raise."""
         rows = 2 * self.intermediate_size if self.is_gated else self.intermediate_size
         w13, w2 = (
             default_kernel_config(
@@ -101,13 +97,12 @@ class Layer:
                 k=k,
                 dtype=self.dtype,
                 platform=self.platform,
+                scheme=self.scheme,
+                block_shape=self.block_shape,
             )
             for n, k in ((rows, self.hidden_size), (self.hidden_size, self.intermediate_size))
         )
-        try:
-            return fit_block_k(w13, self.scheme, self.block_shape), fit_block_k(w2, self.scheme, self.block_shape)
-        except ValueError as error:
-            raise ValueError(f"block_shape: expected a K that 16 divides, got {self.block_shape}") from error
+        return w13, w2
 
 
 @dataclass(frozen=True)
@@ -208,6 +203,38 @@ def find_kernel_configs(
     return found
 
 
+def default_kernel_configs(
+    *,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    platform: Platform,
+    scheme: QuantScheme = QuantScheme.NONE,
+    block_shape: tuple[int, int] | None = None,
+    is_gated: bool = True,
+) -> TunedConfigs:
+    """The tiles of a layer's two GEMMs whatever files there are; arguments as in `find_kernel_configs`."""
+    override = override_in_force()
+    if override is not None:
+        return TunedConfigs(*override, source="override")
+    layer = Layer(
+        top_k,
+        num_experts,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        dtype,
+        scheme,
+        block_shape,
+        platform,
+        is_gated,
+    )
+    return TunedConfigs(*layer.default(num_tokens), DEFAULT)
+
+
 def _find(num_tokens: int, layer: Layer, folder: str) -> TunedConfigs:
     table = _table(layer, folder)
     if table.file is None:
@@ -256,7 +283,7 @@ def _validated(file: TunedFile, layer: Layer) -> _Table:
     for tokens, tiles in file.entries.items():
         pair, changes, problem = [], [], None
         for gemm, tile in zip(("w13", "w2"), tiles, strict=True):
-            fitted = fit_block_k(tile, layer.scheme, layer.block_shape)
+            fitted = fit_block_k(tile, layer.block_shape)
             where = f"key {tokens}" + (f" {gemm}" if file.is_native else "")
             if fitted is not tile:
                 changes.append(f"{where}: BLOCK_SIZE_K {tile.block_size_k} runs as {fitted.block_size_k}")

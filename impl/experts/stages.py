@@ -1,0 +1,106 @@
+"""What the Triton backends of both activation formats do around their two GEMMs."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import ActivationFunction, QuantScheme
+from ..kernels.activation import activate, activate_and_quantize
+from ..kernels.quantize import Rows, quantize_rows
+from ..kernels.tile import GemmOperands, gemm_operands
+from ..platform import Platform
+from ..quantization import ActivationScale
+from ..weights import ExpertsWeights
+
+_STORED = {QuantScheme.FP8_W8A8: torch.float8_e4m3fn, QuantScheme.INT8_W8A8: torch.int8}
+
+
+class LayerWorkspace:
+    """One allocation for what passes between the kernels.
+
+    GEMM2's output takes over the memory of GEMM1's once the activation has read it. Parts start on 256 bytes.
+
+    Args:
+        like: a tensor of the storage dtype and device.
+        num_rows: rows of every part.
+        w13_rows: of an expert.
+        intermediate_size: I.
+        hidden_size: H where GEMM2's output lies here too, 0 where it goes elsewhere.
+    """
+
+    __slots__ = ("expert_output", "gate_up", "hidden")
+
+    def __init__(
+        self, like: torch.Tensor, num_rows: int, w13_rows: int, intermediate_size: int, hidden_size: int
+    ) -> None:
+        gate_up_size = num_rows * w13_rows
+        first_size = (max(gate_up_size, num_rows * hidden_size) + 127) // 128 * 128
+        memory = torch.empty(first_size + num_rows * intermediate_size, dtype=like.dtype, device=like.device)
+        self.gate_up = memory[:gate_up_size].view(num_rows, w13_rows)
+        self.hidden = memory[first_size:].view(num_rows, intermediate_size)
+        self.expert_output = memory[: num_rows * hidden_size].view(num_rows, hidden_size)
+
+
+def quantize_input(
+    hidden_states: torch.Tensor, weights: ExpertsWeights, rows: Rows | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The first GEMM's operand and its scales: the hidden states, quantised where the scheme says so.
+
+    Args:
+        hidden_states: [M, H], or [E_local, max_tokens, H] with `rows`.
+        weights: of the layer.
+        rows: which rows hold something; None for all.
+    """
+    quant = weights.quant
+    if quant is None or quant.activation_scale is ActivationScale.NONE:
+        return hidden_states, None
+    group = 0 if quant.block_shape is None else quant.block_shape[1]
+    return quantize_rows(
+        hidden_states, _STORED[quant.scheme], quant.activation_scale, group, quant.a13_scale, rows=rows
+    )
+
+
+def activate_hidden(
+    hidden: torch.Tensor,
+    gate_up: torch.Tensor,
+    weights: ExpertsWeights,
+    function: ActivationFunction,
+    rows: Rows,
+    platform: Platform,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The second GEMM's operand and its scales.
+
+    Args:
+        hidden: [rows, I] of the storage dtype to write into, where it is not quantised in the same kernel.
+        gate_up: [rows, 2I] or [rows, I].
+        weights: of the layer.
+        function: the activation.
+        rows: which rows hold something.
+        platform: where it runs.
+    """
+    quant = weights.quant
+    scale = ActivationScale.NONE if quant is None else quant.activation_scale
+    if quant is None or scale is ActivationScale.NONE:
+        activate(hidden, gate_up, function, rows, platform)
+        return hidden, None
+    dtype = _STORED[quant.scheme]
+    if scale is ActivationScale.TENSOR:
+        # The tensor's largest magnitude is known only when all of it is there.
+        activate(hidden, gate_up, function, rows, platform)
+        return quantize_rows(hidden, dtype, scale, rows=rows)
+    group = 0 if quant.block_shape is None else quant.block_shape[1]
+    # The quantised values lie where the plain ones would have lain.
+    values = hidden.view(-1).view(dtype)[: hidden.numel()].view(hidden.shape)
+    scales = activate_and_quantize(values, gate_up, function, scale, group, quant.a2_scale, rows)
+    return values, scales
+
+
+def w13_operands(weights: ExpertsWeights, function: ActivationFunction, a_scale: torch.Tensor | None) -> GemmOperands:
+    """The first GEMM's operands; the grid of block scales starts anew at the first up row."""
+    parts = 2 if function.kind.is_gated and not function.interleaved else 1
+    return gemm_operands(weights.w13, weights.w13_bias, weights.quant, is_w13=True, parts=parts, a_scale=a_scale)
+
+
+def w2_operands(weights: ExpertsWeights, a_scale: torch.Tensor | None) -> GemmOperands:
+    """The second GEMM's operands."""
+    return gemm_operands(weights.w2, weights.w2_bias, weights.quant, is_w13=False, parts=1, a_scale=a_scale)
