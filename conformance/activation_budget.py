@@ -42,6 +42,14 @@ def slopes(activation: Activation, gate: Tensor, up: Tensor, gate_variance: Tens
     return Slopes(a, b, gate_slope * b, a * up_slope)
 
 
+def saturated(activation: Activation, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    """Masks of elements that a clamp makes one and the same number, wherever they stand: their errors are one too."""
+    if activation.name != "swigluoai":
+        return ()
+    at_limit = gate >= activation.limit
+    return at_limit & (up >= activation.limit), at_limit & (up <= -activation.limit)
+
+
 def activation_variance(
     activation: Activation,
     gate: Tensor,

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..reference.experts import Trace
 from ..reference.quantization import QuantizedWeight, expert_weight
-from .activation_budget import activation_floor, activation_variance, slopes
+from .activation_budget import activation_floor, activation_variance, saturated, slopes
 from .numerics import FLOAT32, TF32_UNIT_ROUNDOFF, Format, Numerics, format_of
 from .operands import ExpertsOperands
-from .quantization_budget import columns_of_a_scale, is_shared_by_rows, quantized
+from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, quantized
 from .rounding import Accumulator, accumulation, floor, rounding
 
 # Approximate exp flushes results under the smallest normal float32 to zero.
@@ -40,12 +40,13 @@ class Budget:
         hidden: `[M, top_k, I]`, squared, the part that all columns of a row share, as it stands at the second GEMM.
         hidden_common: `[M, top_k, I]`, the part of it that one rounding (of the weight on the input) causes everywhere.
         hidden_floor: `[M, top_k, I]`, the subnormal part of it.
-        scale_error: `[M, top_k, I]`, relative error of the dynamic scale that each element of `hidden` has.
+        common_of_runs: `[M, top_k, C, I]`, errors of C causes that each run of `columns_of_a_scale` elements of a row
+            shares (its scale, the values that a clamp makes one), signed.
+        common: `[M, top_k, C, I]`, the same of causes that all rows share.
         independent: `[M, H]`, squared, the part that each column has for itself.
         independent_floor: `[M, H]`, the part of it that adds up along a row.
         weight_error: `[M, top_k]`, relative error of the routing weights where they are rounded on the output, else 0.
         columns_of_a_scale: how many columns of `hidden` share one scale.
-        one_scale: all rows share one dynamic scale.
         is_quantized: activations are, so that errors come in whole steps.
     """
 
@@ -54,12 +55,12 @@ class Budget:
     hidden: Tensor
     hidden_common: Tensor
     hidden_floor: Tensor
-    scale_error: Tensor
+    common_of_runs: Tensor
+    common: Tensor
     independent: Tensor
     independent_floor: Tensor
     weight_error: Tensor
     columns_of_a_scale: int
-    one_scale: bool
     is_quantized: bool
 
     def first_rows(self, rows: int) -> Budget:
@@ -80,12 +81,6 @@ def _rows_of_each_expert(trace: Trace, num_local: int) -> Iterator[tuple[int, Te
         token, slot = (trace.local_ids == expert).nonzero(as_tuple=True)
         if token.numel():
             yield expert, token, slot
-
-
-def _common_of_scales(along: Tensor, columns: int) -> Tensor:
-    """Squared sum of what scales have in common, `[..., I]` to `[...]`: each run of `columns` moves as one."""
-    parts = [part.sum(dim=-1) ** 2 for part in along.split(columns, dim=-1)]
-    return torch.stack(parts).sum(dim=0)
 
 
 def _bias_of_rows(bias: Tensor | None, trace: Trace, like: Tensor) -> Tensor:
@@ -119,7 +114,7 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     input_dtype = None if call.quantize_input is None else call.quantize_input.dtype
     if call.quantize_input is not None:
         exact = call.hidden_states.to(wide)
-        x_variance = quantized(exact, torch.zeros_like(exact), call.quantize_input).variance
+        x_variance = quantized(exact, torch.zeros_like(exact), call.quantize_input, RARE_INPUT).variance
 
     # First GEMM, where needed with the routing weight on its input (applied to the accumulator, one rounding).
     gate_up_squares = trace.gate.new_zeros(*trace.gate.shape[:2], call.w13.shape[1])
@@ -169,25 +164,35 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
         hidden_variance, hidden_floor = torch.zeros_like(known_to), torch.zeros_like(known_to)
         hidden_variance[here], scale_error[here] = added.variance, added.scale_error
     columns = columns_of_a_scale(call.quantize_hidden, intermediate_size)
-    one_scale = is_shared_by_rows(call.quantize_hidden)
+    # What elements have in common: a scale, and the few values that a clamp leaves. Where a scale is one row's own,
+    # equal values need not flip in all rows, but in a row they do.
     of_scales = trace.hidden * scale_error
+    of_rows = is_shared_by_rows(call.quantize_hidden)
+    common, common_of_runs = ([of_scales], []) if of_rows else ([], [of_scales])
+    for mask in saturated(activation, trace.gate, trace.up):
+        common.append(torch.where(mask, trace.hidden.sign() * hidden_variance.sqrt(), 0.0))
+        hidden_variance = torch.where(mask, 0.0, hidden_variance)
+    if call.quantize_hidden is None:
+        common_of_runs = []
+    elif call.quantize_hidden.static_scale is None and not of_rows:
+        common_of_runs += common
+    none = trace.hidden.new_zeros(*here.shape, 0, intermediate_size)
+    common, common_of_runs = (torch.stack(causes, dim=2) if causes else none for causes in (common, common_of_runs))
 
     # Second GEMM and the weighted sum.
     shared = torch.zeros_like(trace.expert_output)
     squares = torch.zeros_like(trace.expert_output)
-    moved = torch.zeros_like(trace.expert_output)
+    moved = trace.output.new_zeros(common.shape[2], *trace.output.shape)
     for expert, token, slot in _rows_of_each_expert(trace, num_local):
         exact = expert_weight(call.w2, expert, wide).T
         shared[token, slot] = hidden_variance[token, slot] @ exact**2 + (hidden_common[token, slot] @ exact) ** 2
         squares[token, slot] = trace.hidden[token, slot] ** 2 @ exact**2
-        if call.quantize_hidden is None:
-            continue
-        if one_scale:
-            moved[token, slot] = of_scales[token, slot] @ exact
-            continue
-        for start in range(0, intermediate_size, columns):
+        if common.shape[2]:
+            together = (common[token, slot] @ exact) * trace.output_weights[token, slot, None, None]
+            moved.index_add_(1, token, together.transpose(0, 1))
+        for start in range(0, intermediate_size if common_of_runs.shape[2] else 0, columns):
             run = slice(start, start + columns)
-            shared[token, slot] += (of_scales[token, slot, run] @ exact[run]) ** 2
+            shared[token, slot] += ((common_of_runs[token, slot][..., run] @ exact[run]) ** 2).sum(dim=1)
     weights = trace.output_weights[..., None]
     weighted = weights * trace.expert_output
     present = here[..., None]
@@ -206,13 +211,18 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     independent = torch.where(present, times * own, 0).sum(dim=1) + accumulation(
         trace.local_ids.shape[1], trace.output, (weighted**2).sum(dim=1), at_combine.unit_roundoff
     )
+    # Numbers of few bits times one weight round in one direction where that is next to a power of two: an expert's
+    # output is of few bits where it is its bias alone.
+    of_few_bits = torch.where(trace.expert_output.to(storage) == trace.expert_output, output.unit_roundoff, 0.0)
     independent_floor = (
-        weights.abs() * (floor(trace.expert_output, at_output) + summing.drift(dot)) + floor(weighted, at_weighted)
+        weights.abs() * (floor(trace.expert_output, at_output) + summing.drift(dot))
+        + floor(weighted, at_weighted)
+        + of_few_bits * weighted.abs()
     ).sum(dim=1) + floor(trace.output, output)
     weight_error = (1 - on_input) * weight_error
     variance = (
         (times * weights**2 * shared).sum(dim=1)
-        + (weights * moved).sum(dim=1) ** 2
+        + (moved**2).sum(dim=0)
         + independent
         + ((weight_error[..., None] * weighted) ** 2).sum(dim=1)
     )
@@ -225,24 +235,24 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
         hidden=hidden_variance,
         hidden_common=hidden_common,
         hidden_floor=hidden_floor,
-        scale_error=scale_error,
+        common_of_runs=common_of_runs,
+        common=common,
         independent=torch.where(any_present, independent, 0.0),
         independent_floor=independent_floor,
         weight_error=weight_error,
         columns_of_a_scale=columns,
-        one_scale=one_scale,
         is_quantized=call.quantize_input is not None,
     )
 
 
 @dataclass(frozen=True)
 class Projected:
-    """What <error of a row, direction> may be, `[M, D]` each.
+    """What <error of a row, direction> may be.
 
     Attributes:
-        variance: independent from row to row.
-        linear: of roundings that all go one way.
-        moved: what the scale that all rows share moves it by, with its sign.
+        variance: `[M, D]`, independent from row to row.
+        linear: `[M, D]`, of roundings that all go one way.
+        moved: `[C, M, D]`, what the causes that all rows share move it by, with its sign.
     """
 
     variance: Tensor
@@ -264,7 +274,7 @@ def projected_error(budget: Budget, trace: Trace, w2: Tensor | QuantizedWeight, 
     """
     variance = torch.einsum("mdh,mh->md", directions**2, budget.independent + budget.last**2)
     linear = torch.einsum("mdh,mh->md", directions.abs(), budget.independent_floor)
-    moved = torch.zeros_like(variance)
+    moved = variance.new_zeros(budget.common.shape[2], *variance.shape)
     times = _multiplicity(trace)
     for expert, token, slot in _rows_of_each_expert(trace, w2.shape[0]):
         along = directions[token]
@@ -276,11 +286,12 @@ def projected_error(budget: Budget, trace: Trace, w2: Tensor | QuantizedWeight, 
             + (budget.weight_error[token, slot, None] * own) ** 2
         )
         weights = trace.output_weights[token, slot, None]
-        of_scales = through * (trace.hidden * budget.scale_error)[token, slot, None]
-        if budget.one_scale:
-            moved.index_add_(0, token, weights * of_scales.sum(dim=-1))
-        else:
-            part = part + _common_of_scales(of_scales, budget.columns_of_a_scale)
+        for run in range(0, through.shape[-1] if budget.common_of_runs.shape[2] else 0, budget.columns_of_a_scale):
+            columns = slice(run, run + budget.columns_of_a_scale)
+            of_run = budget.common_of_runs[token, slot][..., columns]
+            part = part + (torch.einsum("pdi,pci->pdc", through[..., columns], of_run) ** 2).sum(dim=-1)
+        together = torch.einsum("pdi,pci->cpd", through, budget.common[token, slot])
+        moved.index_add_(1, token, weights * together)
         variance.index_add_(0, token, times[token, slot, None] * weights**2 * part)
         floors = torch.einsum("pdi,pi->pd", through.abs(), budget.hidden_floor[token, slot])
         linear.index_add_(0, token, weights.abs() * floors)

@@ -26,7 +26,7 @@ class Limits:
 
 
 KINDS = ("rounded", "quantized")
-"""Errors are sums of many roundings, or come in whole steps of few quantised activations: two tails, two sets of limits."""
+"""Errors are sums of many roundings, or come in whole steps of quantised activations: two tails, two sets of limits."""
 
 
 @cache

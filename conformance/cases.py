@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..reference.activations import SILU, Activation
 from ..reference.batched import routed_call
-from ..reference.quantization import QuantizedWeight
+from ..reference.quantization import LARGEST, ActivationQuantization, QuantizedWeight
 from .arena import Arena, poison
 from .operands import ExpertsOperands
-from .spec import ACTIVATIONS, TILE, AlignSpec, BatchedSpec, ExpertsSpec, RoutingSpec
-from .stored import StoredExperts, stored_experts
+from .spec import ACTIVATIONS, TILE, AlignSpec, BatchedSpec, ExpertsSpec, QuantizeSpec, RoutingSpec
+from .stored import DTYPES, StoredExperts, static_scale, stored_experts
 from .values import integers, on_grid
 
 # Poisoned elements behind each row of a padded operand; a multiple of 16, so that rows stay aligned as real ones are.
@@ -52,6 +52,22 @@ class AlignCase:
     num_experts: int
     num_local_experts: int
     expert_map: Tensor | None
+    arena: Arena
+
+
+@dataclass(frozen=True)
+class QuantizeCase:
+    """The operands of one quantisation of activations.
+
+    Attributes:
+        x: `[rows, K]`.
+        how: the format, and what shares a scale.
+        static_scale: `[1]` float32 where the scale is given, else None.
+    """
+
+    x: Tensor
+    how: ActivationQuantization
+    static_scale: Tensor | None
     arena: Arena
 
 
@@ -388,6 +404,44 @@ def build_batched(spec: BatchedSpec, device: torch.device | str = "cpu") -> Batc
         expert_num_tokens=arena.place("expert_num_tokens", counts),
         out=arena.place("out", torch.full_like(hidden_states, unknown), row_padding=padding, fixed=False),
         **_layer(spec, spec.E, values, arena),
+    )
+
+
+def build_quantize(spec: QuantizeSpec, device: torch.device | str = "cpu") -> QuantizeCase:
+    """The operands of a quantisation."""
+    dtype, shape = getattr(torch, spec.dtype), (spec.rows, spec.columns)
+    kind, scale = spec.quantizer.split("_")
+    width = {"group": spec.group}.get(scale, max(1, spec.columns))
+    static = static_scale(spec.seed, "static", 2.0, device) if scale == "static" else None
+    spread = 18 if spec.values == "spread" else 0
+    x = on_grid(spec.seed, "x", shape, dtype, device, exponent=1, spread=spread)
+    column = torch.arange(spec.columns, device=device)
+    if spec.values == "zero_rows":
+        which = integers(spec.seed, "zero", (spec.rows, -(-spec.columns // width)), 0, 3, device)
+        x = x.masked_fill(which.repeat_interleave(width, dim=1)[:, : spec.columns] == 0, 0)
+        x = x.masked_fill(integers(spec.seed, "zero_row", (spec.rows, 1), 0, 4, device) == 0, 0)
+    elif spec.values == "ties":
+        # The largest number leads what shares a scale: the scale is 2**-6, and what follows lies between two numbers.
+        largest = LARGEST[DTYPES[kind]]
+        step = integers(spec.seed, "step", shape, 8, 15, device) + 0.5
+        power = torch.tensor([2.0**e for e in range(-3, 5)], device=device)
+        between = step * power[integers(spec.seed, "power", shape, 0, 8, device)]
+        between = between if kind == "fp8" else integers(spec.seed, "step", shape, 0, 127, device) + 0.5
+        sign = 1 - 2 * integers(spec.seed, "sign", shape, 0, 2, device)
+        x = (torch.where(column % width == 0, largest, between * sign) * 2.0**-6).to(dtype)
+        static = None if static is None else torch.tensor([2.0**-6], device=device)
+    arena = Arena()
+    how = ActivationQuantization(
+        DTYPES[kind],
+        "tensor" if scale == "static" else scale,
+        group=spec.group,
+        static_scale=None if static is None else float(static),
+    )
+    return QuantizeCase(
+        x=arena.place("x", x, row_padding=ROW_PADDING if spec.padded_rows else 0),
+        how=how,
+        static_scale=None if static is None else arena.place("static_scale", static),
+        arena=arena,
     )
 
 

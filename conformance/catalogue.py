@@ -5,11 +5,11 @@ from __future__ import annotations
 from . import configs, oracle
 from .coverage import declared_pairs
 from .judge import PROPERTIES, Ledger, Property
-from .properties import align, api, batched, hygiene, meta, num, path, route
+from .properties import align, api, batched, hygiene, meta, num, path, quant, route
 from .subject import Subject
 
 # Importing a family declares its properties.
-FAMILIES = (route, align, num, batched, meta, path, hygiene, api, oracle, configs)
+FAMILIES = (route, align, num, batched, meta, path, quant, hygiene, api, oracle, configs)
 # A run that exercised fewer of the declared feature pairs than this proves too little to be called green.
 LEAST_PAIRS = 0.5
 
@@ -27,9 +27,8 @@ def pairs_due(subject: Subject, device: str) -> set[str]:
     """Every pair of features that a whole run on `device` should run, named as `Ledger.pairs` names them."""
     facets = {facet for prop in due(subject, device) for facet in prop.facets}
     pairs: set[str] = set()
-    for facet, batched in (("experts", False), ("batched", True)):
-        if facet in facets:
-            pairs |= declared_pairs(subject.capabilities, batched=batched)
+    for facet in {"experts", "batched"} & facets:
+        pairs |= declared_pairs(subject.capabilities, batched=facet == "batched")
     return pairs
 
 

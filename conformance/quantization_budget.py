@@ -19,8 +19,10 @@ from .numerics import FLOAT32
 
 # Rarer flips than this are not provided for: a run has fewer values than its inverse.
 NEVER = 1e-7
-# A flip that happens costs a whole step however rare it is: at a variance of a ninth that is three sigma.
+# A flip that happens costs a whole step however rare it is: at a variance of a ninth that is three sigma. A flip of the
+# layer's input moves all that follows it, and there makes others flip: it is provided for as if it happened.
 RARE = 1 / 9
+RARE_INPUT = 1.0
 # Unit roundoffs of amax / largest and of x / scale in float32: an approximate division is good to 2 ulp, and so is a
 # product with the rounded reciprocal.
 QUANTIZER_ROUNDOFFS = 4.0
@@ -28,13 +30,14 @@ QUANTIZER_ROUNDOFFS = 4.0
 NEAR = 4.0
 
 
-def flip_variance(scaled: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+def flip_variance(scaled: Tensor, sigma: Tensor, dtype: torch.dtype, rare: float = RARE) -> Tensor:
     """Squared error, in steps' own units, of rounding values that are only known to `sigma` to the grid of `dtype`.
 
     Args:
         scaled: the reference's values over their scales, before clamping and rounding.
         sigma: of them; where it is zero nothing flips, ties included.
         dtype: float8_e4m3fn or int8.
+        rare: the least that a possible flip counts, in squared steps.
     """
     largest = LARGEST[dtype]
     magnitude = scaled.abs()
@@ -47,7 +50,7 @@ def flip_variance(scaled: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         chance = torch.erfc(distance.clamp(min=0) / (sigma * math.sqrt(2)).clamp(min=torch.finfo(sigma.dtype).tiny)) / 2
         if step is above:
             chance = torch.where(rounded >= largest, 0.0, chance)  # what is clamped has no number above it
-        chance = torch.where((sigma == 0) | (chance < NEVER), 0.0, chance.clamp(min=RARE))
+        chance = torch.where((sigma == 0) | (chance < NEVER), 0.0, chance.clamp(min=rare))
         variance = variance + chance * step**2
     # Beyond half a step a value may cross several midpoints: then its own error counts.
     return variance + torch.where(sigma > above / 2, sigma**2, 0.0)
@@ -66,7 +69,7 @@ class Quantized:
     scale_error: Tensor
 
 
-def quantized(rows: Tensor, row_variance: Tensor, how: ActivationQuantization) -> Quantized:
+def quantized(rows: Tensor, row_variance: Tensor, how: ActivationQuantization, rare: float = RARE) -> Quantized:
     """The budget of quantising rows `[rows, K]` whose values are known up to a variance `[rows, K]`."""
     if rows.numel() == 0:
         return Quantized(torch.zeros_like(rows), torch.zeros_like(rows))
@@ -77,7 +80,7 @@ def quantized(rows: Tensor, row_variance: Tensor, how: ActivationQuantization) -
         arithmetic = 0.0  # over a power of two nothing is rounded
     scaled = rows / scales
     sigma = (row_variance / scales**2 + (scale_error**2 + arithmetic**2) * scaled**2).sqrt()
-    return Quantized(scales**2 * flip_variance(scaled, sigma, how.dtype), scale_error)
+    return Quantized(scales**2 * flip_variance(scaled, sigma, how.dtype, rare), scale_error)
 
 
 def _scale_error(rows: Tensor, variance: Tensor, how: ActivationQuantization) -> Tensor:

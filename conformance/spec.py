@@ -74,6 +74,11 @@ class Scheme:
     zero_points: bool = False
 
     @property
+    def quantizer(self) -> str | None:
+        """What quantises its activations, by a name of `QuantizeSpec`; None where nothing does."""
+        return None if self.activation_scale is None else f"{self.weight}_{self.activation_scale}"
+
+    @property
     def has_blocks(self) -> bool:
         """Whether a spec says how large its blocks or groups are."""
         return self.weight_scale in ("block", "group")
@@ -113,6 +118,12 @@ COUNTS = (
     "one_expert",  # the last expert has all tokens
     "uneven",  # each its own number, from none to all rows
 )
+ROWS = (
+    "unit",
+    "spread",  # exponents over the whole range of the format, subnormals among them
+    "zero_rows",  # some rows, and some groups, without any value
+    "ties",  # every value exactly between two numbers of the format, and a scale that is a power of two
+)
 LOGITS = (
     "unit",
     "wide",  # differences that saturate the softmax
@@ -131,7 +142,21 @@ class Spec:
 
     # Fields that say how large a case is; the others are features, whose pairs the coverage counts.
     SIZES: ClassVar[frozenset[str]] = frozenset(
-        {"M", "H", "I", "E", "top_k", "block_size", "max_tokens", "block_n", "block_k", "seed"}
+        {
+            "M",
+            "H",
+            "I",
+            "E",
+            "top_k",
+            "block_size",
+            "max_tokens",
+            "block_n",
+            "block_k",
+            "rows",
+            "columns",
+            "group",
+            "seed",
+        }
     )
 
     # The facet of a subject that runs such a spec.
@@ -248,6 +273,22 @@ class BatchedSpec(Spec):
     def features(self) -> dict[str, Any]:
         """The features by name, with the activation format."""
         return super().features() | {"format": "batched"}
+
+
+@dataclass(frozen=True)
+class QuantizeSpec(Spec):
+    """One quantisation of activations; `quantizer` is a format and what shares a scale, such as `fp8_token`."""
+
+    facet: ClassVar[str] = "quantize"
+
+    rows: int
+    columns: int
+    quantizer: str
+    group: int = 0
+    dtype: str = "bfloat16"
+    values: str = "unit"
+    padded_rows: bool = False
+    seed: int = 0
 
 
 def parse_spec(line: str) -> Spec:

@@ -37,6 +37,16 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
 
 
+def _alike(trace: Trace) -> Tensor:
+    """How many pairs of an expert have the same gate and up as each pair, `[M, top_k]`: what they round is the same."""
+    rows = torch.cat([trace.gate, trace.up], dim=-1)
+    # A fingerprint: two rows that differ hardly have the same inner product with a vector of irrational entries.
+    mark = rows @ torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype, device=rows.device).sqrt()
+    pairs = torch.stack([trace.local_ids.flatten().to(mark.dtype), mark.flatten()], dim=1)
+    _, group, counts = pairs.unique(dim=0, return_inverse=True, return_counts=True)
+    return counts[group].reshape(trace.local_ids.shape).to(rows.dtype)
+
+
 def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | QuantizedWeight) -> Statistics:
     """The statistics of an output `[M, H]`; not-a-number counts as an infinite error."""
     error = (output.to(trace.output.dtype) - trace.output).nan_to_num(torch.inf, torch.inf, torch.inf)
@@ -55,7 +65,7 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
     along = torch.where(directions.abs().sum(dim=2) == 0, 0.0, along)
     norm = (directions**2).sum(dim=2)
 
-    whole = allowed.variance[:, 0] + allowed.moved[:, 0] ** 2
+    whole = allowed.variance[:, 0] + (allowed.moved[:, :, 0] ** 2).sum(dim=0)
     row_gain = _ratio((along[:, 0].abs() - allowed.linear[:, 0]).clamp(min=0), whole.sqrt())
     row_gain = torch.where(norm[:, 0] == 0, torch.nan, row_gain)
     num_local = w2.shape[0]
@@ -67,7 +77,9 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
 
     expert_norm = of_experts(norm[:, 1:])
     # What rows have in common adds up before it is squared.
-    expert_variance = of_experts(allowed.variance[:, 1:]) + of_experts(allowed.moved[:, 1:]) ** 2
+    expert_variance = of_experts(_alike(part) * allowed.variance[:, 1:])
+    for moved in allowed.moved:
+        expert_variance = expert_variance + of_experts(moved[:, 1:]) ** 2
     beyond = (of_experts(along[:, 1:]).abs() - of_experts(allowed.linear[:, 1:])).clamp(min=0)
     expert_gain = torch.where(expert_norm == 0, torch.nan, _ratio(beyond, expert_variance.sqrt()))
     return Statistics(elementwise, row_rms, row_gain, expert_gain)

@@ -19,7 +19,7 @@ from .values import hashed, integers, on_grid
 
 # log2 of the root mean square of a format's drawn numbers: what its scale makes up for.
 _SIZE = {"fp8": 5, "int8": 6, "int4": 2}
-_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class StoredExperts:
         """The reference's weight of the second GEMM."""
         return QuantizedWeight(values, self.w2_scale, self.w2_zero_point, self.block_shape)
 
-    def activations(self, static_scale: Tensor | None) -> ActivationQuantization | None:
+    def activations(self, static: Tensor | None) -> ActivationQuantization | None:
         """How the reference quantises the rows that enter a GEMM."""
         scale = self.scheme.activation_scale
         if scale is None or self.scheme.weight is None:
             return None
-        dtype = _DTYPES[self.scheme.weight]
+        dtype = DTYPES[self.scheme.weight]
         if scale == "static":
-            return ActivationQuantization(dtype, static_scale=None if static_scale is None else float(static_scale))
+            return ActivationQuantization(dtype, static_scale=None if static is None else float(static))
         return ActivationQuantization(dtype, scale, group=self.block_shape[1] if self.block_shape else 0)
 
 
@@ -161,13 +161,13 @@ def stored_experts(
             zeros[number] = _packed(integers(seed, f"zero_point/{number}", shape, 0, 16, device), 1)
     static: list[Tensor | None] = [None, None]
     if scheme.activation_scale == "static":
-        static = [_static_scale(seed, f"static/{n}", magnitude, device) for n, magnitude in enumerate(nominal)]
+        static = [static_scale(seed, f"static/{n}", magnitude, device) for n, magnitude in enumerate(nominal)]
     w2_scale = scales("w2_scale", spec.H, spec.I, exponents[1])
     blocks = (spec.block_n, spec.block_k) if scheme.has_blocks else None
     return w13, w2, StoredExperts(scheme, w13_scale, w2_scale, zeros[0], zeros[1], static[0], static[1], blocks)
 
 
-def _static_scale(seed: int, name: str, nominal: float, device: Any) -> Tensor:
+def static_scale(seed: int, name: str, nominal: float, device: Any) -> Tensor:
     """`[1]`: about right, so small that much is clamped, so large that much becomes subnormal, or a power of two."""
     about = nominal / 448
     choice = int(integers(seed, name, (1,), 0, 4))

@@ -10,7 +10,19 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from .spec import ACTIVATIONS, SCHEMES, TILE, VALUES, AlignSpec, BatchedSpec, ExpertsSpec, RoutingSpec
+from .spec import (
+    ACTIVATIONS,
+    DTYPES,
+    ROWS,
+    SCHEMES,
+    TILE,
+    VALUES,
+    AlignSpec,
+    BatchedSpec,
+    ExpertsSpec,
+    QuantizeSpec,
+    RoutingSpec,
+)
 from .subject import Capabilities
 
 Shape = tuple[int, int, int, int]
@@ -290,3 +302,50 @@ def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
         )
 
     return specs()
+
+
+# Widths around a group's and a tile's edge, and group sizes: enough to meet every kind of tail.
+_WIDTHS = (1, 15, 16, 33, 72, 128, 200)
+_GROUPS = (16, 32, 128)
+
+
+def quantize_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[QuantizeSpec]:
+    """Quantisations of activations by every quantiser that the declared schemes have."""
+    del device
+
+    @st.composite
+    def specs(draw: st.DrawFn) -> QuantizeSpec:
+        quantizer = draw(st.sampled_from(capabilities.quantizers))
+        return QuantizeSpec(
+            rows=draw(st.integers(0 if capabilities.empty else 1, 9)),
+            columns=draw(st.sampled_from(_WIDTHS)),
+            quantizer=quantizer,
+            group=draw(st.sampled_from(_GROUPS)) if quantizer.endswith("group") else 0,
+            dtype=draw(
+                st.sampled_from([dtype for dtype in capabilities.dtypes if dtype in DTYPES[:2]] or ["bfloat16"])
+            ),
+            values=draw(st.sampled_from(ROWS)),
+            padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
+            seed=draw(SEEDS),
+        )
+
+    return specs()
+
+
+def pinned_quantizers(device: str, capabilities: Capabilities) -> tuple[QuantizeSpec, ...]:
+    """Every quantiser on every kind of rows, with a tail of columns."""
+    del device
+    dtypes = [dtype for dtype in capabilities.dtypes if dtype in DTYPES[:2]] or ["bfloat16"]
+    return tuple(
+        QuantizeSpec(
+            rows=5,
+            columns=72,
+            quantizer=quantizer,
+            group=32 if quantizer.endswith("group") else 0,
+            dtype=dtype,
+            values=values,
+        )
+        for quantizer in capabilities.quantizers
+        for values in ROWS
+        for dtype in dtypes
+    )

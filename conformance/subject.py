@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .cases import AlignCase, BatchedCase, ExpertsCase, RoutingCase
+from .cases import AlignCase, BatchedCase, ExpertsCase, QuantizeCase, RoutingCase
 from .numerics import Numerics
 from .properties.path import Launches
-from .spec import COUNTS, DTYPES, LOGITS, MAPS, ROUTINGS, WEIGHTS
+from .spec import COUNTS, DTYPES, LOGITS, MAPS, ROUTINGS, SCHEMES, WEIGHTS
 
-FACETS = ("route", "align", "experts", "batched", "trace", "launches", "api", "oracle", "configs")
+FACETS = ("route", "align", "experts", "batched", "quantize", "trace", "launches", "api", "oracle", "configs")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ class Capabilities:
     weight_on_input: bool = True
     padded_rows: bool = True
     empty: bool = True
+
+    @property
+    def quantizers(self) -> tuple[str, ...]:
+        """What quantises activations in the declared schemes, each once (see `QuantizeSpec`)."""
+        names = (SCHEMES[scheme].quantizer for scheme in self.schemes)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 class Subject:
@@ -115,6 +121,15 @@ class Subject:
             variant: of the subject.
             out: what to write into and to return (rows behind an expert's count stay as they were); None asks for a
                 result of the subject's own, with zeros there.
+        """
+        raise NotImplementedError
+
+    def quantize(self, case: QuantizeCase, variant: str) -> tuple[Tensor, Tensor]:
+        """Activations in few bits.
+
+        Returns:
+            `[rows, K]` of `case.how.dtype`, and float32 scales: `[1]` (of the whole tensor, or given), `[rows, 1]` (of
+            a token) or `[rows, ceil(K / group)]`.
         """
         raise NotImplementedError
 

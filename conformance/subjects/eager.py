@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...reference.activations import Activation
-from ..cases import BatchedCase, ExpertsCase, LayerCase, RoutingCase
+from ..cases import BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
 from ..numerics import Numerics
 from ..spec import ACTIVATIONS, BIASES, SCHEMES
 from ..stored import StoredExperts
@@ -162,6 +162,14 @@ class EagerSubject(Subject):
                 y = y * weights[token, slot, None]
             out.index_add_(0, token, y)
         return out
+
+    def quantize(self, case: QuantizeCase, variant: str) -> tuple[Tensor, Tensor]:
+        """The quantiser that the experts use."""
+        how = case.how
+        kind = "fp8" if how.dtype == torch.float8_e4m3fn else "int8"
+        values, scale = quantized(case.x, kind, how.granularity, how.group, case.static_scale)
+        is_one = how.granularity == "tensor"
+        return values.flatten(1)[:, : case.x.shape[1]], scale.reshape(1) if is_one else scale.flatten(1)
 
     def batched(self, case: BatchedCase, variant: str, out: Tensor | None) -> Tensor:
         """One slab at a time."""

@@ -14,9 +14,10 @@ from ...impl.config import QuantScheme
 from ...impl.fused_moe import fused_experts
 from ...impl.path import PathRecord, record_path
 from ...impl.platform import Platform
-from ...impl.quantization import ExpertsQuantization
+from ...impl.quantization import ActivationScale, ExpertsQuantization
+from ...impl.quantize import quantize_activations
 from ...impl.routing import select_experts
-from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, RoutingCase
+from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
 from ..numerics import Numerics
 from ..properties.path import Launches
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
@@ -140,6 +141,20 @@ class MoegateSubject(Subject):
                 **_layer_arguments(case),
                 backend=variant,
                 out=out,
+            )
+
+    def quantize(self, case: QuantizeCase, variant: str) -> tuple[Tensor, Tensor]:
+        """`quantize_activations`."""
+        scale = case.how.granularity if case.static_scale is None else "static"
+        backend = "triton" if variant == "triton" else "torch"
+        with debug_checks():
+            return quantize_activations(
+                case.x,
+                case.how.dtype,
+                ActivationScale(scale),
+                group=case.how.group,
+                static_scale=case.static_scale,
+                backend=backend,
             )
 
     def trace(self) -> AbstractContextManager[PathRecord]:
