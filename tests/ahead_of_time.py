@@ -42,24 +42,30 @@ def target(platform: Platform) -> GPUTarget:
 
 
 def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """What routing and experts, or batched experts, would launch: kernel, arguments, constants and options."""
+    """What routing and experts, routing alone, or batched experts launch: kernel, arguments, constants and options."""
     seen = []
 
     def record(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
         seen.append((kernel, args, meta))
 
-    m, e, k, h, i = (job[name] for name in ("M", "E", "top_k", "H", "I"))
+    m, e, k, h, i = (job.get(name, 1) for name in ("M", "E", "top_k", "H", "I"))
     local = e // 2 if job.get("expert_map") else e
     dtype = getattr(torch, job["dtype"])
 
     def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
+    routing = dict(job.get("routing", {}))
+    if routing.pop("bias", False):
+        routing["e_score_correction_bias"] = meta(e, of=torch.float32)
+
     def run() -> None:
         if job.get("batched"):
             batched_experts(meta(e, m, h), meta(e, 2 * i, h), meta(e, h, i), meta(e, of=torch.int32))
             return
-        select_experts(meta(m, e), k)
+        select_experts(meta(m, e), k, **routing)
+        if "routing" in job:
+            return
         fused_experts(
             meta(m, h),
             meta(local, 2 * i, h),
