@@ -6,12 +6,12 @@ from itertools import combinations, product
 
 from . import configs, oracle
 from .judge import PROPERTIES, Ledger, Property
-from .properties import align, api, batched, hygiene, meta, num, path, route
+from .properties import align, api, batched, hygiene, meta, num, path, route, route_laws
 from .spec import VALUES
 from .subject import Capabilities, Subject
 
 # Importing a family declares its properties.
-FAMILIES = (route, align, num, batched, meta, path, hygiene, api, oracle, configs)
+FAMILIES = (route, route_laws, align, num, batched, meta, path, hygiene, api, oracle, configs)
 # A run that exercised fewer of the declared feature pairs than this proves too little to be called green.
 LEAST_PAIRS = 0.5
 

@@ -21,7 +21,20 @@ from torch import Tensor
 from .cases import AlignCase, BatchedCase, ExpertsCase, RoutingCase
 from .numerics import Numerics
 from .properties.path import Launches
-from .spec import COUNTS, DTYPES, LOGITS, MAPS, ROUTINGS, WEIGHTS
+from .spec import (
+    CORRECTION_BIASES,
+    COUNTS,
+    DTYPES,
+    GROUP_RANKINGS,
+    GROUPS,
+    LOGITS,
+    MAPS,
+    PADDINGS,
+    ROUTINGS,
+    SCALINGS,
+    SCORINGS,
+    WEIGHTS,
+)
 
 FACETS = ("route", "align", "experts", "batched", "trace", "launches", "api", "oracle", "configs")
 
@@ -36,6 +49,8 @@ class Capabilities:
         routings, weights, maps: the names of `spec.py` that it takes.
         counts: of the tokens of each expert in the batched format, by the names of `spec.py`.
         logits: kinds of router logits that its routing takes.
+        scorings, groups, group_rankings, correction_biases, scalings, paddings: its routing methods, by the names of
+            `spec.py`; where nothing is said, softmax top-k alone.
         weight_on_input: takes routing weights on the experts' input (top_k = 1).
         padded_rows: takes operands whose rows are farther apart than they are wide.
         empty: takes zero tokens.
@@ -48,9 +63,26 @@ class Capabilities:
     maps: tuple[str, ...] = MAPS
     counts: tuple[str, ...] = COUNTS
     logits: tuple[str, ...] = LOGITS
+    scorings: tuple[str, ...] = ("softmax",)
+    groups: tuple[str, ...] = ("none",)
+    group_rankings: tuple[str, ...] = ("max",)
+    correction_biases: tuple[str, ...] = ("none",)
+    scalings: tuple[str, ...] = ("one",)
+    paddings: tuple[str, ...] = ("none",)
     weight_on_input: bool = True
     padded_rows: bool = True
     empty: bool = True
+
+
+# What a subject declares that routes in every way.
+ROUTING_METHODS: dict[str, tuple[str, ...]] = {
+    "scorings": SCORINGS,
+    "groups": GROUPS,
+    "group_rankings": GROUP_RANKINGS,
+    "correction_biases": CORRECTION_BIASES,
+    "scalings": tuple(SCALINGS),
+    "paddings": PADDINGS,
+}
 
 
 class Subject:
@@ -84,7 +116,7 @@ class Subject:
         return tuple(f for f in FACETS if getattr(type(self), f) is not getattr(Subject, f))
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
-        """`topk_weights [M, top_k]` float32 and `topk_ids [M, top_k]` int32 of softmax top-k routing."""
+        """`topk_weights [M, top_k]` float32 and `topk_ids [M, top_k]` int32 by the method that the case says."""
         raise NotImplementedError
 
     def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from ...impl.routing import select_experts
 from ..cases import AlignCase, BatchedCase, ExpertsCase, RoutingCase
 from ..numerics import Numerics
 from ..properties.path import Launches
-from ..subject import Capabilities, Subject
+from ..subject import ROUTING_METHODS, Capabilities, Subject
 from .moegate_configs import MoegateConfigs
 from .moegate_oracle import MoegateOracle
 
@@ -34,7 +34,7 @@ class MoegateSubject(Subject):
 
     name = "moegate"
     variants = ("triton", "cpu")
-    capabilities = Capabilities()
+    capabilities = Capabilities(**ROUTING_METHODS)
     numerics = Numerics()
     launches: ClassVar[dict[str, Launches]] = {
         "triton": {"naive": (_LAYER,), "aligned": (_ALIGNED, _ALIGNED_LARGE), "batched": (_BATCHED,)}
@@ -60,7 +60,7 @@ class MoegateSubject(Subject):
         """`select_experts`."""
         backend = "triton" if variant == "triton" else "torch"
         with debug_checks():
-            return select_experts(case.router_logits, case.top_k, renormalize=case.renormalize, backend=backend)
+            return select_experts(case.router_logits, case.top_k, **case.method(), backend=backend)
 
     def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:
         """`moe_align_block_size`."""
