@@ -21,7 +21,7 @@ from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, QuantizeCase
 from ..numerics import Numerics
 from ..properties.path import Launches
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
-from ..subject import Capabilities, Subject
+from ..subject import ROUTING_METHODS, Capabilities, Subject
 from .moegate_configs import MoegateConfigs
 from .moegate_oracle import MoegateOracle
 
@@ -87,7 +87,9 @@ class MoegateSubject(Subject):
 
     name = "moegate"
     variants = ("triton", "cpu")
-    capabilities = Capabilities(schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES)
+    capabilities = Capabilities(
+        schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES, **ROUTING_METHODS
+    )
     numerics = Numerics(accumulator="hopper_fp8", promoted_every=128)
     launches: ClassVar[dict[str, Launches]] = {"triton": _launches}
 
@@ -111,7 +113,7 @@ class MoegateSubject(Subject):
         """`select_experts`."""
         backend = "triton" if variant == "triton" else "torch"
         with debug_checks():
-            return select_experts(case.router_logits, case.top_k, renormalize=case.renormalize, backend=backend)
+            return select_experts(case.router_logits, case.top_k, **case.method(), backend=backend)
 
     def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:
         """`moe_align_block_size`."""
