@@ -183,8 +183,9 @@ def pairs(count: int) -> quantize.Rows:
 
 
 def slabs(count: int) -> quantize.Rows:
+    """Four full slabs: two would be so large that the stride between them is 64-bit by itself."""
     return quantize.Rows(
-        "slabs", count, expert_num_tokens=torch.full((2,), count // 2, dtype=torch.int32), max_tokens=count // 2
+        "slabs", count, expert_num_tokens=torch.full((4,), count // 4, dtype=torch.int32), max_tokens=count // 4
     )
 
 
