@@ -87,7 +87,12 @@ class MoegateSubject(Subject):
 
     name = "moegate"
     variants = ("triton", "cpu")
-    capabilities = Capabilities(schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES)
+    capabilities = Capabilities(
+        schemes=tuple(SCHEMES),
+        batched_schemes=tuple(name for name, scheme in SCHEMES.items() if scheme.weight in (None, "fp8")),
+        activations=tuple(ACTIVATIONS),
+        biases=BIASES,
+    )
     numerics = Numerics(accumulator="hopper_fp8", promoted_every=128)
     launches: ClassVar[dict[str, Launches]] = {"triton": _launches}
 
