@@ -43,7 +43,7 @@ def experts_features(capabilities: Capabilities) -> Features:
 
 def batched_features(capabilities: Capabilities) -> Features:
     """The features of a batched spec and their declared values."""
-    return _layer_features(capabilities) | {
+    return _layer_features(capabilities.of_slabs()) | {
         "format": ("batched",),
         "counts": tuple(counts for counts in capabilities.counts if capabilities.empty or counts != "zero"),
     }

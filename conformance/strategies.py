@@ -393,7 +393,7 @@ def experts_specs(
 
 def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[BatchedSpec]:
     """Calls of the experts in the batched format: slabs of every size of the pools, now and then without a row."""
-    pools = POOLS[device]
+    pools, capabilities = POOLS[device], capabilities.of_slabs()
 
     @st.composite
     def specs(draw: st.DrawFn) -> BatchedSpec:

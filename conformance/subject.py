@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,6 +51,7 @@ class Capabilities:
         counts: of the tokens of each expert in the batched format, by the names of `spec.py`.
         logits: kinds of router logits that its routing takes.
         schemes: how weights are stored and activations quantised, by the names of `spec.py`.
+        batched_schemes: those of them in the batched format; None means all.
         activations: between the two GEMMs, by the names of `spec.py`.
         biases: of the two GEMMs, by the names of `spec.py`.
         scorings, groups, group_rankings, correction_biases, scalings, paddings: its routing methods, by the names of
@@ -68,6 +69,7 @@ class Capabilities:
     counts: tuple[str, ...] = COUNTS
     logits: tuple[str, ...] = LOGITS
     schemes: tuple[str, ...] = ("none",)
+    batched_schemes: tuple[str, ...] | None = None
     activations: tuple[str, ...] = ("silu",)
     biases: tuple[str, ...] = ("none",)
     scorings: tuple[str, ...] = ("softmax",)
@@ -79,6 +81,10 @@ class Capabilities:
     weight_on_input: bool = True
     padded_rows: bool = True
     empty: bool = True
+
+    def of_slabs(self) -> Capabilities:
+        """What is declared of the batched format."""
+        return self if self.batched_schemes is None else replace(self, schemes=self.batched_schemes)
 
     @property
     def quantizers(self) -> tuple[str, ...]:

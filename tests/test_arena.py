@@ -7,7 +7,7 @@ from moegate.conformance.arena import MARGIN_BYTES, Arena, poison
 from moegate.conformance.cases import build_experts
 from moegate.conformance.spec import ExpertsSpec
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64, torch.int8, torch.uint8]
 
 
 def whole_of(view):
@@ -32,6 +32,30 @@ def test_margins_and_row_padding_are_poison_and_the_operand_is_not(dtype):
     rows = whole[margin:-margin].view(3, 4, 13)
     assert torch.equal(rows[..., :5], values)
     assert is_poison(rows[..., 5:]).all()
+
+
+def test_the_poison_of_fp8_is_its_nan():
+    view = Arena().place("w13", torch.ones(2, 3).to(torch.float8_e4m3fn), row_padding=16)
+    whole = whole_of(view)
+    assert (whole[:MARGIN_BYTES].view(torch.uint8) == 0x7F).all()
+    assert whole[:MARGIN_BYTES].float().isnan().all()
+
+
+def test_scales_zero_points_static_scales_and_biases_of_a_case_lie_in_its_arena():
+    for scheme, shape in (("int4_group_zp", (32, 32, 0, 16)), ("fp8_tensor_static", (32, 16, 0, 0))):
+        h, i, bn, bk = shape
+        case = build_experts(
+            ExpertsSpec(M=3, H=h, I=i, E=2, top_k=1, scheme=scheme, block_n=bn, block_k=bk, bias="both")
+        )
+        names = {"w13", "w2", "w13_bias", "w2_bias", "w13_scale", "w2_scale"}
+        names |= {"w13_zero_point", "w2_zero_point"} if "zp" in scheme else {"a13_scale", "a2_scale"}
+        assert names < set(case.tensors())
+        for name in names:
+            operand = case.tensors()[name]
+            margin = whole_of(operand)[: MARGIN_BYTES // operand.element_size()]
+            assert is_poison(margin.float() if operand.is_floating_point() else margin).all(), name
+            operand.view(torch.uint8).flatten()[0] ^= 1
+        assert set(case.arena.changed()) == names
 
 
 @pytest.mark.parametrize(("shape", "padding", "strides"), [

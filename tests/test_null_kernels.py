@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from moegate.conformance.calibrate import drawn_spec
+from moegate.conformance.calibration import KINDS
 from moegate.conformance.cases import build_experts, build_routing
 from moegate.conformance.judge import PROPERTIES
 from moegate.conformance.properties.meta import LAWS
@@ -13,7 +14,7 @@ from moegate.conformance.properties.num import budget_of, judge_values, referenc
 from moegate.conformance.properties.route import allowed_weight_error, judge_routing, truth_of
 from moegate.conformance.properties.route_laws import LAWS as ROUTING_LAWS
 from moegate.conformance.statistics import statistics
-from moegate.conformance.strategies import POOLS, pinned_routings
+from moegate.conformance.strategies import pinned_routings
 from moegate.conformance.subject import ROUTING_METHODS, Capabilities
 from moegate.conformance.subjects.null import NULL_KERNELS, MeanOfExperts, Zeros
 from moegate.reference.routing import route
@@ -24,14 +25,14 @@ EVERY_ROUTING = Capabilities(**ROUTING_METHODS)
 
 def _specs():
     rng = random.Random(2026)
-    return [drawn_spec(rng, POOLS["cpu"].shapes) for _ in range(CASES)]
+    return [drawn_spec(rng, kind=KINDS[number % 2], devices=("cpu",)) for number in range(CASES)]
 
 
 def _is_the_answer(null_kernel, case, output, trace, budget):
     """Whether the null kernel is right: all is zero within the plain budget, or the mean is that of a single expert."""
     if null_kernel is MeanOfExperts and case.w13.shape[0] == 1:
         return True
-    measured = statistics(output, trace, budget, case.w2)
+    measured = statistics(output, trace, budget, case.operands().w2)
     return bool((measured.elementwise <= 1).all() and (measured.row_rms <= 1).all())
 
 

@@ -88,7 +88,11 @@ class MoegateSubject(Subject):
     name = "moegate"
     variants = ("triton", "cpu")
     capabilities = Capabilities(
-        schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES, **ROUTING_METHODS
+        schemes=tuple(SCHEMES),
+        batched_schemes=tuple(name for name, scheme in SCHEMES.items() if scheme.weight in (None, "fp8")),
+        activations=tuple(ACTIVATIONS),
+        biases=BIASES,
+        **ROUTING_METHODS,
     )
     numerics = Numerics(accumulator="hopper_fp8", promoted_every=128)
     launches: ClassVar[dict[str, Launches]] = {"triton": _launches}
