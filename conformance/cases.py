@@ -536,20 +536,20 @@ def _logits(spec: RoutingSpec, device: torch.device | str) -> Tensor:
     return logits
 
 
-def _bias(spec: RoutingSpec, device: torch.device | str) -> Tensor | None:
-    """`e_score_correction_bias [E]`; on a coarse grid, so that a power of two is added to it exactly."""
+def _correction_bias(spec: RoutingSpec, device: torch.device | str) -> Tensor | None:
+    """`e_score_correction_bias [E]`; a power of two that is not much larger is added to each value exactly."""
     shape = (spec.E,)
-    unit = on_grid(spec.seed, "bias", shape, torch.bfloat16, device, exponent=-1)
+    unit = on_grid(spec.seed, "bias", shape, torch.float32, device, exponent=-1)
     if spec.correction_bias == "none":
         return None
     if spec.correction_bias == "bfloat16":
-        return unit
+        return on_grid(spec.seed, "bias", shape, torch.bfloat16, device, exponent=-1)
     values = {
         "equal": torch.full(shape, 0.75, device=device),
-        "unit": unit.float(),
+        "unit": unit,
         "reverses": _ranks(spec.seed, "reverses", shape, device) * 16.0,
         "ties": integers(spec.seed, "bias_ties", shape, 0, 2, device) * 0.5,
-        "negative": unit.float() - 8,
+        "negative": unit - 8,
     }
     return values[spec.correction_bias].float()
 
@@ -587,7 +587,7 @@ def build_routing(spec: RoutingSpec, device: torch.device | str = "cpu") -> Rout
     real = {"none": spec.M, "no_token": spec.M, "some": spec.M - spec.M // 3, "all_tokens": 0}[spec.padding]
     logits[real:] = float("nan")
     logits = arena.place("router_logits", logits, row_padding=padding)
-    bias = _bias(spec, device)
+    bias = _correction_bias(spec, device)
     count, kept = spec.group_counts()
     grouped = spec.groups != "none"
     is_custom = spec.scoring == "custom"

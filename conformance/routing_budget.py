@@ -82,3 +82,9 @@ def weight_error(scores: Tensor, of_scores: Tensor, *, renormalize: bool, routed
         error = error / total**2 + (weights / total) ** 2 * error.sum(dim=-1, keepdim=True) + division
     scaling = (u * weights) ** 2
     return routed_scaling_factor * (error + scaling).sqrt() + SMALLEST_NORMAL
+
+
+def sum_error(of_weights: Tensor, *, routed_scaling_factor: float) -> Tensor:
+    """Of the sum of renormalised weights, `[M]`: their own errors, and that of the sum which divides them all alike."""
+    common = routed_scaling_factor * FLOAT32.unit_roundoff * (of_weights.shape[-1] / 3) ** 0.5
+    return (of_weights.pow(2).sum(dim=-1) + common**2).sqrt()

@@ -16,7 +16,7 @@ from ...reference.routing import group_values, logits_of, ranking_of, scores_of,
 from ..calibration import limits
 from ..cases import RoutingCase
 from ..judge import Verdict, declare
-from ..routing_budget import group_error, rank_error, score_error, weight_error
+from ..routing_budget import group_error, rank_error, score_error, sum_error, weight_error
 
 SHAPE = declare(
     "ROUTE-01", "topk_weights is [M, top_k] float32 and topk_ids [M, top_k] int32, on the logits' device", "route"
@@ -103,8 +103,13 @@ class Truth:
         )
 
 
-def truth_of(case: RoutingCase) -> Truth:
-    """The truth of a case's real tokens; not of a custom routing function, which makes its own."""
+def truth_of(case: RoutingCase, *, by_scores: bool = False) -> Truth:
+    """The truth of a case's real tokens; not of a custom routing function, which makes its own.
+
+    Args:
+        case: the operands.
+        by_scores: whether softmax alone too ranks by its scores, within their budget, and not by its logits.
+    """
     logits = logits_of(case.router_logits[: case.num_real_tokens])
     scores = scores_of(logits, case.scoring_func)
     of_scores = score_error(logits, scores, case.scoring_func)
@@ -112,7 +117,7 @@ def truth_of(case: RoutingCase) -> Truth:
     num_groups, kept = case.num_expert_group or 1, case.topk_group or 1
     if num_groups == kept:
         num_groups = kept = 1  # no restriction
-    if case.scoring_func == "softmax" and bias is None and case.num_expert_group is None:
+    if case.scoring_func == "softmax" and bias is None and case.num_expert_group is None and not by_scores:
         ranking, of_ranks = logits, torch.zeros_like(logits)
     else:
         ranking = ranking_of(logits, scores, bias)
@@ -301,7 +306,8 @@ def judge_weights(case: RoutingCase, truth: Truth, weights: Tensor, ids: Tensor)
     ]
     if case.renormalize:
         off = (weights.double().sum(dim=1) - expected.sum(dim=1)).abs().nan_to_num(torch.inf)
-        used = off / allowed.pow(2).sum(dim=1).sqrt()
+        calibrated = limits().elementwise
+        used = off / (calibrated * sum_error(allowed / calibrated, routed_scaling_factor=factor))
         token = int(used.argmax())
         verdicts.append(
             SUM.verdict(

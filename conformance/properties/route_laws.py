@@ -46,7 +46,7 @@ ONLY_RANKS = declare(
     needs=lambda can: set(can.correction_biases) != {"none"},
 )
 
-# Added to a bias whose values lie on a grid of 2**-9, so that it rounds nothing.
+# Added to a bias whose values lie on a grid of 2**-21, or are integers, so that it rounds nothing.
 SHIFT = 2.0
 # Experts that are all chosen by ROUTE-15: no more than one block of choices.
 FEW_EXPERTS = 8
@@ -85,7 +85,8 @@ class RoutingLaw:
         for _, ids in (one, two):
             if not _is_a_choice(ids, case.router_logits.shape[1]):
                 return self.property.verdict(False, f"ids are no answer to any routing: {ids.tolist()}")
-        here, there = truth_of(case), truth_of(other)
+        # By scores both, since a method may compare by logits and the same in other words by scores.
+        here, there = truth_of(case, by_scores=True), truth_of(other, by_scores=True)
         verdicts = judge_weights(case, here, two[0] * self.scale, two[1])
         verdicts += judge_weights(other, there, one[0] / self.scale, one[1])
         if self.order:
