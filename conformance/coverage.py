@@ -5,6 +5,7 @@ Two arrays, one for each activation format, since a routing, a map and a path ar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -83,22 +84,22 @@ def declared_pairs(capabilities: Capabilities, *, batched: bool = False) -> set[
 
 def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec, ...]:
     """Experts specs that between them hold every declared pair of features."""
-    pools = POOLS[device]
+    pools, sizes = POOLS[device], _Sizes(POOLS[device])
     specs = []
     for number, row in enumerate(rows(capabilities)):
         features = {name: value for name, value in row.items() if name not in ("format", "path")}
-        base = ExpertsSpec(**_sizes(pools, row, number), M=1, E=1, top_k=1, seed=number % 256, **features)
+        base = ExpertsSpec(**sizes.of(row), M=1, E=1, top_k=1, seed=number % 256, **features)
         specs.append(_with_few_pairs(base, pools) if row["path"] == "naive" else _with_blocks(base, pools, number))
     return tuple(specs)
 
 
 def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, ...]:
     """Batched specs that between them hold every declared pair of features."""
-    pools = POOLS[device]
+    pools, sizes = POOLS[device], _Sizes(POOLS[device])
     rows_of_slab = [rows for rows in pools.slabs if rows > TILE]
     return tuple(
         BatchedSpec(
-            **_sizes(pools, row, number),
+            **sizes.of(row),
             max_tokens=rows_of_slab[number % len(rows_of_slab)],
             E=(3, 2, 5)[number % 3],
             seed=number % 256,
@@ -108,10 +109,25 @@ def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, 
     )
 
 
-def _sizes(pools: Pools, row: Row, number: int) -> dict[str, int]:
-    shapes = pools.shapes_of(row["dtype"], row["scheme"])
-    hidden, intermediate, block_n, block_k = shapes[number % len(shapes)]
-    return {"H": hidden, "I": intermediate, "block_n": block_n, "block_k": block_k}
+class _Sizes:
+    """Sizes for one row after the other: of each scheme on each path in turn, those with most tails first."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self._taken: Counter[tuple[Any, ...]] = Counter()
+
+    def of(self, row: Row) -> dict[str, int]:
+        """H, I and the blocks of a row's spec."""
+        shapes = sorted(self._pools.shapes_of(row["dtype"], row["scheme"]), key=_whole_steps)
+        kind = (row["scheme"], row.get("path"))
+        hidden, intermediate, block_n, block_k = shapes[self._taken[kind] % len(shapes)]
+        self._taken[kind] += 1
+        return {"H": hidden, "I": intermediate, "block_n": block_n, "block_k": block_k}
+
+
+def _whole_steps(shape: tuple[int, ...]) -> int:
+    """How many of H and I fill their last step of 32, or have one step alone."""
+    return sum(size <= 32 or size % 32 == 0 for size in shape[:2])
 
 
 def _with_few_pairs(spec: ExpertsSpec, pools: Pools) -> ExpertsSpec:
