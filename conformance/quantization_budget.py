@@ -17,11 +17,13 @@ from torch import Tensor
 from ..reference.quantization import LARGEST, ActivationQuantization, grid_step, nearest
 from .numerics import FLOAT32
 
-# Rarer flips than this are not provided for: a run has fewer values than its inverse.
-NEVER = 1e-7
-# A flip that happens costs a whole step however rare it is: at a variance of a ninth that is three sigma. A flip of the
-# layer's input moves all that follows it, and there makes others flip: it is provided for as if it happened.
-RARE = 1 / 9
+# Rarer flips than this are not provided for: uncertainties are sums of largest errors, which are sqrt(3) times their
+# standard errors, so that a normal error that flips so rarely in truth hardly ever does.
+NEVER = 1e-4
+# A flip that happens costs a whole step however rare it is: at a variance of a quarter that is two sigma, and leaves
+# room for what else goes wrong beside it. A flip of the layer's input moves all that follows it, and there makes others
+# flip: it is provided for as if it happened.
+RARE = 1 / 4
 RARE_INPUT = 1.0
 # Unit roundoffs of amax / largest and of x / scale in float32: an approximate division is good to 2 ulp, and so is a
 # product with the rounded reciprocal.

@@ -17,8 +17,9 @@ from ..reference.quantization import ActivationQuantization, QuantizedWeight
 from .spec import SCHEMES, BatchedSpec, ExpertsSpec, Scheme
 from .values import hashed, integers, on_grid
 
-# log2 of the root mean square of a format's drawn numbers: what its scale makes up for.
-_SIZE = {"fp8": 5, "int8": 6, "int4": 2}
+# log2 of the size of a format's drawn numbers, so that the weights are as large as plain ones are and float16 never
+# overflows: what scales make up for.
+_SIZE = {"fp8": 6, "int8": 7, "int4": 3}
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 
 

@@ -46,6 +46,11 @@ class Pools:
         block_shapes: of schemes with blocks.
         group_shapes: of schemes with groups along K, which divide H and I.
         scaled_dtypes: of activations beside weights of few bits.
+        scaled_rows: ranges of the mean rows of an expert with such weights; empty for any. Each is a tile, and so a
+            compiled kernel.
+        drawn_activations: activations that chance draws; the pinned specs have them all. None means any.
+        drawn_biases: likewise.
+        repeats: how often each pinned spec is run, with other values.
         experts: E of most cases.
         many_experts: E of the cases that reach the low-latency path.
         max_tokens: of most cases.
@@ -56,6 +61,7 @@ class Pools:
         slabs: max_tokens of the batched format.
         routing_top_k: the largest of routing cases.
         cases: how many cases are drawn where the gate draws one on the CPU: a GPU has the time for more.
+        value_cases: the same of the cases whose numbers are judged.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -71,9 +77,14 @@ class Pools:
     block_shapes: tuple[Shape, ...] = ()
     group_shapes: tuple[Shape, ...] = ()
     scaled_dtypes: tuple[str, ...] = ("bfloat16", "float16")
+    scaled_rows: tuple[tuple[int, int], ...] = ()
+    drawn_activations: tuple[str, ...] | None = None
+    drawn_biases: tuple[str, ...] | None = None
+    repeats: int = 1
     slabs: tuple[int, ...] = (1, 15, 16, 18, 33)
     routing_top_k: int = 10
     cases: float = 1.0
+    value_cases: float = 1.0
 
     def shapes_of(self, dtype: str, scheme: str = "none") -> tuple[Shape, ...]:
         """The sizes that are drawn in a dtype with a scheme."""
@@ -109,6 +120,10 @@ POOLS = {
         block_shapes=((320, 464, 128, 128),),
         group_shapes=((288, 160, 0, 32), (256, 128, 0, 128)),
         scaled_dtypes=("bfloat16",),
+        scaled_rows=((1, 8), (17, 32)),
+        drawn_activations=("silu", "swigluoai_interleaved"),
+        drawn_biases=("none",),
+        repeats=8,
         experts=(1, 2, 5, 8, 16),
         many_experts=(64, 128),
         max_tokens=300,
@@ -118,6 +133,7 @@ POOLS = {
         slabs=(16, 40, 200),  # one block, a part of a larger one, several
         routing_top_k=8,
         cases=1.8,
+        value_cases=3.6,
         block_sizes=(16, 64, 128),
     ),
 }
@@ -272,6 +288,8 @@ def _layers(draw: st.DrawFn, pools: Pools, capabilities: Capabilities, dtype: st
     schemes = capabilities.schemes if dtype in pools.scaled_dtypes else ("none",)
     scheme = plain_or(schemes, "none")
     fitting = [a for a in capabilities.activations if may_go_together(scheme, a, dtype)]
+    fitting = [a for a in fitting if a in (pools.drawn_activations or fitting)] or fitting
+    biases = tuple(b for b in capabilities.biases if b in (pools.drawn_biases or capabilities.biases))
     hidden, intermediate, block_n, block_k = draw(st.sampled_from(pools.shapes_of(dtype, scheme)))
     return {
         "H": hidden,
@@ -281,7 +299,7 @@ def _layers(draw: st.DrawFn, pools: Pools, capabilities: Capabilities, dtype: st
         "dtype": dtype,
         "scheme": scheme,
         "activation": plain_or(tuple(fitting), "silu"),
-        "bias": plain_or(capabilities.biases, "none"),
+        "bias": plain_or(biases or capabilities.biases, "none"),
         "values": draw(st.sampled_from(VALUES)),
         "padded_rows": draw(st.booleans()) if capabilities.padded_rows else False,
     }
@@ -374,6 +392,9 @@ def experts_specs(
             least, spare = _needs(routing, TILE, capabilities)
             top_k = draw(st.integers(1, max(1, min(num_experts - spare, 6))))
             tokens = draw(st.integers(least, pools.max_tokens))
+            if layer["scheme"] != "none" and pools.scaled_rows:
+                fewest, most = (rows * num_experts // top_k for rows in draw(st.sampled_from(pools.scaled_rows)))
+                tokens = draw(st.integers(max(least, fewest), max(least, most)))
             expert_map = draw(st.sampled_from(capabilities.maps))
         on_input = capabilities.weight_on_input and top_k == 1 and draw(st.booleans())
         return ExpertsSpec(
