@@ -174,5 +174,5 @@ def static_scale(seed: int, name: str, nominal: float, device: Any) -> Tensor:
     choice = int(integers(seed, name, (1,), 0, 4))
     if choice == 3:
         return torch.tensor([2.0 ** round(torch.tensor(about).log2().item())], device=device)
-    factor = (1.0, 0.25, 64.0)[choice] * (1 + int(integers(seed, f"{name}/mantissa", (1,), 0, 4096)) / 4096)
+    factor = (1.0, 0.25, 4096.0)[choice] * (1 + int(integers(seed, f"{name}/mantissa", (1,), 0, 4096)) / 4096)
     return torch.tensor([about * factor], dtype=torch.float32, device=device)

@@ -287,6 +287,7 @@ def _layers(draw: st.DrawFn, pools: Pools, capabilities: Capabilities, dtype: st
 
     schemes = capabilities.schemes if dtype in pools.scaled_dtypes else ("none",)
     scheme = plain_or(schemes, "none")
+    dynamic = [name for name in schemes if SCHEMES[name].activation_scale in ("token", "group")]
     fitting = [a for a in capabilities.activations if may_go_together(scheme, a, dtype)]
     fitting = [a for a in fitting if a in (pools.drawn_activations or fitting)] or fitting
     biases = tuple(b for b in capabilities.biases if b in (pools.drawn_biases or capabilities.biases))
@@ -300,7 +301,8 @@ def _layers(draw: st.DrawFn, pools: Pools, capabilities: Capabilities, dtype: st
         "scheme": scheme,
         "activation": plain_or(tuple(fitting), "silu"),
         "bias": plain_or(biases or capabilities.biases, "none"),
-        "values": draw(st.sampled_from(VALUES)),
+        # What shares a dynamic scale may be all zero, which a quantiser must not divide by.
+        "values": draw(st.sampled_from(VALUES + (9 if scheme in dynamic else 0) * ("zero_rows",))),
         "padded_rows": draw(st.booleans()) if capabilities.padded_rows else False,
     }
 

@@ -1,8 +1,8 @@
 """Every nasty case that the design names is really drawn, and looked for in the tensors and not in the spec's words.
 
-What is measured is what the gate draws for one variant (experts 360 cases, routing 348, alignment 150, batched format
-80), and, so that no lucky seed hides a hole, as much under two other seeds. Each case must come up three times in each
-of them.
+What is measured is what the gate runs for one variant (experts 360 cases beside those that are pinned, routing 348,
+alignment 150, batched format 80), and, so that no lucky seed hides a hole, as much under two other seeds. Each case
+must come up three times in each of them.
 """
 
 from itertools import combinations, product
@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from moegate.conformance.cases import build_align, build_batched, build_experts, build_routing
+from moegate.conformance.coverage import pinned_experts
 from moegate.conformance.pairwise import pairs_of
 from moegate.conformance.profiles import explore
 from moegate.conformance.properties.num import reference_of
@@ -296,7 +297,11 @@ BATCHED = {
 }
 
 
+PINNED = pinned_experts("cpu", ANY)
+
+
 def experts_of_the_gate(series):
+    yield from PINNED
     for dtype in DTYPES:
         for few in (True, False):
             strategy = experts_specs("cpu", ANY, dtypes=(dtype,), low_latency=few)
@@ -313,7 +318,7 @@ def aligns_of_the_gate(series):
 
 # What a family draws for one variant under a name, how a case is built, what is looked for, and in how many cases.
 FAMILIES = {
-    "NUM": (experts_of_the_gate, build_experts, EXPERTS, 360),
+    "NUM": (experts_of_the_gate, build_experts, EXPERTS, 360 + len(PINNED)),
     "ROUTE": (routings_of_the_gate, build_routing, ROUTING, 348),
     "ALIGN": (aligns_of_the_gate, build_align, ALIGN, 180),
     "BATCHED": (lambda series: drawn(batched_specs("cpu", ANY), series, 80), build_batched, BATCHED, 80),

@@ -44,7 +44,6 @@ DOUBLED = declare(
     "META-09",
     "the second GEMM's weights, or their scales, and its bias times two give twice the output",
     "experts",
-    is_value=True,
 )
 
 Run = Callable[[ExpertsCase], Tensor]
