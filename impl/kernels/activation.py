@@ -417,18 +417,18 @@ def activate_and_quantize(
         function: the activation.
         scale: static, one a token, or one a group.
         group: columns of a group.
-        static_scale: [1] float32 of `ActivationScale.STATIC`.
+        static_scale: [1] float32 of `ActivationScale.STATIC`, else None.
         rows: which rows hold something.
 
     Returns:
         The scales, float32 [1], [rows, 1] or [rows, ceil(I / group)].
     """
     size = out.shape[-1]
-    static = scale is ActivationScale.STATIC
+    static = static_scale is not None
     block_i = min(1024, next_power_of_2(group if scale is ActivationScale.GROUP else size))
     width = group if scale is ActivationScale.GROUP else size if scale is ActivationScale.TOKEN else block_i
     num_groups = cdiv(size, width)
-    if static:
+    if static_scale is not None:
         scales = static_scale
     else:
         scales = torch.empty((rows.count, num_groups), dtype=torch.float32, device=out.device)

@@ -274,13 +274,13 @@ def quantize_rows(
         width, num_groups, given = size, 1, "dynamic"
         scales = torch.empty((count, 1), dtype=torch.float32, device=x.device)
     else:
-        width, num_groups, given = block, cdiv(size, block), "scale"
-        if scale is ActivationScale.TENSOR:
+        width, num_groups = block, cdiv(size, block)
+        if static_scale is None:
             given = "amax"
             static_scale = largest_magnitude(x, rows) if amax is None else amax
             scales = torch.empty(1, dtype=torch.float32, device=x.device)
         else:
-            scales = static_scale.view(1)
+            given, scales = "scale", static_scale.view(1)
     if count == 0:
         return values, scales
     block_rows = max(1, min(16 if count > 512 else 4, 4096 // block))
