@@ -157,10 +157,10 @@ def _product(name: str, size: int, device: torch.device) -> Callable[[], object]
     if name == "fp8" and device.type != "cpu":
         one = torch.ones((), device=device)
         fp8_left, fp8_right = (values.to(torch.float8_e4m3fn) for values in (left, right))
-        return partial(torch._scaled_mm, fp8_left, fp8_right.t(), one, one, out_dtype=torch.bfloat16)
+        return partial(torch.ops.aten._scaled_mm, fp8_left, fp8_right.t(), one, one, out_dtype=torch.bfloat16)
     if name == "int8" and device.type != "cpu":
         int8_left, int8_right = ((values * 40).clamp(-127, 127).to(torch.int8) for values in (left, right))
-        return partial(torch._int_mm, int8_left, int8_right.t())
+        return partial(torch.ops.aten._int_mm, int8_left, int8_right.t())
     # A CPU has no products of 8 bits: its backend multiplies what they mean, in float32.
     dtype = FORMATS[name].activations if name in FORMATS else torch.float32
     left, right = left.to(dtype), right.to(dtype)

@@ -26,9 +26,6 @@ from .operands import ExpertsOperands
 from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, quantized
 from .rounding import Accumulator, accumulation, floor, rounding
 
-# Approximate exp flushes results under the smallest normal float32 to zero.
-SMALLEST_NORMAL = float(torch.finfo(torch.float32).tiny)
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -296,28 +293,3 @@ def projected_error(budget: Budget, trace: Trace, w2: Tensor | QuantizedWeight, 
         floors = torch.einsum("pdi,pi->pd", through.abs(), budget.hidden_floor[token, slot])
         linear.index_add_(0, token, weights.abs() * floors)
     return Projected(variance, linear, moved)
-
-
-def routing_weight_error(scores: Tensor, ids: Tensor, weights: Tensor, *, renormalize: bool) -> Tensor:
-    """First-order largest error of float32 softmax weights at the chosen ids, in quadrature, `[M, top_k]`.
-
-    exp(l - m) is computed as exp2 of a rounded product (2 roundoffs of the exponent's magnitude) by an approximate
-    exp2 (4 roundoffs), the sum of E terms adds E/3 in quadrature, the division 2.
-
-    Args:
-        scores: `[M, E]` float64, as the reference ranks them.
-        ids: `[M, top_k]`, the chosen ones.
-        weights: `[M, top_k]` float64, the exact weights there.
-        renormalize: whether a second sum and division follow.
-    """
-    top = scores.amax(dim=-1, keepdim=True)
-    distance = torch.where(scores == top, 0.0, (scores - top).abs())
-    finite = torch.where(distance.isinf(), 0.0, distance)
-    each = (2 * finite) ** 2 + 4.0**2
-    share = torch.softmax(torch.where(top.isinf(), torch.where(scores == top, 0.0, -torch.inf), scores - top), dim=-1)
-    share = torch.where(share.isnan(), 0.0, share)
-    common = (share**2 * each).sum(dim=-1, keepdim=True) + scores.shape[-1] / 3 + 2.0**2
-    if renormalize:
-        common = common + ids.shape[-1] / 3 + 2.0**2
-    relative = FLOAT32.unit_roundoff * (each.gather(1, ids) + common).sqrt()
-    return relative * weights + SMALLEST_NORMAL

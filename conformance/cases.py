@@ -15,7 +15,7 @@ from ..reference.batched import routed_call
 from ..reference.quantization import LARGEST, ActivationQuantization, QuantizedWeight
 from .arena import Arena, poison
 from .operands import ExpertsOperands
-from .spec import ACTIVATIONS, TILE, AlignSpec, BatchedSpec, ExpertsSpec, QuantizeSpec, RoutingSpec
+from .spec import ACTIVATIONS, SCALINGS, TILE, AlignSpec, BatchedSpec, ExpertsSpec, QuantizeSpec, RoutingSpec
 from .stored import DTYPES, StoredExperts, static_scale, stored_experts
 from .values import integers, on_grid
 
@@ -27,12 +27,56 @@ MAGNITUDE = {"large": 3, "tiny": -6}
 
 @dataclass(frozen=True)
 class RoutingCase:
-    """The operands of one routing call; shapes as in the reference."""
+    """The operands of one routing call.
+
+    Attributes:
+        router_logits: `[M, E]`.
+        top_k: experts a token.
+        renormalize: whether the weights are divided by their sum.
+        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
+        num_expert_group: number of groups, or None.
+        topk_group: groups kept, or None.
+        group_ranking: "max" or "top2_sum"; None without groups.
+        e_score_correction_bias: `[E]` float32 or bfloat16, or None.
+        routed_scaling_factor: of the weights, applied once.
+        num_tokens_non_padded: `[1]` int32, the real tokens, which come first; or None. What follows is poison.
+        custom_routing_function: what decides instead; called as `f(hidden_states=None, gating_output=router_logits,
+            topk=top_k, renormalize=renormalize)`.
+        custom_answer: its weights `[M, top_k]` float32 and ids `[M, top_k]` int32.
+    """
 
     router_logits: Tensor
     top_k: int
     renormalize: bool
     arena: Arena
+    scoring_func: str = "softmax"
+    num_expert_group: int | None = None
+    topk_group: int | None = None
+    group_ranking: str | None = None
+    e_score_correction_bias: Tensor | None = None
+    routed_scaling_factor: float = 1.0
+    num_tokens_non_padded: Tensor | None = None
+    custom_routing_function: Callable[..., tuple[Tensor, Tensor]] | None = None
+    custom_answer: tuple[Tensor, Tensor] | None = None
+
+    def method(self) -> dict[str, Any]:
+        """What a routing function needs beside logits and top_k, under the engines' names."""
+        return {
+            "scoring_func": self.scoring_func,
+            "renormalize": self.renormalize,
+            "num_expert_group": self.num_expert_group,
+            "topk_group": self.topk_group,
+            "group_ranking": self.group_ranking,
+            "e_score_correction_bias": self.e_score_correction_bias,
+            "routed_scaling_factor": self.routed_scaling_factor,
+            "num_tokens_non_padded": self.num_tokens_non_padded,
+            "custom_routing_function": self.custom_routing_function,
+        }
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return self.router_logits.shape[0] if self.num_tokens_non_padded is None else int(self.num_tokens_non_padded)
 
 
 @dataclass(frozen=True)
@@ -459,8 +503,7 @@ def build_align(spec: AlignSpec, device: torch.device | str = "cpu") -> AlignCas
     )
 
 
-def build_routing(spec: RoutingSpec, device: torch.device | str = "cpu") -> RoutingCase:
-    """The operands of a routing spec."""
+def _logits(spec: RoutingSpec, device: torch.device | str) -> Tensor:
     dtype = getattr(torch, spec.dtype)
     shape = (spec.M, spec.E)
     exponent = 7 if spec.logits == "wide" else 2
@@ -471,6 +514,11 @@ def build_routing(spec: RoutingSpec, device: torch.device | str = "cpu") -> Rout
         logits = torch.full_like(logits, 0.25)
     elif spec.logits == "negative":
         logits = logits - 32
+    elif spec.logits == "saturating":
+        logits = logits + 24
+    elif spec.logits == "equal_groups":
+        count, _ = spec.group_counts()
+        logits = logits[:, : spec.E // count].repeat(1, count)
     elif spec.logits == "tie_at_k" and spec.top_k < spec.E:
         order = logits.argsort(dim=-1, descending=True)
         kth, following = order[:, spec.top_k - 1 : spec.top_k], order[:, spec.top_k : spec.top_k + 1]
@@ -485,11 +533,77 @@ def build_routing(spec: RoutingSpec, device: torch.device | str = "cpu") -> Rout
             logits = logits.masked_fill((where == 0) | whole, -torch.inf)
             plus = integers(spec.seed, "plus", (spec.M, 1), 0, 2, device) == 0
             logits = logits.masked_fill((where == 1) & plus & ~whole, torch.inf)
+    return logits
+
+
+def _correction_bias(spec: RoutingSpec, device: torch.device | str) -> Tensor | None:
+    """`e_score_correction_bias [E]`; a power of two that is not much larger is added to each value exactly."""
+    shape = (spec.E,)
+    unit = on_grid(spec.seed, "bias", shape, torch.float32, device, exponent=-1)
+    if spec.correction_bias == "none":
+        return None
+    if spec.correction_bias == "bfloat16":
+        return on_grid(spec.seed, "bias", shape, torch.bfloat16, device, exponent=-1)
+    values = {
+        "equal": torch.full(shape, 0.75, device=device),
+        "unit": unit,
+        "reverses": _ranks(spec.seed, "reverses", shape, device) * 16.0,
+        "ties": integers(spec.seed, "bias_ties", shape, 0, 2, device) * 0.5,
+        "negative": unit - 8,
+    }
+    return values[spec.correction_bias].float()
+
+
+def _custom_routing(spec: RoutingSpec, logits: Tensor, arena: Arena) -> dict[str, Any]:
+    """A function whose answer is made of hashes: an implementation that does not ask it cannot guess it."""
+    device = logits.device
+    weights = on_grid(spec.seed, "custom", (spec.M, spec.top_k), torch.float32, device).abs() + 0.25
+    ids = _ranks(spec.seed, "custom_ids", (spec.M, spec.E), device)[:, : spec.top_k].to(torch.int32)
+    answer = arena.place("custom_weights", weights), arena.place("custom_ids", ids)
+
+    def function(
+        hidden_states: Tensor | None, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        del hidden_states
+        same_logits = torch.equal(gating_output.double().nan_to_num(), logits.double().nan_to_num())
+        # An answer to another question is none of this case's.
+        is_ours = same_logits and (topk, renormalize) == (spec.top_k, spec.renormalize)
+        return answer if is_ours else (answer[0] * 0, answer[1] * 0)
+
+    return {"custom_routing_function": function, "custom_answer": answer}
+
+
+def build_routing(spec: RoutingSpec, device: torch.device | str = "cpu") -> RoutingCase:
+    """The operands of a routing spec.
+
+    Raises:
+        ValueError: groups that E, the ranking or the scoring do not go with, or more choices than they allow.
+    """
+    if spec.top_k > spec.most_choices():
+        raise ValueError(f"spec: expected top_k of at most {spec.most_choices()} with these groups, got {spec!r}")
     arena = Arena()
     padding = ROW_PADDING if spec.padded_rows else 0
+    logits = _logits(spec, device)
+    real = {"none": spec.M, "no_token": spec.M, "some": spec.M - spec.M // 3, "all_tokens": 0}[spec.padding]
+    logits[real:] = float("nan")
+    logits = arena.place("router_logits", logits, row_padding=padding)
+    bias = _correction_bias(spec, device)
+    count, kept = spec.group_counts()
+    grouped = spec.groups != "none"
+    is_custom = spec.scoring == "custom"
     return RoutingCase(
-        router_logits=arena.place("router_logits", logits, row_padding=padding),
+        router_logits=logits,
         top_k=spec.top_k,
         renormalize=spec.renormalize,
         arena=arena,
+        scoring_func="softmax" if is_custom else spec.scoring,
+        num_expert_group=count if grouped else None,
+        topk_group=kept if grouped else None,
+        group_ranking=spec.group_ranking if grouped else None,
+        e_score_correction_bias=None if bias is None else arena.place("e_score_correction_bias", bias),
+        routed_scaling_factor=SCALINGS[spec.scaling],
+        num_tokens_non_padded=None
+        if spec.padding == "none"
+        else arena.place("num_tokens_non_padded", torch.tensor([real], dtype=torch.int32, device=device)),
+        **(_custom_routing(spec, logits, arena) if is_custom else {}),
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from . import configs, oracle
 from .coverage import declared_pairs
 from .judge import PROPERTIES, Ledger, Property
-from .properties import align, api, batched, hygiene, meta, num, path, quant, route
+from .properties import align, api, batched, hygiene, meta, num, path, quant, route, route_laws
 from .subject import Subject
 
 # Importing a family declares its properties.
-FAMILIES = (route, align, num, batched, meta, path, quant, hygiene, api, oracle, configs)
+FAMILIES = (route, route_laws, align, num, batched, meta, path, quant, hygiene, api, oracle, configs)
 # A run that exercised fewer of the declared feature pairs than this proves too little to be called green.
 LEAST_PAIRS = 0.5
 

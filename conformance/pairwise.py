@@ -20,6 +20,7 @@ Pair = tuple[tuple[str, Hashable], tuple[str, Hashable]]
 
 # Rows that are begun for each one that is kept.
 CANDIDATES = 6
+_REFUSED = ""
 
 
 def pairs_of(row: Mapping[str, Hashable]) -> set[Pair]:
@@ -34,9 +35,9 @@ def covering_array(
 
     Args:
         features: the values of each feature, by its name.
-        is_valid: whether a row may be run. It is asked about rows that are not yet complete too, to turn back early:
-            read features as `row["name"]`, and what is not there yet leaves the answer open. Neither `row.get` nor
-            `**row`, which would take a missing feature for a value.
+        is_valid: whether a row may be run. It is asked about rows that are not yet complete too, to turn back early: it
+            must read features as `row["name"]`, and the first that is not there yet is the next to be chosen. Neither
+            `row.get` nor `**row`, which would take a missing feature for a value.
         seed: another one gives other rows, as good.
 
     Returns:
@@ -50,30 +51,36 @@ def covering_array(
         raise ValueError(f"features: expected a value for each, got none for {empty}")
     rng = random.Random(seed)
 
-    def may_be_valid(row: Row) -> bool:
+    def unread(row: Row) -> str | None:
+        """The feature that the constraint needs next; None where it accepts the row whatever else is added."""
         try:
-            return bool(is_valid(row))
-        except KeyError:
-            if len(row) == len(features):
+            return None if is_valid(row) else _REFUSED
+        except KeyError as error:
+            if error.args[0] not in features or error.args[0] in row:
                 raise
-            return True
+            return error.args[0]
 
-    def completed(begun: Row, missing: list[str], uncovered: Mapping[Pair, None]) -> Row | None:
-        """A valid row from a begun one, each feature in turn by how much it covers; None where there is none."""
-        if not may_be_valid(begun):
+    def completed(row: Row, order: list[str]) -> Row | None:
+        """A valid row from a begun one, each feature in turn by how much it covers; None where there is none.
+
+        What the constraint reads comes first, so that turning back never goes over features that it does not read.
+        """
+        wanted = unread(row)
+        if wanted == _REFUSED:
             return None
-        if not missing:
-            return begun
-        name, *later = missing
+        name = wanted or next((name for name in order if name not in row), None)
+        if name is None:
+            return row
 
         def gain(value: Hashable) -> int:
-            return sum(tuple(sorted((item, (name, value)), key=_name)) in uncovered for item in begun.items())
+            new = (name, value)
+            return sum(((item, new) if item[0] < name else (new, item)) in uncovered for item in row.items())
 
         values = rng.sample(features[name], len(features[name]))
         for value in sorted(values, key=gain, reverse=True):
-            row = completed({**begun, name: value}, later, uncovered)
-            if row is not None:
-                return row
+            whole = completed({**row, name: value}, order)
+            if whole is not None:
+                return whole
         return None
 
     rows: list[Row] = []
@@ -84,13 +91,8 @@ def covering_array(
         rows = [{name: value} for name, values in features.items() for value in values if is_valid({name: value})]
     while uncovered:
         pair = next(iter(uncovered))
-        candidates = []
-        for _ in range(CANDIDATES):
-            missing = rng.sample(list(features), len(features))
-            row = completed(dict(pair), [name for name in missing if name not in dict(pair)], uncovered)
-            if row is None:
-                break
-            candidates.append(row)
+        begun = [completed(dict(pair), rng.sample(list(features), len(features))) for _ in range(CANDIDATES)]
+        candidates = [row for row in begun if row is not None]
         if not candidates:
             del uncovered[pair]  # no valid row holds it
             continue
@@ -101,7 +103,3 @@ def covering_array(
     if not rows:
         raise ValueError(f"is_valid: expected to accept some row of {list(features)}, got none")
     return rows
-
-
-def _name(item: tuple[str, Hashable]) -> str:
-    return item[0]

@@ -60,6 +60,21 @@ def warm_up_slabs(device: str, capabilities: Capabilities) -> Iterator[BatchedSp
     yield from once(pinned_slabs(device, capabilities))
 
 
+def warm_up_routings(device: str, capabilities: Capabilities) -> Iterator[RoutingSpec]:
+    """Specs that between them need the routing kernels of every declared dtype, E and way of grouping of the pools."""
+    pools = POOLS[device]
+    for dtype in capabilities.dtypes:
+        for num_experts in pools.routing_experts:
+            yield RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype)
+        scorings = [scoring for scoring in capabilities.scorings if scoring not in ("softmax", "custom")]
+        for num_experts in pools.scored_experts if scorings else ():
+            yield RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype, scoring=scorings[0])
+        for num_experts, groups in product(pools.grouped_experts, capabilities.groups):
+            spec = RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype, groups=groups)
+            if groups != "none" and "max" in capabilities.group_rankings and spec.most_choices():
+                yield spec
+
+
 def main(subject: str, part: int, parts: int) -> None:
     """Compile every `parts`-th spec's kernels, from `part` on, and print how many variants that took."""
     # That toy shapes have no tuned file is no news.
@@ -78,10 +93,9 @@ def main(subject: str, part: int, parts: int) -> None:
             for number, spec in enumerate(pinned_quantizers(session.device, session.subject.capabilities)):
                 if number % parts == part:
                     session.subject.quantize(build_quantize(spec, session.device), variant)
-        for number, num_experts in enumerate(POOLS[session.device].routing_experts):
-            if number % parts == part and "route" in session.subject.facets(variant):
-                for dtype in DTYPES:
-                    spec = RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype)
+        if "route" in session.subject.facets(variant):
+            for number, spec in enumerate(warm_up_routings(session.device, session.subject.capabilities)):
+                if number % parts == part:
                     session.subject.route(build_routing(spec, session.device), variant)
     print(json.dumps(session.ledger.kernels))
 

@@ -133,6 +133,46 @@ LOGITS = (
     "negative",  # all far below zero
     "nan_rows",
     "infinite_rows",
+    "saturating",  # a float32 sigmoid is 1 for all of them, and differs from the next in float64 alone
+    "equal_groups",  # every group has the logits of the first
+)
+SCORINGS = (
+    "softmax",
+    "sigmoid",
+    "sqrtsoftplus",
+    "custom",  # a function of the caller's, whose answer has nothing to do with the logits
+)
+GROUPS = (
+    "none",
+    "some",  # about half of the groups are kept
+    "one_kept",
+    "all_kept",  # which is no restriction
+    "one_group",  # a single group, and nothing is left out
+    "singletons",  # groups of one expert
+)
+GROUP_RANKINGS = (
+    "max",  # a group is worth its best expert (DeepSeek-V2) ...
+    "top2_sum",  # ... or the sum of its best two (DeepSeek-V3)
+)
+CORRECTION_BIASES = (
+    "none",
+    "equal",  # one value for every expert
+    "unit",
+    "bfloat16",  # as unit, and stored in bfloat16
+    "reverses",  # so widely spread that it alone decides
+    "ties",  # a few distinct values, so that where logits tie too, score plus bias does
+    "negative",  # far below zero, and so is every score plus bias
+)
+SCALINGS = {
+    "one": 1.0,
+    "above_one": 2.5,
+    "below_one": 0.3125,
+}
+PADDINGS = (
+    "none",
+    "no_token",  # a number of real tokens is given, and it is all of them
+    "some",  # the last third is padding
+    "all_tokens",
 )
 
 
@@ -196,6 +236,37 @@ class RoutingSpec(Spec):
     renormalize: bool = True
     padded_rows: bool = False
     seed: int = 0
+    scoring: str = "softmax"
+    groups: str = "none"
+    group_ranking: str = "max"
+    correction_bias: str = "none"
+    scaling: str = "one"
+    padding: str = "none"
+
+    def group_counts(self) -> tuple[int, int]:
+        """How many groups of consecutive experts there are, and how many are kept; (0, 0) where E has no such groups.
+
+        Groups of "some", "one_kept" and "all_kept" are as many as there can be up to 8, of two experts or more.
+        """
+        if self.groups in ("none", "one_group"):
+            return 1, 1
+        if self.groups == "singletons":
+            return self.E, (self.E + 1) // 2
+        count = max((n for n in range(2, 9) if self.E % n == 0 and self.E // n >= 2), default=0)
+        return count, {"some": (count + 1) // 2, "one_kept": min(count, 1), "all_kept": count}[self.groups]
+
+    def most_choices(self) -> int:
+        """The largest top_k that these groups allow; 0 where E, scoring and ranking do not go with them."""
+        count, kept = self.group_counts()
+        size = self.E // count if count else 0
+        too_small = self.group_ranking == "top2_sum" and size < 2
+        alone = self.groups == "none" and self.group_ranking != "max"
+        decides_alone = self.scoring == "custom" and (self.groups != "none" or self.correction_bias != "none")
+        return 0 if too_small or alone or decides_alone else kept * size
+
+    def is_plain(self) -> bool:
+        """Whether the method is softmax top-k and nothing else."""
+        return (self.scoring, self.groups, self.correction_bias) == ("softmax", "none", "none")
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,22 @@ Compile-relevant values (H, I, dtype) come from small named pools; nasty shapes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 from typing import Any
 
 from hypothesis import strategies as st
 
+from .pairwise import covering_array
 from .spec import (
     ACTIVATIONS,
     DTYPES,
+    GROUP_RANKINGS,
     ROWS,
     SCHEMES,
+    SCORINGS,
     TILE,
     VALUES,
     AlignSpec,
@@ -48,7 +54,9 @@ class Pools:
         experts: E of most cases.
         many_experts: E of the cases that reach the low-latency path.
         max_tokens: of most cases.
-        routing_experts: E of routing cases.
+        routing_experts: E of routing cases where softmax is all.
+        scored_experts: E of other routings without groups.
+        grouped_experts: E of routings with groups.
         block_sizes: of alignment cases.
         slabs: max_tokens of the batched format.
         routing_top_k: the largest of routing cases.
@@ -61,6 +69,8 @@ class Pools:
     many_experts: tuple[int, ...]
     max_tokens: int
     routing_experts: tuple[int, ...]
+    scored_experts: tuple[int, ...]
+    grouped_experts: tuple[int, ...]
     block_sizes: tuple[int, ...] = (16, 32, 64)
     bf16_shapes: tuple[tuple[int, int], ...] = ()
     scaled_shapes: tuple[tuple[int, int], ...] = ()
@@ -100,6 +110,8 @@ POOLS = {
         group_shapes=((80, 48, 0, 16), (80, 48, 0, 16), (96, 64, 0, 32), (112, 80, 0, 16), (128, 64, 0, 64)),
         max_tokens=33,
         routing_experts=(1, 2, 5, 8, 60, 64, 128, 257),
+        scored_experts=(1, 2, 5, 8, 60, 64, 128, 257),
+        grouped_experts=(8, 60, 128),
     ),
     "cuda": Pools(
         shapes=((256, 128), (200, 72)),
@@ -116,6 +128,8 @@ POOLS = {
         many_experts=(64, 128),
         max_tokens=300,
         routing_experts=(1, 8, 60, 128, 257, 1024),
+        scored_experts=(8, 128, 1024),
+        grouped_experts=(8, 128),
         slabs=(16, 40, 200),  # one block, a part of a larger one, several
         routing_top_k=8,
         cases=1.8,
@@ -129,25 +143,118 @@ SEEDS = st.integers(0, 255)
 MANY_PAIRS = 4096
 
 
+def _experts_of(pools: Pools, spec: RoutingSpec) -> list[int]:
+    """E of the pools that a routing method goes with: each E, or E and groups, is a compiled kernel on a GPU."""
+    sizes = pools.grouped_experts if spec.groups != "none" else pools.scored_experts
+    return [e for e in (pools.routing_experts if spec.is_plain() else sizes) if replace(spec, E=e).most_choices()]
+
+
+def _layouts(pools: Pools, spec: RoutingSpec, capabilities: Capabilities) -> list[RoutingSpec]:
+    """The spec with each of the declared groups and rankings that some E of the pools goes with."""
+    plain = replace(spec, groups="none", group_ranking="max")
+    if spec.scoring == "custom":
+        return [plain]
+    grouped = [
+        replace(spec, groups=groups, group_ranking=ranking)
+        for groups in capabilities.groups
+        for ranking in capabilities.group_rankings
+        if groups != "none"
+    ]
+    return [layout for layout in (plain, *grouped) if _experts_of(pools, layout)]
+
+
 def routing_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[RoutingSpec]:
-    """Calls of the routing, every kind of logits that the subject declares."""
+    """Calls of the routing, every kind of logits and every method that the subject declares.
+
+    A third are softmax alone, which most models have.
+    """
     pools = POOLS[device]
+    # Where all tokens are padding there is little to judge.
+    with_tokens = tuple(padding for padding in capabilities.paddings if padding != "all_tokens")
 
     @st.composite
     def specs(draw: st.DrawFn) -> RoutingSpec:
-        num_experts = draw(st.sampled_from(pools.routing_experts))
-        return RoutingSpec(
+        method = RoutingSpec(M=1, E=1, top_k=1)
+        if "softmax" not in capabilities.scorings or draw(st.integers(0, 2)):
+            scoring = draw(st.sampled_from(capabilities.scorings))
+            biases = capabilities.correction_biases if scoring != "custom" else ("none",)
+            method = replace(method, scoring=scoring, correction_bias=draw(st.sampled_from(biases)))
+            method = draw(st.sampled_from(_layouts(pools, method, capabilities)))
+        method = replace(method, E=draw(st.sampled_from(_experts_of(pools, method))))
+        return replace(
+            method,
             M=draw(st.integers(0 if capabilities.empty else 1, 9)),
-            E=num_experts,
-            top_k=draw(st.integers(1, min(num_experts, pools.routing_top_k))),
+            top_k=draw(st.integers(1, min(method.most_choices(), pools.routing_top_k))),
             dtype=draw(st.sampled_from(capabilities.dtypes)),
             logits=draw(st.sampled_from(capabilities.logits)),
             renormalize=draw(st.booleans()),
             padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
+            scaling=draw(st.sampled_from(capabilities.scalings)),
+            padding=draw(st.sampled_from((*capabilities.paddings, *with_tokens))),
             seed=draw(SEEDS),
         )
 
     return specs()
+
+
+def routing_features(device: str, capabilities: Capabilities) -> dict[str, tuple[Any, ...]]:
+    """The features of a routing whose every pair is run, with the values that the subject declares."""
+    return {
+        "scoring": capabilities.scorings,
+        "groups": capabilities.groups,
+        "group_ranking": capabilities.group_rankings,
+        "correction_bias": capabilities.correction_biases,
+        "renormalize": (True, False),
+        "scaling": capabilities.scalings,
+        "padding": capabilities.paddings,
+        "dtype": capabilities.dtypes,
+        "logits": capabilities.logits,
+        "padded_rows": (False, True) if capabilities.padded_rows else (False,),
+        "E": POOLS[device].grouped_experts,
+        "top_k": (1, 2, 8),
+    }
+
+
+def is_routing(row: Mapping[str, Any]) -> bool:
+    """Whether features of `routing_features` go together, of a row that may be incomplete."""
+    method = {name: row[name] for name in ("E", "scoring", "groups", "group_ranking", "correction_bias")}
+    return row["top_k"] <= RoutingSpec(M=1, top_k=1, **method).most_choices()
+
+
+def _nasty_routings(num_experts: int) -> Iterator[RoutingSpec]:
+    """Routings that take three features or more to be what they are."""
+    scorings = [scoring for scoring in SCORINGS if scoring != "custom"]
+    for seed, scoring in enumerate(scorings):
+        base = RoutingSpec(M=9, E=num_experts, top_k=3, scoring=scoring, seed=seed)
+        # Score plus bias ties at the k-th, and so do whole groups, of which the lower are kept.
+        yield replace(base, logits="ties", correction_bias="ties")
+        yield replace(base, logits="ties", correction_bias="ties", dtype="bfloat16", seed=seed + 3)
+        for ranking, bias in product(GROUP_RANKINGS, ("none", "equal")):
+            yield replace(
+                base, logits="equal_groups", groups="some", group_ranking=ranking, correction_bias=bias, top_k=2
+            )
+        # A mask of 0 ranks above every expert of the kept groups.
+        yield replace(base, groups="some", group_ranking="top2_sum", correction_bias="negative", top_k=2)
+        # A renormalising sum of 0, and of infinity.
+        yield replace(base, logits="infinite_rows", renormalize=True)
+        yield replace(base, logits="infinite_rows", renormalize=True, seed=seed + 3)
+        yield replace(base, logits="nan_rows", renormalize=True)
+
+
+def _declares_routing(capabilities: Capabilities, spec: RoutingSpec) -> bool:
+    declared = routing_features("cpu", capabilities)
+    return all(value in declared[name] for name, value in spec.features().items())
+
+
+@cache
+def pinned_routings(device: str, capabilities: Capabilities) -> tuple[RoutingSpec, ...]:
+    """Routings that are always run: between them every pair of declared features, and those that take more than two."""
+    rows = covering_array(routing_features(device, capabilities), is_routing)
+    pairs = [RoutingSpec(M=7, seed=seed, **row) for seed, row in enumerate(rows)]
+    nasty = [
+        spec for spec in _nasty_routings(POOLS[device].grouped_experts[0]) if _declares_routing(capabilities, spec)
+    ]
+    return (*pairs, *nasty)
 
 
 def _needs(routing: str, tile: int, capabilities: Capabilities) -> tuple[int, int]:

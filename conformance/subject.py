@@ -21,7 +21,21 @@ from torch import Tensor
 from .cases import AlignCase, BatchedCase, ExpertsCase, QuantizeCase, RoutingCase
 from .numerics import Numerics
 from .properties.path import Launches
-from .spec import COUNTS, DTYPES, LOGITS, MAPS, ROUTINGS, SCHEMES, WEIGHTS
+from .spec import (
+    CORRECTION_BIASES,
+    COUNTS,
+    DTYPES,
+    GROUP_RANKINGS,
+    GROUPS,
+    LOGITS,
+    MAPS,
+    PADDINGS,
+    ROUTINGS,
+    SCALINGS,
+    SCHEMES,
+    SCORINGS,
+    WEIGHTS,
+)
 
 FACETS = ("route", "align", "experts", "batched", "quantize", "trace", "launches", "api", "oracle", "configs")
 
@@ -40,6 +54,8 @@ class Capabilities:
         batched_schemes: those of them in the batched format; None means all.
         activations: between the two GEMMs, by the names of `spec.py`.
         biases: of the two GEMMs, by the names of `spec.py`.
+        scorings, groups, group_rankings, correction_biases, scalings, paddings: its routing methods, by the names of
+            `spec.py`; where nothing is said, softmax top-k alone.
         weight_on_input: takes routing weights on the experts' input (top_k = 1).
         padded_rows: takes operands whose rows are farther apart than they are wide.
         empty: takes zero tokens.
@@ -56,6 +72,12 @@ class Capabilities:
     batched_schemes: tuple[str, ...] | None = None
     activations: tuple[str, ...] = ("silu",)
     biases: tuple[str, ...] = ("none",)
+    scorings: tuple[str, ...] = ("softmax",)
+    groups: tuple[str, ...] = ("none",)
+    group_rankings: tuple[str, ...] = ("max",)
+    correction_biases: tuple[str, ...] = ("none",)
+    scalings: tuple[str, ...] = ("one",)
+    paddings: tuple[str, ...] = ("none",)
     weight_on_input: bool = True
     padded_rows: bool = True
     empty: bool = True
@@ -69,6 +91,17 @@ class Capabilities:
         """What quantises activations in the declared schemes, each once (see `QuantizeSpec`)."""
         names = (SCHEMES[scheme].quantizer for scheme in self.schemes)
         return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+# What a subject declares that routes in every way.
+ROUTING_METHODS: dict[str, tuple[str, ...]] = {
+    "scorings": SCORINGS,
+    "groups": GROUPS,
+    "group_rankings": GROUP_RANKINGS,
+    "correction_biases": CORRECTION_BIASES,
+    "scalings": tuple(SCALINGS),
+    "paddings": PADDINGS,
+}
 
 
 class Subject:
@@ -102,7 +135,7 @@ class Subject:
         return tuple(f for f in FACETS if getattr(type(self), f) is not getattr(Subject, f))
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
-        """`topk_weights [M, top_k]` float32 and `topk_ids [M, top_k]` int32 of softmax top-k routing."""
+        """`topk_weights [M, top_k]` float32 and `topk_ids [M, top_k]` int32 by the method that the case says."""
         raise NotImplementedError
 
     def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,13 +74,13 @@ def quantised(scheme: str, e: int, rows: int, h: int, i: int, group: int) -> tup
 
 
 def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """What routing and experts, or batched experts, would launch: kernel, arguments, constants and options."""
+    """What routing and experts, routing alone, or batched experts launch: kernel, arguments, constants and options."""
     seen = []
 
     def record(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
         seen.append((kernel, args, meta))
 
-    m, e, k, h, i = (job[name] for name in ("M", "E", "top_k", "H", "I"))
+    m, e, k, h, i = (job.get(name, 1) for name in ("M", "E", "top_k", "H", "I"))
     local = e // 2 if job.get("expert_map") else e
     dtype = getattr(torch, job["dtype"])
 
@@ -95,12 +95,17 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[A
     options = {"activation": activation, "quant": quant, "interleaved": job.get("interleaved", False)}
     if job.get("bias"):
         options |= {"w13_bias": meta(local, rows), "w2_bias": meta(local, h)}
+    routing = dict(job.get("routing", {}))
+    if routing.pop("bias", False):
+        routing["e_score_correction_bias"] = meta(e, of=torch.float32)
 
     def run() -> None:
         if job.get("batched"):
             batched_experts(meta(e, m, h), w13, w2, meta(e, of=torch.int32), **options)
             return
-        select_experts(meta(m, e), k)
+        select_experts(meta(m, e), k, **routing)
+        if "routing" in job:
+            return
         fused_experts(
             meta(m, h),
             w13,

@@ -15,7 +15,7 @@ from moegate.bench.peers import load_peer
 from moegate.bench.record import Record
 from moegate.bench.runner import measure_workload
 from moegate.bench.session import OURS, LayerBench, run_workloads
-from moegate.bench.timer import Captured
+from moegate.bench.timer import Captured, PairedRatio
 from moegate.bench.tune import candidate_configs, measure_pairs, search
 from moegate.bench.verification import WrongKernelError, verify_rows
 from moegate.bench.workloads import MODELS, Model, Routing, Workload
@@ -160,14 +160,15 @@ def test_peers_are_paired_with_ours_and_wrong_ones_left_out():
     assert [record.subject for record in measured.records] == [OURS, "peer"]
     ours, peer = measured.records
     assert set(ours.versus) == {"peer"}
-    assert ours.versus["peer"].median == pytest.approx(1 / peer.versus[OURS].median, rel=0.2)
+    assert ours.versus["peer"] == PairedRatio.of(ours.timing, peer.timing)
+    assert peer.versus[OURS] == PairedRatio.of(peer.timing, ours.timing)
     assert "WrongKernelError" in measured.failures["wrong"]
     assert measured.failures["broken"] == "RuntimeError: no such kernel"
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="nemotron-3-nano: activation relu2_no_mul is not implemented"):
-        measure({OURS: fused_experts}, Workload(MODELS["nemotron-3-nano"], 1))
+    with pytest.raises(ValueError, match="gpt-oss-120b: int4-g128 needs H and I that 128 divides"):
+        measure({OURS: fused_experts}, Workload(MODELS["gpt-oss-120b"], 1, dtype="int4-g128"))
     with pytest.raises(ValueError, match="subjects: expected at least one"):
         measure({})
     with pytest.raises(ValueError, match="bank: expected weights of toy"):
@@ -177,7 +178,7 @@ def test_bad_input_is_named():
 def test_a_run_goes_on_after_a_failure_and_says_so_in_its_exit_code():
     workloads = [
         WORKLOAD,
-        Workload(MODELS["gpt-oss-120b"], 1),
+        Workload(MODELS["gpt-oss-120b"], 1, dtype="int4-g128"),
         Workload(SHARD, 3, Routing.parse("zipf1"), "fp32", "warm"),
     ]
     run = run_workloads(LayerBench(torch.device("cpu"), budget=0.005), workloads)
@@ -212,7 +213,8 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     peer = tmp_path / "theirs.py"
     peer.write_text("from moegate.impl.fused_moe import fused_experts\n")
     out = tmp_path / "out.json"
-    options = ["--models", "mixtral-8x7b/64,nemotron-3-nano", "--tokens", "1", "--budget", "0.01"]
+    options = ["--models", "mixtral-8x7b/64,gpt-oss-120b/16", "--dtype", "int4-g32"]
+    options += ["--tokens", "1", "--budget", "0.01"]
     assert command.main([*options, "--device", "cpu", "--peer", f"{peer}:fused_experts", "--json", str(out)]) == 0
     text = capsys.readouterr().out
     for expected in (
@@ -220,14 +222,15 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
         "floor us",
         "theirs us",
         "holds",
-        "skipped: nemotron-3-nano",
+        "skipped: gpt-oss-120b/16",
         "measured on cpu",
     ):
         assert expected in text
     data = json.loads(out.read_text())
     assert [record["subject"] for record in data["records"]] == ["moegate", "theirs"]
-    assert data["skipped"][0]["reason"].startswith("activation")
-    assert command.main(["--models", "nemotron-3-nano", "--tokens", "1", "--device", "cpu"]) == 3
+    assert data["skipped"][0]["reason"].startswith("int4-g32 needs H and I that 32 divides")
+    nothing = ["--models", "gpt-oss-120b/16", "--dtype", "int4-g32", "--tokens", "1", "--device", "cpu"]
+    assert command.main(nothing) == 3
 
 
 @pytest.mark.parametrize("options", [["--tokens", "0"], ["--models", "no"], ["--device", "tpu"], ["--no-such-option"]])

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ("--moegate-bench-models", "mixtral-8x7b/64,gpt-oss-120b", "--moegate-bench-tokens", "1,4")
+FORMAT = ("--moegate-bench-dtype", "int4-g32")
+SMALL = ("--moegate-bench-models", "mixtral-8x7b/64,gpt-oss-120b/16", "--moegate-bench-tokens", "1,4", *FORMAT)
 
 
 RUNS = {
     "measured": (*SMALL, "--benchmark-save-data", "--benchmark-json"),
     "xdist": (*SMALL, "-n", "1", "--benchmark-enable"),
     "disabled": (*SMALL, "--benchmark-disable"),
-    "nothing": ("--moegate-bench-models", "nemotron-3-nano", "--moegate-bench-tokens", "1"),
+    "nothing": ("--moegate-bench-models", "gpt-oss-120b/16", "--moegate-bench-tokens", "1", *FORMAT),
     "unknown": ("--moegate-bench-models", "qwen"),
 }
 
@@ -56,7 +57,7 @@ def test_the_suite_stores_device_time_floor_machine_and_verdict(runs):
     for benchmark in data["benchmarks"]:
         extra = benchmark["extra_info"]
         assert benchmark["param"] == extra["workload"]
-        assert benchmark["group"] == "mixtral-8x7b/64 fp32 uniform-s0 warm"
+        assert benchmark["group"] == "mixtral-8x7b/64 int4-g32 uniform-s0 warm"
         assert benchmark["stats"]["data"] == extra["timing"]["samples"]
         assert benchmark["stats"]["median"] == extra["seconds"]
         assert extra["floor"]["seconds"] > 0

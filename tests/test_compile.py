@@ -91,8 +91,30 @@ JOBS += [
         for scheme in (None, "fp8_block")
     ),
 ]
+# Routing beyond softmax: DeepSeek-V3's groups and bias, DeepSeek-V4's scores, groups of one, more choices than the
+# iterative top-k takes, E of 1,024.
+ROUTINGS = [
+    {
+        "E": 256,
+        "top_k": 8,
+        "routing": {"scoring_func": "sigmoid", "bias": True, "num_expert_group": 8, "topk_group": 4},
+    },
+    {"E": 384, "top_k": 6, "routing": {"scoring_func": "sqrtsoftplus", "bias": True}},
+]
+JOBS += [
+    {"platform": platform, "M": 64, "dtype": "bfloat16"} | routing
+    for platform, routing in itertools.product(PLATFORMS, ROUTINGS)
+]
+JOBS += [
+    {"platform": "cuda:9.0", "M": 64, "dtype": dtype, "E": e, "top_k": k, "routing": routing}
+    for dtype, e, k, routing in (
+        ("float32", 128, 8, {"num_expert_group": 128, "topk_group": 64}),
+        ("float16", 1024, 8, {"scoring_func": "sigmoid"}),
+        ("bfloat16", 1000, 40, {"scoring_func": "sigmoid", "num_expert_group": 4, "topk_group": 2}),
+    )
+]
 KERNELS = {
-    "topk_softmax_kernel",
+    "topk_routing_kernel",
     "align_count_kernel",
     "align_place_kernel",
     "grouped_gemm_kernel",

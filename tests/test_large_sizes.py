@@ -29,8 +29,8 @@ needs_interpreter = pytest.mark.skipif(
     not INTERPRETED or torch.cuda.is_available(), reason="memory that is never touched: TRITON_INTERPRET=1, on the CPU"
 )
 CPU = Platform.of("cpu")
-# 2^20 rows of 2,064 columns: more elements than 32 bits count, in a whole number of the kernels' blocks.
-ROWS, COLUMNS = 1 << 20, 2064
+# Each half of the rows has more elements than 32 bits count, in a whole number of the kernels' blocks.
+ROWS, COLUMNS = 1 << 20, 4112
 FAR = (1 << 30) + 16  # a stride; three rows of it span more than 2^31 elements
 TILE = KernelConfig(16, 32, 32, 1, 4, 1)
 
@@ -129,10 +129,11 @@ def test_a_layer_whose_operand_spans_more_than_32_bits_is_the_same_layer(operand
 
 @needs_interpreter
 def test_rows_of_one_expert_may_be_as_far_apart_as_experts():
+    """Between tiles of rows, and, where not even a tile's rows are within 32 bits of each other, inside a tile."""
     operands = layer(e=2)
     want = fused_experts(**operands, backend="triton")
-    for name in ("w13", "w2"):
-        far = far_apart(operands[name], 64 * ((1 << 25) + 16), (1 << 25) + 16)
+    for name, stride in (("w13", (1 << 26) + 16), ("w2", (1 << 27) + 16)):
+        far = far_apart(operands[name], operands[name].shape[1] * stride, stride)
         assert torch.equal(fused_experts(**operands | {name: far}, backend="triton"), want)
 
 
@@ -145,18 +146,32 @@ def test_a_result_may_span_more_than_32_bits():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("operand", ["hidden_states", "w13", "w2", "out"])
-def test_slabs_may_span_more_than_32_bits(operand):
+@pytest.mark.parametrize(
+    ("operand", "strides"),
+    [
+        ("hidden_states", (FAR, 32)),
+        ("hidden_states", (32, FAR)),
+        ("w13", (FAR, 32)),
+        ("w2", (FAR, 32)),
+        ("w13_bias", (FAR,)),
+        ("w2_bias", (FAR,)),
+        ("out", (FAR, 32)),
+        ("out", (32, FAR)),
+    ],
+)
+def test_slabs_and_their_rows_may_span_more_than_32_bits(operand, strides):
     operands = layer(e=3)
     batched = {
         "hidden_states": numbers(3, 4, 32),
         "w13": operands["w13"],
         "w2": operands["w2"],
+        "w13_bias": numbers(3, 64, seed=3),
+        "w2_bias": numbers(3, 32, seed=4),
         "expert_num_tokens": torch.tensor([4, 1, 3], dtype=torch.int32),
     }
     want = batched_experts(**batched, backend="triton")
     batched["out"] = torch.zeros_like(want)
-    batched[operand] = far_apart(batched[operand], FAR, 32)
+    batched[operand] = far_apart(batched[operand], *strides)
     assert torch.equal(batched_experts(**batched, backend="triton"), want)
 
 
@@ -168,8 +183,9 @@ def pairs(count: int) -> quantize.Rows:
 
 
 def slabs(count: int) -> quantize.Rows:
+    """Four full slabs: two would be so large that the stride between them is 64-bit by itself."""
     return quantize.Rows(
-        "slabs", count, expert_num_tokens=torch.full((2,), count // 2, dtype=torch.int32), max_tokens=count // 2
+        "slabs", count, expert_num_tokens=torch.full((4,), count // 4, dtype=torch.int32), max_tokens=count // 4
     )
 
 
@@ -263,8 +279,7 @@ def gemm_of_the_last_pair(c: torch.Tensor, a: torch.Tensor, operands: Any, *, to
             sorted_token_ids=block,
             expert_ids=torch.zeros(1, dtype=torch.int32),
             allow_tf32=False,
-            config=TILE,
-            **options,
+            **{"config": TILE, **options},
         )
 
 
@@ -285,48 +300,66 @@ def test_the_gemm_reads_the_last_row_of_its_operand():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("granularity", ["block", "group"])
-def test_the_gemm_reads_the_last_expert_of_vast_weights_and_scales(granularity):
-    """int4 with a scale for every 16 columns of every row, fp8 with one for every 16 x 16: offsets of scales too."""
-    experts, n, k = 1 << 14, 32, 1 << 14
+@pytest.mark.parametrize("granularity", ["channel", "block", "group"])
+def test_the_gemm_finds_the_scales_of_the_last_of_very_many_experts(granularity):
+    """All experts share their numbers here, and each has scales of its own: those span more than 32 bits."""
+    experts, n, k = {"channel": (1 << 20, 4096, 16), "block": (1 << 17, 1024, 4096), "group": (1 << 15, 1024, 2048)}[
+        granularity
+    ]
     is_int4 = granularity == "group"
-    b = torch.empty((experts, n, k // 2), dtype=torch.uint8) if is_int4 else vast(torch.int8, experts * n, k)
-    b = b.view(experts, n, -1)
-    b[-1] = torch.randint(0, 127, b.shape[1:], generator=torch.Generator().manual_seed(0)).to(b.dtype)
-    shape = (experts, n, k // 16) if is_int4 else (experts, n // 16, k // 16)
-    scale = torch.empty(shape)
-    scale[-1] = torch.rand(shape[1:], generator=torch.Generator().manual_seed(1)) / 64
-    zero = None
+    b = torch.randint(0, 127, (n, k // 2 if is_int4 else k), generator=torch.Generator().manual_seed(0))
+    b = b.to(torch.uint8 if is_int4 else torch.int8)
+    shape = {"channel": (n,), "block": (n // 16, k // 16), "group": (n, k // 16)}[granularity]
+    scale, zero = torch.empty((experts, *shape), dtype=torch.float16), None
+    scale[-1] = torch.rand(shape, generator=torch.Generator().manual_seed(1)) / 64
+    values = b.float()
     if is_int4:
-        zero = torch.empty((experts, n // 2, k // 16), dtype=torch.uint8)
+        zero = torch.empty((4 * experts, n // 2, k // 16), dtype=torch.uint8)[: 4 * experts].view(-1)
+        zero = zero.as_strided((experts, n // 2, k // 16), (n // 2 * (k // 16), k // 16, 1))
         zero[-1] = 0x53
-    options = {**tile._PLAIN, "B_SCALE": granularity, "B_FORMAT": "int4" if is_int4 else "int8", "SCALE_K": 16}
-    options["SCALE_N"] = 0 if is_int4 else 16
-    operands = tile.GemmOperands(b, n, k, scale, zero, None, None, options, (*shape[1:], n))
-    a, c = numbers(1, k), torch.zeros((1, n), dtype=torch.bfloat16)
-    block = torch.tensor([0] + [1] * 15, dtype=torch.int32)
-    grouped_gemm.grouped_gemm(
-        c,
-        a,
-        operands,
-        topk_ids=torch.zeros((1, 1), dtype=torch.int32),
-        topk_weights=torch.ones((1, 1)),
-        mul_weight=False,
-        sorted_token_ids=block,
-        expert_ids=torch.tensor([experts - 1], dtype=torch.int32),
-        a_row_is_token=True,
-        allow_tf32=False,
-        config=KernelConfig(16, 32, 16, 1, 4, 1),
-    )
-    if is_int4:
-        low, high = (b[-1] & 15).float(), (b[-1] >> 4).float()
-        values = torch.stack([low, high], dim=2).view(n, k)
+        values = torch.stack([b & 15, b >> 4], dim=2).view(n, k).float()
         values[0::2] -= 3
         values[1::2] -= 5
-        w = values * scale[-1].repeat_interleave(16, dim=1)
-    else:
-        w = b[-1].float() * scale[-1].repeat_interleave(16, dim=0).repeat_interleave(16, dim=1)
-    torch.testing.assert_close(c[0].float(), a[0].float() @ w.T, rtol=2**-6, atol=1e-2)
+    step = 0 if granularity == "channel" else 16
+    options = {**tile._PLAIN, "B_SCALE": granularity, "B_FORMAT": "int4" if is_int4 else "int8", "SCALE_K": step}
+    options["SCALE_N"] = 16 if granularity == "block" else 0
+    numbers_of_scales = (0, 0, n) if granularity == "channel" else (*shape, n)
+    operands = tile.GemmOperands(b.expand(experts, *b.shape), n, k, scale, zero, None, None, options, numbers_of_scales)
+    a, c = numbers(1, k), torch.zeros((1, n), dtype=torch.bfloat16)
+    with last_program_alone():
+        grouped_gemm.grouped_gemm(
+            c,
+            a,
+            operands,
+            topk_ids=torch.zeros((1, 1), dtype=torch.int32),
+            topk_weights=torch.ones((1, 1)),
+            mul_weight=False,
+            sorted_token_ids=torch.tensor([0] + [1] * 15, dtype=torch.int32),
+            expert_ids=torch.tensor([experts - 1], dtype=torch.int32),
+            a_row_is_token=True,
+            allow_tf32=False,
+            config=KernelConfig(16, 32, 16, 1, 4, 1),
+        )
+    scales = scale[-1].float()
+    if granularity == "block":
+        scales = scales.repeat_interleave(16, dim=0)
+    scales = scales[:, None] if granularity == "channel" else scales.repeat_interleave(16, dim=1)
+    want = a[0].float() @ (values * scales).T
+    torch.testing.assert_close(c[0, -32:].float(), want[-32:], rtol=2**-6, atol=1e-2)
+
+
+@needs_interpreter
+def test_the_gemm_finds_the_scales_of_the_last_of_very_many_rows():
+    rows, k = 1 << 22, 1 << 14
+    a = torch.ones((1, k), dtype=torch.float8_e4m3fn).expand(rows, k)
+    a_scale = torch.empty((rows, k // 16))
+    a_scale[-1] = torch.rand(k // 16, generator=torch.Generator().manual_seed(0))
+    b = torch.ones((1, 32, k), dtype=torch.float8_e4m3fn)
+    options = {**tile._PLAIN, "A_SCALE": "group", "B_SCALE": "block", "SCALE_N": 32, "SCALE_K": 16}
+    operands = tile.GemmOperands(b, 32, k, torch.ones((1, 1, k // 16)), None, None, a_scale, options, (1, k // 16, 32))
+    c = torch.empty((rows, 32), dtype=torch.bfloat16)
+    gemm_of_the_last_pair(c, a, operands, top_k=2, a_row_is_token=False, config=KernelConfig(16, 32, 16, 1, 4, 1))
+    close(c[-1], torch.full((32,), 0.5 * 16 * float(a_scale[-1].sum())).bfloat16())
 
 
 @needs_interpreter

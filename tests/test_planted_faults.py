@@ -5,22 +5,6 @@ from planted import Fault, plant, run_suite
 
 FAULTS = (
     Fault(
-        "routing-ties-go-to-the-higher-id",
-        "kernels/topk_softmax.py",
-        "rank = (key.to(tl.int64) << 32) | (BLOCK_E - 1 - experts).to(tl.int64)[None, :]",
-        "rank = (key.to(tl.int64) << 32) | (BLOCK_E - 1 - (num_experts - 1 - experts)).to(tl.int64)[None, :]",
-        ("test_route.py",),
-        ("ROUTE-02", "ROUTE-04", "ROUTE-05"),
-    ),
-    Fault(
-        "routing-renormalises-never",
-        "kernels/topk_softmax.py",
-        "    if renormalize == 0:",
-        "    if renormalize <= 1:",
-        ("test_route.py",),
-        ("ROUTE-06", "ROUTE-08"),
-    ),
-    Fault(
         "align-fills-unused-blocks-with-expert-0",
         "kernels/align.py",
         "tl.full((BLOCK_BLOCKS,), -1, tl.int32), mask=unused)",

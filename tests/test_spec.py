@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moegate.conformance.cases import build_routing
 from moegate.conformance.spec import AlignSpec, ExpertsSpec, RoutingSpec, parse_spec
 from moegate.conformance.strategies import align_specs, experts_specs, routing_specs
-from moegate.conformance.subject import Capabilities
+from moegate.conformance.subject import ROUTING_METHODS, Capabilities
 
 STRATEGIES = product((routing_specs, align_specs, experts_specs), ("cpu", "cuda"))
 
 
-@given(st.one_of(*(draw(device, Capabilities()) for draw, device in STRATEGIES)))
+@given(st.one_of(*(draw(device, Capabilities(**ROUTING_METHODS)) for draw, device in STRATEGIES)))
 def test_the_line_of_a_spec_reads_back_as_the_spec(spec):
     assert parse_spec(repr(spec)) == spec
     assert parse_spec(f"  {spec!r}\n") == spec
@@ -61,3 +62,36 @@ def test_a_spec_is_small_frozen_and_plain(cls):
 def test_feature_pairs_are_pairs_of_features_and_not_of_sizes():
     pairs = set(AlignSpec(M=3, E=4, top_k=2, routing="tile", expert_map="linear").feature_pairs())
     assert pairs == {("expert_map=linear", "routing=tile")}
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_experts", "counts", "most"),
+    [
+        ("none", 257, (1, 1), 257),
+        ("some", 128, (8, 4), 64),
+        ("some", 60, (6, 3), 30),
+        ("one_kept", 60, (6, 1), 10),
+        ("all_kept", 8, (4, 4), 8),
+        ("some", 257, (0, 0), 0),
+        ("singletons", 5, (5, 3), 3),
+        ("one_group", 7, (1, 1), 7),
+    ],
+)
+def test_the_names_of_groups_mean_numbers_of_groups(groups, num_experts, counts, most):
+    spec = RoutingSpec(M=1, E=num_experts, top_k=1, groups=groups)
+    assert (spec.group_counts(), spec.most_choices()) == (counts, most)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"groups": "singletons", "group_ranking": "top2_sum"},
+        {"groups": "none", "group_ranking": "top2_sum"},
+        {"scoring": "custom", "groups": "some"},
+        {"scoring": "custom", "correction_bias": "unit"},
+        {"groups": "one_kept", "top_k": 3},
+    ],
+)
+def test_a_routing_whose_features_do_not_go_together_is_refused(method):
+    with pytest.raises(ValueError, match="spec: expected top_k of at most"):
+        build_routing(RoutingSpec(**({"M": 1, "E": 8, "top_k": 1} | method)))

@@ -1,9 +1,11 @@
 """Every nasty case that the design names is really drawn, and looked for in the tensors and not in the spec's words.
 
-What is measured is what the gate runs for one variant (experts 360 cases beside those that are pinned, routing 200,
+What is measured is what the gate runs for one variant (experts 360 cases beside those that are pinned, routing 348,
 alignment 150, batched format 80), and, so that no lucky seed hides a hole, as much under two other seeds. Each case
 must come up three times in each of them.
 """
+
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 
 from moegate.conformance.cases import build_align, build_batched, build_experts, build_routing
 from moegate.conformance.coverage import pinned_experts
+from moegate.conformance.pairwise import pairs_of
 from moegate.conformance.profiles import explore
 from moegate.conformance.properties.num import reference_of
 from moegate.conformance.properties.path import expects_naive_blocks
@@ -22,13 +25,16 @@ from moegate.conformance.strategies import (
     align_specs,
     batched_specs,
     experts_specs,
+    is_routing,
     pinned_aligns,
+    pinned_routings,
     quantize_specs,
+    routing_features,
     routing_specs,
 )
-from moegate.conformance.subject import Capabilities
+from moegate.conformance.subject import ROUTING_METHODS, Capabilities
 
-ANY = Capabilities(schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES)
+ANY = Capabilities(**ROUTING_METHODS, schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES)
 
 
 def drawn(strategy, name, examples):
@@ -153,6 +159,47 @@ EXPERTS = {
 }
 
 
+def ranks(case):
+    """What float32 compares experts by where there is a bias, else nothing."""
+    bias = case.e_score_correction_bias
+    if bias is None or case.custom_answer is not None or case.num_real_tokens == 0:
+        return torch.empty(0, 1)
+    logits = case.router_logits[: case.num_real_tokens].float()
+    if not logits.isfinite().all():
+        return torch.empty(0, 1)
+    scores = logits.softmax(dim=1) if case.scoring_func == "softmax" else logits.sigmoid()
+    return scores + bias.float()
+
+
+def tie_of_rank_at_k(case):
+    """The last chosen and the first other one tie in score plus bias, and differ from another expert."""
+    ordered = ranks(case).sort(dim=1, descending=True).values
+    if case.num_expert_group is not None or case.top_k >= ordered.shape[1]:
+        return False
+    last, following = ordered[:, case.top_k - 1], ordered[:, case.top_k]
+    return ((last == following) & (ordered[:, 0] > ordered[:, -1])).any()
+
+
+def reverses(case):
+    """The bias's best expert is not the logits' in any row."""
+    found = ranks(case)
+    best = case.router_logits[: len(found)].argmax(dim=1)
+    return len(found) and found.shape[1] > 8 and (found.argmax(dim=1) != best).all()
+
+
+def equal_groups(case):
+    """Restricted groups whose logits are all the same, without a bias that tells them apart."""
+    bias, count = case.e_score_correction_bias, case.num_expert_group or 1
+    if count == (case.topk_group or 1) or case.num_real_tokens == 0:
+        return False
+    groups = case.router_logits[: case.num_real_tokens].unflatten(1, (count, -1))
+    return (groups == groups[:, :1]).all() and (bias is None or bias.unique().numel() == 1)
+
+
+def is_grouped(case):
+    return case.num_expert_group is not None and case.topk_group < case.num_expert_group and case.num_real_tokens
+
+
 def tie_at_k(case):
     if case.top_k == case.router_logits.shape[1]:
         return False
@@ -183,6 +230,44 @@ ROUTING = {
         len(c.router_logits) > 1 and c.router_logits.stride(0) > c.router_logits.shape[1]
     ),
     "weights as they are": lambda c: not c.renormalize,
+    **{
+        f"{scoring} scores of real tokens": lambda c, scoring=scoring: (
+            c.scoring_func == scoring and c.custom_answer is None and c.num_real_tokens
+        )
+        for scoring in ("softmax", "sigmoid", "sqrtsoftplus")
+    },
+    "softmax and nothing else": lambda c: (
+        c.scoring_func == "softmax"
+        and c.num_expert_group is c.e_score_correction_bias is c.custom_answer is None
+        and c.num_real_tokens
+    ),
+    "a custom function": lambda c: c.custom_answer is not None and c.num_real_tokens,
+    "groups by their maximum": lambda c: is_grouped(c) and c.group_ranking == "max",
+    "groups by the sum of two": lambda c: is_grouped(c) and c.group_ranking == "top2_sum",
+    "one group": lambda c: c.num_expert_group == 1,
+    "all groups kept": lambda c: c.num_expert_group == c.topk_group != 1,
+    "groups of one": lambda c: c.num_expert_group == c.router_logits.shape[1] > 1,
+    "equal groups": equal_groups,
+    "groups and a bias": lambda c: is_grouped(c) and c.e_score_correction_bias is not None,
+    "as many choices as the groups hold": lambda c: (
+        is_grouped(c) and c.top_k == c.topk_group * c.router_logits.shape[1] // c.num_expert_group
+    ),
+    "a bias that decides alone": reverses,
+    "a tie of score and bias at the k-th": tie_of_rank_at_k,
+    "every rank negative": lambda c: ranks(c).numel() and (ranks(c) < 0).all(),
+    "a bias in bfloat16": lambda c: (
+        c.e_score_correction_bias is not None and c.e_score_correction_bias.dtype == torch.bfloat16
+    ),
+    "scores that saturate in float32": lambda c: (
+        c.scoring_func == "sigmoid" and c.num_real_tokens and (c.router_logits.float().sigmoid() == 1).any()
+    ),
+    "every score 0": lambda c: (
+        c.scoring_func != "softmax" and (c.router_logits[: c.num_real_tokens] == -torch.inf).all(dim=1).any()
+    ),
+    "a scaling factor and renormalised weights": lambda c: c.renormalize and c.routed_scaling_factor != 1,
+    "a scaling factor and weights as they are": lambda c: not c.renormalize and c.routed_scaling_factor != 1,
+    "some tokens are padding": lambda c: 0 < c.num_real_tokens < len(c.router_logits),
+    "all tokens are padding": lambda c: len(c.router_logits) and c.num_real_tokens == 0,
 }
 ALIGN = {
     **{name: holds for name, holds in PAIRS.items() if "tile" not in name},
@@ -223,6 +308,10 @@ def experts_of_the_gate(series):
             yield from drawn(strategy, f"{series}/{dtype}/{few}", 60)
 
 
+def routings_of_the_gate(series):
+    return [*pinned_routings("cpu", ANY), *drawn(routing_specs("cpu", ANY), series, 240)]
+
+
 def aligns_of_the_gate(series):
     return [*pinned_aligns("cpu", ANY), *drawn(align_specs("cpu", ANY), series, 150)]
 
@@ -230,7 +319,7 @@ def aligns_of_the_gate(series):
 # What a family draws for one variant under a name, how a case is built, what is looked for, and in how many cases.
 FAMILIES = {
     "NUM": (experts_of_the_gate, build_experts, EXPERTS, 360 + len(PINNED)),
-    "ROUTE": (lambda series: drawn(routing_specs("cpu", ANY), series, 200), build_routing, ROUTING, 200),
+    "ROUTE": (routings_of_the_gate, build_routing, ROUTING, 348),
     "ALIGN": (aligns_of_the_gate, build_align, ALIGN, 180),
     "BATCHED": (lambda series: drawn(batched_specs("cpu", ANY), series, 80), build_batched, BATCHED, 80),
 }
@@ -284,6 +373,12 @@ def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
         "quantizer": capabilities.quantizers,
         "weight_on_input": (False, capabilities.weight_on_input),
         "padded_rows": (False, capabilities.padded_rows),
+        "scoring": capabilities.scorings,
+        "groups": capabilities.groups,
+        "group_ranking": capabilities.group_rankings,
+        "correction_bias": capabilities.correction_biases,
+        "scaling": capabilities.scalings,
+        "padding": capabilities.paddings,
     }
 
     @settings(max_examples=100, database=None, deadline=None)
@@ -298,6 +393,8 @@ def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
         else:
             assert spec.M > 0 or capabilities.empty
             assert 1 <= spec.top_k <= spec.E
+        if strategy is routing_specs:
+            assert spec.top_k <= spec.most_choices()
         if strategy is experts_specs:
             assert spec.top_k == 1 or not spec.weight_on_input
         if strategy in (experts_specs, batched_specs):
@@ -306,6 +403,27 @@ def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
             assert spec.scheme == "none" or spec.dtype in POOLS[device].scaled_dtypes
 
     only()
+
+
+@pytest.mark.parametrize("device", POOLS)
+def test_every_pair_of_routing_features_that_go_together_is_always_run(device):
+    features = routing_features(device, ANY)
+    reads = ("scoring", "groups", "group_ranking", "correction_bias", "E", "top_k")
+    methods = [dict(zip(reads, values, strict=True)) for values in product(*(features[name] for name in reads))]
+    possible = set().union(*(pairs_of(method) for method in methods if is_routing(method)))
+    # What the constraint does not read goes with everything that goes with anything.
+    values_that_go = {(name, value) for pair in possible for name, value in pair}
+    for a, b in combinations(sorted(features), 2):
+        if a not in reads or b not in reads:
+            possible |= {
+                ((a, x), (b, y))
+                for x, y in product(features[a], features[b])
+                if all(name not in reads or (name, value) in values_that_go for name, value in ((a, x), (b, y)))
+            }
+    run = pinned_routings(device, ANY)
+    assert len(run) < 120
+    features_run = ({**spec.features(), "E": spec.E, "top_k": spec.top_k} for spec in run)
+    assert possible - set().union(*map(pairs_of, features_run)) == set()
 
 
 @pytest.mark.parametrize("few", [True, False])

@@ -185,15 +185,6 @@ BAD_CALLS: tuple[BadCall, ...] = (
     BadCall(
         "fused_experts", "out", "is on another device", lambda good: {**good, "out": _on_meta(good["hidden_states"])}
     ),
-    BadCall("select_experts", "top_k", "is 0", _set("top_k", 0)),
-    BadCall("select_experts", "top_k", "is negative", _set("top_k", -1)),
-    BadCall("select_experts", "top_k", "is above E", _set("top_k", 5)),
-    BadCall("select_experts", "top_k", "is a float", _set("top_k", 2.0)),
-    BadCall("select_experts", "top_k", "is a bool", _set("top_k", True)),
-    BadCall("select_experts", "renormalize", "is a string", _set("renormalize", "yes")),
-    BadCall("select_experts", "backend", "is unknown", _set("backend", "fastest")),
-    BadCall("select_experts", "router_logits", "has no expert", _map("router_logits", lambda t: t[:, :0])),
-    BadCall("select_experts", "router_logits", "is an integer", _map("router_logits", lambda t: t.int())),
     BadCall("batched_experts", "w13", "has odd rows", _map("w13", lambda t: t[:, :-1])),
     BadCall("batched_experts", "w2", "has another E", _map("w2", lambda t: t[:-1])),
     BadCall("batched_experts", "expert_num_tokens", "has another E", _map("expert_num_tokens", lambda t: t[:-1])),

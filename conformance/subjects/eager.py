@@ -11,9 +11,9 @@ from torch import Tensor
 from ...reference.activations import Activation
 from ..cases import BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
 from ..numerics import Numerics
-from ..spec import ACTIVATIONS, BIASES, SCHEMES
+from ..spec import ACTIVATIONS, BIASES, LOGITS, SCHEMES
 from ..stored import StoredExperts
-from ..subject import Capabilities, Subject
+from ..subject import ROUTING_METHODS, Capabilities, Subject
 
 
 def quantized(x: Tensor, kind: str, granularity: str, group: int, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,10 +86,11 @@ class EagerSubject(Subject):
     name = "torch"
     # Softmax of rows without a finite logit is NaN in torch.
     capabilities = Capabilities(
-        logits=("unit", "wide", "ties", "tie_at_k", "equal", "negative"),
+        logits=tuple(name for name in LOGITS if name not in ("nan_rows", "infinite_rows")),
         schemes=tuple(SCHEMES),
         activations=tuple(ACTIVATIONS),
         biases=BIASES,
+        **ROUTING_METHODS,
     )
     numerics = Numerics(
         gate="storage",
@@ -101,13 +102,18 @@ class EagerSubject(Subject):
     )
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
-        """`torch.softmax` at a stable sort's first ids: weights underflow, and torch.topk promises no order of ties."""
-        logits = case.router_logits.float()
-        ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, : case.top_k]
-        weights = torch.softmax(logits, dim=-1).gather(1, ids)
-        if case.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights, ids.to(torch.int32)
+        """Float32 scores, masked groups and a stable sort's first ids: torch.topk promises no order of ties."""
+        real = case.num_real_tokens
+        if case.custom_routing_function is not None:
+            weights, ids = case.custom_routing_function(
+                hidden_states=None, gating_output=case.router_logits, topk=case.top_k, renormalize=case.renormalize
+            )
+            weights = weights * case.routed_scaling_factor
+        else:
+            weights, ids = _routed(case)
+        weights, ids = weights.clone(), ids.to(torch.int32, copy=True)
+        weights[real:], ids[real:] = 0.0, -1
+        return weights, ids
 
     def _as_read(self, stored: StoredExperts | None, x: Tensor, static_scale: Tensor | None) -> Tensor:
         """Rows as a GEMM reads them, float32: quantised and scaled back where the scheme says so."""
@@ -182,3 +188,31 @@ class EagerSubject(Subject):
         for expert, y in enumerate(self._outputs(case, tokens, rows, ones)):
             out[expert, : len(y)] = y
         return out
+
+
+def _routed(case: RoutingCase) -> tuple[Tensor, Tensor]:
+    logits = case.router_logits.float()
+    if case.scoring_func == "softmax":
+        scores = torch.softmax(logits, dim=-1)
+    elif case.scoring_func == "sigmoid":
+        scores = torch.sigmoid(logits)
+    else:
+        scores = F.softplus(logits).sqrt()
+    ranking = scores if case.e_score_correction_bias is None else scores + case.e_score_correction_bias.float()
+    if case.num_expert_group is not None:
+        groups = ranking.unflatten(1, (case.num_expert_group, ranking.shape[1] // case.num_expert_group))
+        best = groups.topk(2, dim=-1).values.sum(-1) if case.group_ranking == "top2_sum" else groups.amax(dim=-1)
+        kept = _first(best, case.topk_group or 1)
+        dropped = torch.ones_like(best, dtype=torch.bool).scatter(1, kept, False)
+        ranking = groups.masked_fill(dropped[..., None], -torch.inf).flatten(1)
+    elif case.scoring_func == "softmax" and case.e_score_correction_bias is None:
+        ranking = logits  # they rank as their softmax does, and none underflows
+    ids = _first(ranking, case.top_k)
+    weights = scores.gather(1, ids)
+    if case.renormalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * case.routed_scaling_factor, ids
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]

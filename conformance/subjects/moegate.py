@@ -21,7 +21,7 @@ from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, QuantizeCase
 from ..numerics import Numerics
 from ..properties.path import Launches
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
-from ..subject import Capabilities, Subject
+from ..subject import ROUTING_METHODS, Capabilities, Subject
 from .moegate_configs import MoegateConfigs
 from .moegate_oracle import MoegateOracle
 
@@ -92,6 +92,7 @@ class MoegateSubject(Subject):
         batched_schemes=tuple(name for name, scheme in SCHEMES.items() if scheme.weight in (None, "fp8")),
         activations=tuple(ACTIVATIONS),
         biases=BIASES,
+        **ROUTING_METHODS,
     )
     numerics = Numerics(accumulator="hopper_fp8", promoted_every=128)
     launches: ClassVar[dict[str, Launches]] = {"triton": _launches}
@@ -116,7 +117,7 @@ class MoegateSubject(Subject):
         """`select_experts`."""
         backend = "triton" if variant == "triton" else "torch"
         with debug_checks():
-            return select_experts(case.router_logits, case.top_k, renormalize=case.renormalize, backend=backend)
+            return select_experts(case.router_logits, case.top_k, **case.method(), backend=backend)
 
     def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:
         """`moe_align_block_size`."""
