@@ -34,7 +34,7 @@ from moegate.conformance.strategies import (
 )
 from moegate.conformance.subject import ROUTING_METHODS, Capabilities
 
-ANY = Capabilities(schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES, **ROUTING_METHODS)
+ANY = Capabilities(**ROUTING_METHODS, schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES)
 
 
 def drawn(strategy, name, examples):
