@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from .pairwise import Row, covering_array, pairs_of
 from .spec import SCHEMES, TILE, VALUES, BatchedSpec, ExpertsSpec
-from .strategies import POOLS, Pools, may_go_together
+from .strategies import POOLS, Pools, may_go_together, scaled_dtypes
 from .subject import Capabilities
 
 Features = dict[str, tuple[Any, ...]]
@@ -68,29 +68,46 @@ def is_possible(row: Row) -> bool:
 
 
 @cache
-def _rows(features: tuple[tuple[str, tuple[Any, ...]], ...]) -> tuple[Row, ...]:
-    return tuple(covering_array(dict(features), is_possible))
+def _rows(features: tuple[tuple[str, tuple[Any, ...]], ...], dtypes: tuple[str, ...]) -> tuple[Row, ...]:
+    def is_run(row: Row) -> bool:
+        return is_possible(row) and (row["scheme"] == "none" or row["dtype"] in dtypes)
+
+    return tuple(covering_array(dict(features), is_run))
 
 
-def rows(capabilities: Capabilities, *, batched: bool = False) -> tuple[Row, ...]:
-    """The covering array of one format; values that the pools of no device have are not asked for."""
+def rows(device: str, capabilities: Capabilities, *, batched: bool = False) -> tuple[Row, ...]:
+    """The covering array of one format on a device.
+
+    Beside weights of few bits a device takes the dtypes of its pools: on a GPU each more is as many kernels to compile,
+    and the CPU runs them all.
+    """
     features = batched_features(capabilities) if batched else experts_features(capabilities)
-    return _rows(tuple(features.items()))
+    return _rows(tuple(features.items()), scaled_dtypes(device, capabilities))
 
 
-def declared_pairs(capabilities: Capabilities, *, batched: bool = False) -> set[str]:
+def declared_pairs(device: str, capabilities: Capabilities, *, batched: bool = False) -> set[str]:
     """Every pair of features that the capabilities declare and that go together, as `Ledger.pairs` names them."""
-    return {f"{a}={x} & {b}={y}" for row in rows(capabilities, batched=batched) for (a, x), (b, y) in pairs_of(row)}
+    array = rows(device, capabilities, batched=batched)
+    return {f"{a}={x} & {b}={y}" for row in array for (a, x), (b, y) in pairs_of(row)}
 
 
 def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec, ...]:
-    """Experts specs that between them hold every declared pair of features."""
+    """Experts specs that between them hold every declared pair of features.
+
+    And for each scheme that has a naive path, one on which an expert has several pairs, and so several blocks.
+    """
     pools, sizes = POOLS[device], _Sizes(POOLS[device])
     specs = []
-    for number, row in enumerate(rows(capabilities)):
+    for number, row in enumerate(rows(device, capabilities)):
         features = {name: value for name, value in row.items() if name not in ("format", "path")}
         base = ExpertsSpec(**sizes.of(row), M=1, E=1, top_k=1, seed=number % 256, **features)
-        specs.append(_with_few_pairs(base, pools) if row["path"] == "naive" else _with_blocks(base, pools, number))
+        if row["path"] == "aligned":
+            specs.append(_with_blocks(base, pools, number))
+            continue
+        specs.append(_with_few_pairs(base, pools))
+        scheme_is_new = all(spec.scheme != base.scheme or spec.routing != "one_expert" for spec in specs)
+        if scheme_is_new and "one_expert" in capabilities.routings:
+            specs.append(replace(specs[-1], routing="one_expert"))
     return _repeated(specs, pools)
 
 
@@ -106,7 +123,7 @@ def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, 
             seed=number % 256,
             **{name: value for name, value in row.items() if name != "format"},
         )
-        for number, row in enumerate(rows(capabilities, batched=True))
+        for number, row in enumerate(rows(device, capabilities, batched=True))
     ]
     return _repeated(specs, pools)
 

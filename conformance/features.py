@@ -40,7 +40,7 @@ def _named(scheme: Scheme) -> tuple[str, str, str]:
 
 def cells(capabilities: Capabilities) -> dict[tuple[str, str], bool]:
     """For each scheme and place, whether the suite pins specs of it."""
-    pairs = {batched: declared_pairs(capabilities, batched=batched) for batched in (False, True)}
+    pairs = {batched: declared_pairs("cpu", capabilities, batched=batched) for batched in (False, True)}
     return {
         (name, place): any({f"{feature} & scheme={name}"} & pairs[batched])
         for name in SCHEMES

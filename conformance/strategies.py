@@ -58,6 +58,7 @@ class Pools:
         scored_experts: E of other routings without groups.
         grouped_experts: E of routings with groups.
         block_sizes: of alignment cases.
+        widths, groups: columns of rows that are quantised by themselves, and of their groups.
         slabs: max_tokens of the batched format.
         routing_top_k: the largest of routing cases.
         cases: how many cases are drawn where the gate draws one on the CPU: a GPU has the time for more.
@@ -81,6 +82,9 @@ class Pools:
     drawn_activations: tuple[str, ...] | None = None
     drawn_biases: tuple[str, ...] | None = None
     repeats: int = 1
+    # Around a group's and a tile's edge: enough to meet every kind of tail.
+    widths: tuple[int, ...] = (72, 1, 15, 16, 33, 128, 200)
+    groups: tuple[int, ...] = (32, 16, 128)
     slabs: tuple[int, ...] = (1, 15, 16, 18, 33)
     routing_top_k: int = 10
     cases: float = 1.0
@@ -120,6 +124,8 @@ POOLS = {
         block_shapes=((320, 464, 128, 128),),
         group_shapes=((288, 160, 0, 32), (256, 128, 0, 128)),
         scaled_dtypes=("bfloat16",),
+        widths=(200, 1024),
+        groups=(128,),
         scaled_rows=((1, 8), (17, 32)),
         drawn_activations=("silu", "swigluoai_interleaved"),
         drawn_biases=("none",),
@@ -434,26 +440,19 @@ def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
     return specs()
 
 
-# Widths around a group's and a tile's edge, and group sizes: enough to meet every kind of tail.
-_WIDTHS = (1, 15, 16, 33, 72, 128, 200)
-_GROUPS = (16, 32, 128)
-
-
 def quantize_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[QuantizeSpec]:
     """Quantisations of activations by every quantiser that the declared schemes have."""
-    del device
+    pools = POOLS[device]
 
     @st.composite
     def specs(draw: st.DrawFn) -> QuantizeSpec:
         quantizer = draw(st.sampled_from(capabilities.quantizers))
         return QuantizeSpec(
             rows=draw(st.integers(0 if capabilities.empty else 1, 9)),
-            columns=draw(st.sampled_from(_WIDTHS)),
+            columns=draw(st.sampled_from(pools.widths)),
             quantizer=quantizer,
-            group=draw(st.sampled_from(_GROUPS)) if quantizer.endswith("group") else 0,
-            dtype=draw(
-                st.sampled_from([dtype for dtype in capabilities.dtypes if dtype in DTYPES[:2]] or ["bfloat16"])
-            ),
+            group=draw(st.sampled_from(pools.groups)) if quantizer.endswith("group") else 0,
+            dtype=draw(st.sampled_from(scaled_dtypes(device, capabilities))),
             values=draw(st.sampled_from(ROWS)),
             padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
             seed=draw(SEEDS),
@@ -464,18 +463,23 @@ def quantize_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy
 
 def pinned_quantizers(device: str, capabilities: Capabilities) -> tuple[QuantizeSpec, ...]:
     """Every quantiser on every kind of rows, with a tail of columns."""
-    del device
-    dtypes = [dtype for dtype in capabilities.dtypes if dtype in DTYPES[:2]] or ["bfloat16"]
+    pools = POOLS[device]
     return tuple(
         QuantizeSpec(
             rows=5,
-            columns=72,
+            columns=pools.widths[0],
             quantizer=quantizer,
-            group=32 if quantizer.endswith("group") else 0,
+            group=pools.groups[0] if quantizer.endswith("group") else 0,
             dtype=dtype,
             values=values,
         )
         for quantizer in capabilities.quantizers
         for values in ROWS
-        for dtype in dtypes
+        for dtype in scaled_dtypes(device, capabilities)
     )
+
+
+def scaled_dtypes(device: str, capabilities: Capabilities) -> tuple[str, ...]:
+    """The declared dtypes of activations beside weights of few bits: those of the device's pools, where it has one."""
+    halves = tuple(dtype for dtype in capabilities.dtypes if dtype in DTYPES[:2])
+    return tuple(dtype for dtype in halves if dtype in POOLS[device].scaled_dtypes) or halves or DTYPES[:1]

@@ -29,13 +29,13 @@ def held(specs):
 
 @pytest.mark.parametrize("device", POOLS)
 def test_pinned_specs_hold_every_declared_pair(device):
-    assert declared_pairs(ALL) - held(pinned_experts(device, ALL)) == set()
-    assert declared_pairs(ALL, batched=True) - held(pinned_slabs(device, ALL)) == set()
+    assert declared_pairs(device, ALL) - held(pinned_experts(device, ALL)) == set()
+    assert declared_pairs(device, ALL, batched=True) - held(pinned_slabs(device, ALL)) == set()
 
 
 @pytest.mark.parametrize("features", [experts_features(ALL), batched_features(ALL)], ids=["standard", "batched"])
 def test_a_pair_is_undeclared_only_where_a_rule_forbids_it(features):
-    declared = declared_pairs(ALL, batched=features["format"] == ("batched",))
+    declared = declared_pairs("cpu", ALL, batched=features["format"] == ("batched",))
     for a, b in combinations(sorted(features), 2):
         for x in features[a]:
             for y in features[b]:
