@@ -154,7 +154,8 @@ FAULTS = (
         "batched-format-launches-a-kernel-twice",
         "experts/batched_triton.py",
         "        batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13)",
-        "        [batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13) for _ in range(2)]",
+        "        [batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13)"
+        " for _ in range(2)]",
         ("test_batched.py",),
         ("BATCHED-06",),
     ),
