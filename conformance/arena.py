@@ -33,18 +33,17 @@ class Arena:
         Args:
             name: of the operand, for `changed`.
             values: of any shape; moved as they are.
-            row_padding: poisoned elements behind each row of the last dimension (stride > width).
+            row_padding: poisoned elements behind each row of the last dimension (stride > width); of three dimensions,
+                each matrix has a row of poison behind it too, so that no stride follows from the others.
             fixed: whether the operand is an input, which must not change.
         """
         margin = MARGIN_BYTES // values.element_size()
         width = values.shape[-1] + row_padding if values.ndim else 1
-        rows = values.numel() // values.shape[-1] if values.ndim and values.shape[-1] else 0
-        whole = torch.full(
-            (2 * margin + max(rows * width, 1),), poison(values.dtype), dtype=values.dtype, device=values.device
-        )
         strides = [width]
         for size in reversed(values.shape[1:-1]):
-            strides.insert(0, strides[0] * size)
+            strides.insert(0, strides[0] * (size + (row_padding > 0)))
+        used = values.shape[0] * (strides[0] if values.ndim > 1 else 1) if values.numel() and values.ndim else 0
+        whole = torch.full((2 * margin + max(used, 1),), poison(values.dtype), dtype=values.dtype, device=values.device)
         view = whole.as_strided(values.shape, [*strides, 1] if values.ndim > 1 else [1] * values.ndim, margin)
         view.copy_(values)
         if fixed:

@@ -384,8 +384,12 @@ def _layer(
     size = min(MAGNITUDE.get(spec.values, 1), 1) - 1
     dtype = torch.float32 if spec.bias == "both_float32" else getattr(torch, spec.dtype)
     named = {"w13_bias": ("w13", rows), "w2_bias": ("w2", spec.H)}
+    # A wider bias lies a little beyond the activations' grid, all of it on one side: rounding it to their dtype would
+    # take as much from every value, which shows where noise would not.
+    storage = getattr(torch, spec.dtype)
+    beyond = 1.0 if dtype == storage else 1 + 0.95 * torch.finfo(storage).eps / 4
     biases = {
-        name: on_grid(spec.seed, name, (num_local, width), dtype, device, exponent=size)
+        name: on_grid(spec.seed, name, (num_local, width), storage, device, exponent=size).to(dtype) * beyond
         for name, (which, width) in named.items()
         if spec.bias.startswith("both") or spec.bias == which
     }
@@ -465,14 +469,18 @@ def build_quantize(spec: QuantizeSpec, device: torch.device | str = "cpu") -> Qu
         x = x.masked_fill(which.repeat_interleave(width, dim=1)[:, : spec.columns] == 0, 0)
         x = x.masked_fill(integers(spec.seed, "zero_row", (spec.rows, 1), 0, 4, device) == 0, 0)
     elif spec.values == "ties":
-        # The largest number leads what shares a scale: the scale is 2**-6, and what follows lies between two numbers.
+        # The largest number leads what shares a scale, or ends it in every second row: the scale is 2**-6, and what is
+        # not the largest lies between two numbers.
         largest = LARGEST[DTYPES[kind]]
         step = integers(spec.seed, "step", shape, 8, 15, device) + 0.5
         power = torch.tensor([2.0**e for e in range(-3, 5)], device=device)
         between = step * power[integers(spec.seed, "power", shape, 0, 8, device)]
         between = between if kind == "fp8" else integers(spec.seed, "step", shape, 0, 127, device) + 0.5
         sign = 1 - 2 * integers(spec.seed, "sign", shape, 0, 2, device)
-        x = (torch.where(column % width == 0, largest, between * sign) * 2.0**-6).to(dtype)
+        is_last = (column % width == width - 1) | (column == spec.columns - 1)
+        ends = (torch.arange(spec.rows, device=device) % 2 == 1)[:, None]
+        x = torch.where(torch.where(ends, is_last, column % width == 0), largest, between * sign)
+        x = (x * 2.0**-6).to(dtype)
         static = None if static is None else torch.tensor([2.0**-6], device=device)
     arena = Arena()
     how = ActivationQuantization(

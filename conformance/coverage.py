@@ -94,17 +94,21 @@ def declared_pairs(device: str, capabilities: Capabilities, *, batched: bool = F
 def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec, ...]:
     """Experts specs that between them hold every declared pair of features.
 
-    And for each scheme that has a naive path, one on which an expert has several pairs, and so several blocks.
+    And for each scheme that has a naive path, one on which an expert has several pairs, and so several blocks. A row in
+    which no token has an expert here says nothing of the layer: it is run again with some.
     """
     pools, sizes = POOLS[device], _Sizes(POOLS[device])
     specs = []
     for number, row in enumerate(rows(device, capabilities)):
         features = {name: value for name, value in row.items() if name not in ("format", "path")}
         base = ExpertsSpec(**sizes.of(row), M=1, E=1, top_k=1, seed=number % 256, **features)
+        sized = _with_blocks(base, pools, number) if row["path"] == "aligned" else _with_few_pairs(base, pools)
+        specs.append(sized)
+        judged = _with_experts_here(sized, capabilities)
+        if judged != sized:
+            specs.append(judged)
         if row["path"] == "aligned":
-            specs.append(_with_blocks(base, pools, number))
             continue
-        specs.append(_with_few_pairs(base, pools))
         scheme_is_new = all(spec.scheme != base.scheme or spec.routing != "one_expert" for spec in specs)
         if scheme_is_new and "one_expert" in capabilities.routings:
             specs.append(replace(specs[-1], routing="one_expert"))
@@ -112,20 +116,31 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
 
 
 def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, ...]:
-    """Batched specs that between them hold every declared pair of features."""
+    """Batched specs that between them hold every declared pair of features; those without a token, again with some."""
     pools, sizes = POOLS[device], _Sizes(POOLS[device])
     rows_of_slab = [rows for rows in pools.slabs if rows > TILE][:3]
-    specs = [
-        BatchedSpec(
+    specs = []
+    for number, row in enumerate(rows(device, capabilities, batched=True)):
+        spec = BatchedSpec(
             **sizes.of(row),
             max_tokens=rows_of_slab[number % len(rows_of_slab)],
             E=(3, 2, 5)[number % 3],
             seed=number % 256,
             **{name: value for name, value in row.items() if name != "format"},
         )
-        for number, row in enumerate(rows(device, capabilities, batched=True))
-    ]
+        specs.append(spec)
+        if spec.counts == "zero" and "uneven" in capabilities.counts:
+            specs.append(replace(spec, counts="uneven"))
     return _repeated(specs, pools)
+
+
+def _with_experts_here(spec: ExpertsSpec, capabilities: Capabilities) -> ExpertsSpec:
+    """The spec with tokens that have an expert on this rank; itself where they have, or where none is declared."""
+    if spec.routing == "all_invalid" and "uniform" in capabilities.routings:
+        spec = replace(spec, routing="uniform")
+    if spec.expert_map == "owns_nothing" and "owns_all" in capabilities.maps:
+        spec = replace(spec, expert_map="owns_all")
+    return spec
 
 
 def _repeated(specs: Sequence[AnySpec], pools: Pools) -> tuple[AnySpec, ...]:

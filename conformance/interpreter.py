@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,28 @@ def install(*, without: Iterable[str] = ()) -> None:
 def is_active() -> bool:
     """Whether this process runs Triton's interpreter with the repairs."""
     return _installed is not None
+
+
+@contextmanager
+def programs_reversed() -> Iterator[None]:
+    """Every launch in this block runs its programs last to first, where the interpreter runs them at all.
+
+    A GPU promises no order. Where two programs write to one place the interpreter always lets the last one win, which
+    may be the right one; this lets the first win too.
+    """
+    if not is_active():
+        yield
+        return
+    builder = upstream.interpreter_builder
+
+    def set_grid_idx(*index: int) -> None:
+        builder.grid_idx = tuple(size - 1 - i for i, size in zip(index, builder.grid_dim, strict=True))
+
+    builder.set_grid_idx = set_grid_idx
+    try:
+        yield
+    finally:
+        del builder.set_grid_idx
 
 
 def _check_version(version: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -126,6 +126,15 @@ class FormError(Exception):
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict.detail)
         self.verdict = verdict
+
+
+def other_order() -> AbstractContextManager[None]:
+    """Inside, Triton's interpreter runs the programs of a launch last to first; a GPU has no order to turn round."""
+    if not INTERPRETED:
+        return nullcontext()
+    from . import interpreter
+
+    return interpreter.programs_reversed()
 
 
 def _tick(path: str, executions: int) -> None:

@@ -35,6 +35,12 @@ Shape = tuple[int, int, int, int]
 """H, I, and (block_n, block_k) of a scheme that has blocks or groups, else zeros."""
 
 
+# Columns of a row that takes kernels more than one step: their blocks end at 1024.
+WIDE = 1040
+# More experts than a scan with one of them a thread covers.
+EXPERTS_BEYOND_A_BLOCK = 1025
+
+
 @dataclass(frozen=True)
 class Pools:
     """Sizes that cases are drawn from.
@@ -83,8 +89,8 @@ class Pools:
     drawn_biases: tuple[str, ...] | None = None
     repeats: int = 1
     # Around a group's and a tile's edge: enough to meet every kind of tail.
-    widths: tuple[int, ...] = (72, 1, 15, 16, 33, 128, 200)
-    groups: tuple[int, ...] = (32, 16, 128)
+    widths: tuple[int, ...] = (72, 1, 15, 16, 33, 128, 200, WIDE)
+    groups: tuple[int, ...] = (32, 48, 16, 128)  # a group need not be a power of two, as a kernel's block is
     slabs: tuple[int, ...] = (1, 15, 16, 18, 33)
     routing_top_k: int = 10
     cases: float = 1.0
@@ -110,7 +116,14 @@ POOLS = {
         many_experts=(32, 64),
         scaled_shapes=((72, 56), (96, 80), (40, 24), (33, 17)),
         # Several blocks along each axis of both weights, the last ones cut off, and more rows of blocks than columns.
-        block_shapes=((72, 56, 32, 32), (72, 56, 16, 32), (96, 80, 32, 32), (56, 72, 32, 16), (160, 144, 128, 128)),
+        block_shapes=(
+            (72, 56, 32, 32),
+            (72, 56, 16, 32),
+            (96, 80, 32, 32),
+            (56, 72, 32, 16),
+            (160, 144, 128, 128),
+            (104, 80, 32, 48),
+        ),
         group_shapes=((80, 48, 0, 16), (80, 48, 0, 16), (96, 64, 0, 32), (112, 80, 0, 16), (128, 64, 0, 64)),
         max_tokens=33,
         routing_experts=(1, 2, 5, 8, 60, 64, 128, 257),
@@ -124,8 +137,8 @@ POOLS = {
         block_shapes=((320, 464, 128, 128),),
         group_shapes=((288, 160, 0, 32), (256, 128, 0, 128)),
         scaled_dtypes=("bfloat16",),
-        widths=(200, 1024),
-        groups=(128,),
+        widths=(200, 1024, WIDE),
+        groups=(128, 48),
         scaled_rows=((1, 8), (17, 32)),
         drawn_activations=("silu", "swigluoai_interleaved"),
         drawn_biases=("none",),
@@ -332,10 +345,17 @@ def is_declared(spec: ExpertsSpec, capabilities: Capabilities) -> bool:
 def pinned_aligns(device: str, capabilities: Capabilities) -> tuple[AlignSpec, ...]:
     """Alignments that are always run: chance alone may leave a routing out of a gate's few draws."""
     block_size = POOLS[device].block_sizes[0]
-    return tuple(
+    few = tuple(
         AlignSpec(M=3 * block_size, E=8, top_k=2, block_size=block_size, routing=routing, seed=seed)
         for routing in capabilities.routings
         for seed in range(3)
+    )
+    if "uniform" not in capabilities.routings:
+        return few
+    # As many pairs as one launch sorts, and more: some of them go to the last expert.
+    tokens = (MANY_PAIRS // 8, MANY_PAIRS // 8 + 1)
+    return few + tuple(
+        AlignSpec(M=M, E=EXPERTS_BEYOND_A_BLOCK, top_k=8, block_size=block_size, routing="uniform") for M in tokens
     )
 
 
@@ -462,18 +482,20 @@ def quantize_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy
 
 
 def pinned_quantizers(device: str, capabilities: Capabilities) -> tuple[QuantizeSpec, ...]:
-    """Every quantiser on every kind of rows, with a tail of columns."""
+    """Every quantiser on every kind of rows, with a tail of columns, in every size of group; and on wide rows."""
     pools = POOLS[device]
     return tuple(
         QuantizeSpec(
             rows=5,
-            columns=pools.widths[0],
+            columns=columns,
             quantizer=quantizer,
-            group=pools.groups[0] if quantizer.endswith("group") else 0,
+            group=group,
             dtype=dtype,
             values=values,
         )
         for quantizer in capabilities.quantizers
+        for columns in (pools.widths[0], WIDE)
+        for group in (pools.groups[:2] if quantizer.endswith("group") else (0,))
         for values in ROWS
         for dtype in scaled_dtypes(device, capabilities)
     )

@@ -13,6 +13,7 @@ from moegate.conformance.properties.batched import (
     reference_of_batched,
 )
 from moegate.conformance.properties.hygiene import poisoned_allocations
+from moegate.conformance.session import other_order
 from moegate.conformance.spec import BatchedSpec
 from moegate.conformance.strategies import POOLS, batched_specs
 
@@ -35,7 +36,7 @@ def judge_of(session, variant):
         around = memory_around(case)
         with subject.trace() if traced else nullcontext() as record:
             output = subject.batched(case, variant, case.out)
-        with poisoned_allocations():
+        with poisoned_allocations(), other_order():
             own = subject.batched(case, variant, None)
         verdicts = [judge_form(case, output, case.out), judge_form(case, own, None)]
         if not all(verdict.holds for verdict in verdicts):

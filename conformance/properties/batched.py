@@ -33,7 +33,8 @@ FORM = declare(
 INPUTS = declare("BATCHED-04", "no operand of the batched format, nor the memory around it, is written", "batched")
 REPEATABLE = declare(
     "BATCHED-05",
-    "the same call gives the same bits, whatever uninitialised memory held and wherever they go",
+    "the same call gives the same bits, whatever uninitialised memory held, wherever they go and in whatever order "
+    "programs ran",
     "batched",
 )
 LAUNCHES = declare(

@@ -18,7 +18,11 @@ FORM = declare(
 )
 INPUTS = declare("HYGIENE-02", "no input, nor the memory around it, is written", "experts")
 ALIAS = declare("HYGIENE-03", "the result shares no memory with an input", "experts")
-REPEATABLE = declare("HYGIENE-04", "the same call gives the same bits, whatever uninitialised memory held", "experts")
+REPEATABLE = declare(
+    "HYGIENE-04",
+    "the same call gives the same bits, whatever uninitialised memory held and in whatever order programs ran",
+    "experts",
+)
 ROUTE_INPUTS = declare("HYGIENE-05", "routing writes neither its logits nor the memory around them", "route")
 ALIGN_INPUTS = declare("HYGIENE-06", "alignment writes neither its ids nor the memory around them", "align")
 
