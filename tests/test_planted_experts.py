@@ -159,6 +159,57 @@ FAULTS = (
         ("test_align.py",),
         ("ALIGN-02",),
     ),
+    Fault(
+        "align-last-block-of-experts-unscanned",
+        "kernels/align.py",
+        "    block_e = max(_LEAST_BLOCK_E, min(_BLOCK_E, next_power_of_2(num_local_experts)))",
+        "    num_local_experts = min(num_local_experts, _BLOCK_E); block_e = max(_LEAST_BLOCK_E, "
+        "min(_BLOCK_E, next_power_of_2(num_local_experts)))",
+        ("test_align.py",),
+        ("ALIGN-02",),
+    ),
+    Fault(
+        "naive-rows-of-one-block-all-written",
+        GROUPED_GEMM,
+        "pairs = tl.where(lane_m == 0, pid_m, num_pairs)",
+        "pairs = tl.where(lane_m <= 1, pid_m + lane_m, num_pairs)",
+        EXPERTS,
+        ("HYGIENE-04",),
+    ),
+    Fault(
+        "quantiser-takes-slabs-for-dense",
+        QUANTIZE,
+        "    return (x.stride(0) if x.ndim == 3 else rows.max_tokens * x.stride(0)), x.stride(-2)",
+        "    return rows.max_tokens * x.stride(-2), x.stride(-2)",
+        BATCHED,
+        ("NUM-01",),
+    ),
+    Fault(
+        "amax-of-the-first-block-alone",
+        QUANTIZE,
+        "        for start in range(first, end, BLOCK):\n"
+        "            columns = start + tl.arange(0, BLOCK)\n"
+        "            mask = real[:, None] & (columns < end)[None, :]\n"
+        "            x = tl.load(x_ptr + offsets[:, None] + columns[None, :], mask=mask, "
+        "other=0.0).to(tl.float32)\n"
+        "            amax",
+        "        for start in range(first, tl.minimum(first + BLOCK, end), BLOCK):\n"
+        "            columns = start + tl.arange(0, BLOCK)\n"
+        "            mask = real[:, None] & (columns < end)[None, :]\n"
+        "            x = tl.load(x_ptr + offsets[:, None] + columns[None, :], mask=mask, "
+        "other=0.0).to(tl.float32)\n"
+        "            amax",
+        QUANT,
+        ("QUANT-02",),
+    ),
+    Fault(
+        "fp8-loses-naive-blocks",
+        "align.py",
+        "    return not has_expert_map and num",
+        "    return scheme is not QuantScheme.FP8_W8A8 and not has_expert_map and num",
+        EXPERTS,
+        ("PATH-01",),
+    ),
 )
 
 
