@@ -91,6 +91,19 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
         features = {name: value for name, value in row.items() if name not in ("format", "path")}
         base = ExpertsSpec(**sizes.of(row), M=1, E=1, top_k=1, seed=number % 256, **features)
         specs.append(_with_few_pairs(base, pools) if row["path"] == "naive" else _with_blocks(base, pools, number))
+    # Few rows of the array have few pairs: of those, two blocks of one expert are left to no chance.
+    for number, scheme in enumerate(capabilities.schemes):
+        if (
+            "none" in capabilities.maps
+            and "one_expert" in capabilities.routings
+            and SCHEMES[scheme].weight_scale != "group"
+        ):
+            dtype = capabilities.dtypes[0]
+            row = {"scheme": scheme, "dtype": dtype, "path": "naive"}
+            features = {"routing": "one_expert", "activation": capabilities.activations[0]}
+            features |= {"bias": capabilities.biases[0], "weights": capabilities.weights[0]}
+            base = ExpertsSpec(**sizes.of(row), M=1, E=1, top_k=1, dtype=dtype, scheme=scheme, seed=number, **features)
+            specs.append(_with_few_pairs(base, pools))
     return _repeated(specs, pools)
 
 
@@ -148,5 +161,5 @@ def _with_blocks(spec: ExpertsSpec, pools: Pools, number: int) -> ExpertsSpec:
     """Several experts, and so many tokens that one of them has two blocks of 16 rows."""
     top_k = 1 if spec.weight_on_input else 2
     tokens = 2 * TILE if spec.routing in ("uniform", "some_invalid", "repeated") else TILE + 5
-    experts = 8 if pools.scaled_rows else (5, 4, 8)[number % 3]  # eight have a mean of 8 rows, and blocks of 16
+    experts = 8 if pools.scaled_rows else (4, 3, 5)[number % 3]  # eight have a mean of 8 rows, and blocks of 16
     return replace(spec, E=experts, top_k=top_k, M=min(tokens + (experts < 8), pools.max_tokens))

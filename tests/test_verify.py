@@ -24,7 +24,9 @@ def test_an_honest_output_holds_and_a_scaled_one_does_not(spec, max_tokens):
     operands = vars(case.operands())
     output = emulate(case, Numerics(), 3)
     assert verify_experts(output, **operands, max_tokens=max_tokens).holds
-    verdict = verify_experts((output.float() * 1.03).to(output.dtype), **operands, max_tokens=max_tokens)
+    # A single flip of the largest of few hidden elements is worth a few percent of a small layer.
+    off = 1.03 if case.activation_scale == "none" else 1.1
+    verdict = verify_experts((output.float() * off).to(output.dtype), **operands, max_tokens=max_tokens)
     assert not verdict.holds
     assert verdict.budget_used > 1
     assert verdict.detail.startswith("NUM-")
