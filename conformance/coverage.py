@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any, TypeVar
 
 from .pairwise import Row, covering_array, pairs_of
@@ -98,9 +99,10 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
             and "one_expert" in capabilities.routings
             and SCHEMES[scheme].weight_scale != "group"
         ):
-            dtype = capabilities.dtypes[0]
+            fitting = product(capabilities.activations, capabilities.dtypes)
+            activation, dtype = next(pair for pair in fitting if may_go_together(scheme, *pair))
             row = {"scheme": scheme, "dtype": dtype, "path": "naive"}
-            features = {"routing": "one_expert", "activation": capabilities.activations[0]}
+            features = {"routing": "one_expert", "activation": activation}
             features |= {"bias": capabilities.biases[0], "weights": capabilities.weights[0]}
             base = ExpertsSpec(**sizes.of(row), M=1, E=1, top_k=1, dtype=dtype, scheme=scheme, seed=number, **features)
             specs.append(_with_few_pairs(base, pools))
