@@ -165,5 +165,5 @@ def _with_blocks(spec: ExpertsSpec, pools: Pools, number: int) -> ExpertsSpec:
     """Several experts, and so many tokens that one of them has two blocks of 16 rows."""
     top_k = 1 if spec.weight_on_input else 2
     tokens = 2 * TILE if spec.routing in ("uniform", "some_invalid", "repeated") else TILE + 5
-    experts = 8 if pools.scaled_rows else (5, 4, 8)[number % 3]  # eight have a mean of 8 rows, and blocks of 16
+    experts = 8 if pools.scaled_rows else (4, 3, 5)[number % 3]  # eight have a mean of 8 rows, and blocks of 16
     return replace(spec, E=experts, top_k=top_k, M=min(tokens + (experts < 8), pools.max_tokens))

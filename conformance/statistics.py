@@ -65,8 +65,10 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
     along = torch.where(directions.abs().sum(dim=2) == 0, 0.0, along)
     norm = (directions**2).sum(dim=2)
 
-    whole = allowed.variance[:, 0] + (allowed.moved[:, :, 0] ** 2).sum(dim=0)
-    row_gain = _ratio((along[:, 0].abs() - allowed.linear[:, 0]).clamp(min=0), whole.sqrt())
+    # One flip is nobody's fault, whatever it costs; that there are several is a matter of chance.
+    spread = (allowed.typical[:, 0] + (allowed.moved[:, :, 0] ** 2).sum(dim=0)).sqrt()
+    sure = allowed.linear[:, 0] + allowed.single[:, 0].sqrt()
+    row_gain = _ratio((along[:, 0].abs() - sure).clamp(min=0), spread)
     row_gain = torch.where(norm[:, 0] == 0, torch.nan, row_gain)
     num_local = w2.shape[0]
     ids = torch.where(part.local_ids < 0, num_local, part.local_ids).flatten()
@@ -77,9 +79,12 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
 
     expert_norm = of_experts(norm[:, 1:])
     # What rows have in common adds up before it is squared.
-    expert_variance = of_experts(_alike(part) * allowed.variance[:, 1:])
+    alike = _alike(part)
+    expert_variance = of_experts(alike * allowed.typical[:, 1:])
+    one_flip = zeros.scatter_reduce(0, ids, (alike * allowed.single[:, 1:].sqrt()).flatten(), "amax")[:num_local]
     for moved in allowed.moved:
         expert_variance = expert_variance + of_experts(moved[:, 1:]) ** 2
-    beyond = (of_experts(along[:, 1:]).abs() - of_experts(allowed.linear[:, 1:])).clamp(min=0)
+    sure = of_experts(allowed.linear[:, 1:]) + one_flip
+    beyond = (of_experts(along[:, 1:]).abs() - sure).clamp(min=0)
     expert_gain = torch.where(expert_norm == 0, torch.nan, _ratio(beyond, expert_variance.sqrt()))
     return Statistics(elementwise, row_rms, row_gain, expert_gain)
