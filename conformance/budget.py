@@ -23,7 +23,7 @@ from ..reference.quantization import QuantizedWeight, expert_weight
 from .activation_budget import activation_floor, activation_variance, saturated, slopes
 from .numerics import FLOAT32, TF32_UNIT_ROUNDOFF, Format, Numerics, format_of
 from .operands import ExpertsOperands
-from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, quantized
+from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, leaning, quantized
 from .rounding import Accumulator, accumulation, floor, rounding
 
 
@@ -171,19 +171,19 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     # What elements have in common: a scale, and the few values that a clamp leaves. Where a scale is one row's own,
     # equal values need not flip in all rows, but in a row they do.
     of_scales = trace.hidden * scale_error
-    of_rows = is_shared_by_rows(call.quantize_hidden)
-    common, common_of_runs = ([of_scales], []) if of_rows else ([], [of_scales])
+    how = call.quantize_hidden
+    is_one_scale = how is not None and (is_shared_by_rows(how) or how.static_scale is not None)
+    causes = [] if how is None else [of_scales, trace.hidden * leaning(how, at_hidden)]
+    common, common_of_runs = (causes, []) if is_one_scale else ([], causes)
     for mask in saturated(activation, trace.gate, trace.up):
         common.append(torch.where(mask, trace.hidden.sign() * hidden_variance.sqrt(), 0.0))
         hidden_variance, hidden_typical, hidden_single = (
             torch.where(mask, 0.0, part) for part in (hidden_variance, hidden_typical, hidden_single)
         )
-    if call.quantize_hidden is None:
-        common_of_runs = []
-    elif call.quantize_hidden.static_scale is None and not of_rows:
+    if how is not None and not is_one_scale:
         common_of_runs += common
     none = trace.hidden.new_zeros(*here.shape, 0, intermediate_size)
-    common, common_of_runs = (torch.stack(causes, dim=2) if causes else none for causes in (common, common_of_runs))
+    common, common_of_runs = (torch.stack(each, dim=2) if each else none for each in (common, common_of_runs))
 
     # Second GEMM and the weighted sum.
     shared = torch.zeros_like(trace.expert_output)

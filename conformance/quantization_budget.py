@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..reference.quantization import LARGEST, ActivationQuantization, grid_step, nearest
-from .numerics import FLOAT32
+from .numerics import FLOAT32, Format
 
 # Rarer flips than this are not provided for: uncertainties are sums of largest errors, which are sqrt(3) times their
 # standard errors, so that a normal error that flips so rarely in truth hardly ever does.
@@ -74,6 +74,20 @@ def flips(scaled: Tensor, sigma: Tensor, dtype: torch.dtype, rare: float = RARE)
         typical = typical + torch.where(possible, chance * step**2, 0.0)
         single = torch.maximum(single, torch.where(possible, step**2, 0.0))
     return Flips(variance, typical, single)
+
+
+# Midpoints whose places on the storage grid are independent: those of one binade of e4m3 (the others lie alike), and
+# about all of int8's.
+MIDPOINTS = {torch.float8_e4m3fn: 8, torch.int8: 127}
+
+
+def leaning(how: ActivationQuantization, storage: Format) -> float:
+    """The relative error that all elements of one scale share where they are rounded to storage before.
+
+    Values between a midpoint and the storage grid's next one round the wrong way, and all to the same side. Under one
+    scale a midpoint lies alike for every element, so such flips do not average out over elements, but over midpoints.
+    """
+    return storage.unit_roundoff / math.sqrt(MIDPOINTS[how.dtype])
 
 
 @dataclass(frozen=True)

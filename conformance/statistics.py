@@ -37,14 +37,23 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
 
 
-def _alike(trace: Trace) -> Tensor:
-    """How many pairs of an expert have the same gate and up as each pair, `[M, top_k]`: what they round is the same."""
-    rows = torch.cat([trace.gate, trace.up], dim=-1)
-    # A fingerprint: two rows that differ hardly have the same inner product with a vector of irrational entries.
-    mark = rows @ torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype, device=rows.device).sqrt()
-    pairs = torch.stack([trace.local_ids.flatten().to(mark.dtype), mark.flatten()], dim=1)
-    _, group, counts = pairs.unique(dim=0, return_inverse=True, return_counts=True)
-    return counts[group].reshape(trace.local_ids.shape).to(rows.dtype)
+def _alike(trace: Trace, storage: torch.dtype) -> Tensor:
+    """How many pairs of an expert round as each pair does, `[M, top_k]`: itself, and of others the share of columns.
+
+    Where a bias drowns the input, or a token comes twice, gate and up of many rows are the same numbers of the storage
+    dtype, and so are their errors.
+    """
+    alike = trace.local_ids.new_zeros(trace.local_ids.shape, dtype=trace.gate.dtype)
+    here = trace.local_ids >= 0
+    bits = torch.int16 if storage.itemsize == 2 else torch.int32
+    gate, up = (t[here].to(storage).view(bits).long() for t in (trace.gate, trace.up))
+    size = gate.shape[1]
+    # One number for expert, column, gate and up; that two pairs of numbers share one happens once in 2^32.
+    column = trace.local_ids[here][:, None] * size + torch.arange(size, device=gate.device)
+    key = (column << 32) | ((gate * 0x9E3779B1 + up) & 0xFFFFFFFF)
+    _, cell, counts = key.unique(return_inverse=True, return_counts=True)
+    alike[here] = counts[cell].to(alike.dtype).mean(dim=1)
+    return alike
 
 
 def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | QuantizedWeight) -> Statistics:
@@ -79,7 +88,7 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
 
     expert_norm = of_experts(norm[:, 1:])
     # What rows have in common adds up before it is squared.
-    alike = _alike(part)
+    alike = _alike(part, output.dtype)
     expert_variance = of_experts(alike * allowed.typical[:, 1:])
     one_flip = zeros.scatter_reduce(0, ids, (alike * allowed.single[:, 1:].sqrt()).flatten(), "amax")[:num_local]
     for moved in allowed.moved:
