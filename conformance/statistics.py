@@ -13,6 +13,8 @@ from .budget import Budget, projected_error
 
 # Rows beyond which the gains (which cost top_k times the second GEMM) are judged on the first rows alone.
 MAX_GAIN_ELEMENTS = 1 << 27
+# Columns by which rows are compared with each other.
+COMPARED_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,26 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
 
 
-def _alike(trace: Trace) -> Tensor:
-    """How many pairs of an expert have the same gate and up as each pair, `[M, top_k]`: what they round is the same."""
-    rows = torch.cat([trace.gate, trace.up], dim=-1)
-    # A fingerprint: two rows that differ hardly have the same inner product with a vector of irrational entries.
-    mark = rows @ torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype, device=rows.device).sqrt()
-    pairs = torch.stack([trace.local_ids.flatten().to(mark.dtype), mark.flatten()], dim=1)
-    _, group, counts = pairs.unique(dim=0, return_inverse=True, return_counts=True)
-    return counts[group].reshape(trace.local_ids.shape).to(rows.dtype)
+def _alike(trace: Trace, storage: torch.dtype) -> Tensor:
+    """How many pairs of an expert round as each pair does, `[M, top_k]`, the pair itself included.
+
+    Rows that differ by no more than roundings do (of tokens of zeros, or beside biases that are larger than all else)
+    have errors of one sign: those of n such rows add up, where those of others average out. Two rows are alike where
+    a quarter of some columns lie within two steps of each other, in the first GEMM's result or in the second's.
+    """
+    counts = torch.ones_like(trace.output_weights)
+    two_steps = 4 * torch.finfo(storage).eps / 2
+    for expert in range(int(trace.local_ids.max()) + 1 if trace.local_ids.numel() else 0):
+        token, slot = (trace.local_ids == expert).nonzero(as_tuple=True)
+        alike = torch.zeros(len(token), len(token), dtype=torch.bool, device=token.device)
+        for rows in (trace.gate[token, slot], trace.expert_output[token, slot]):
+            some = rows[:, :: max(1, rows.shape[1] // COMPARED_COLUMNS)][:, :COMPARED_COLUMNS]
+            near = torch.zeros(alike.shape, device=token.device)
+            for column in some.unbind(dim=1):
+                near += (column[:, None] - column[None, :]).abs() <= two_steps * column.abs()[:, None]
+            alike |= near >= some.shape[1] / 4
+        counts[token, slot] = alike.sum(dim=1).to(counts.dtype).clamp(min=1)
+    return counts
 
 
 def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | QuantizedWeight) -> Statistics:
@@ -79,7 +93,7 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
 
     expert_norm = of_experts(norm[:, 1:])
     # What rows have in common adds up before it is squared.
-    alike = _alike(part)
+    alike = _alike(part, output.dtype)
     expert_variance = of_experts(alike * allowed.typical[:, 1:])
     one_flip = zeros.scatter_reduce(0, ids, (alike * allowed.single[:, 1:].sqrt()).flatten(), "amax")[:num_local]
     for moved in allowed.moved:
