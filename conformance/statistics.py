@@ -13,6 +13,8 @@ from .budget import Budget, projected_error
 
 # Rows beyond which the gains (which cost top_k times the second GEMM) are judged on the first rows alone.
 MAX_GAIN_ELEMENTS = 1 << 27
+# Columns by which rows are compared with each other.
+COMPARED_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,25 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _alike(trace: Trace, storage: torch.dtype) -> Tensor:
-    """How many pairs of an expert round as each pair does, `[M, top_k]`: itself, and of others the share of columns.
+    """How many pairs of an expert round as each pair does, `[M, top_k]`, the pair itself included.
 
-    Where a bias drowns the input, or a token comes twice, gate and up of many rows are the same numbers of the storage
-    dtype, and so are their errors.
+    Rows that differ by no more than roundings do (of tokens of zeros, or beside biases that are larger than all else)
+    have errors of one sign: those of n such rows add up, where those of others average out. Two rows are alike where
+    a quarter of some columns lie within two steps of each other, in the first GEMM's result or in the second's.
     """
-    alike = trace.local_ids.new_zeros(trace.local_ids.shape, dtype=trace.gate.dtype)
-    here = trace.local_ids >= 0
-    bits = torch.int16 if storage.itemsize == 2 else torch.int32
-    gate, up = (t[here].to(storage).view(bits).long() for t in (trace.gate, trace.up))
-    size = gate.shape[1]
-    # One number for expert, column, gate and up; that two pairs of numbers share one happens once in 2^32.
-    column = trace.local_ids[here][:, None] * size + torch.arange(size, device=gate.device)
-    key = (column << 32) | ((gate * 0x9E3779B1 + up) & 0xFFFFFFFF)
-    _, cell, counts = key.unique(return_inverse=True, return_counts=True)
-    alike[here] = counts[cell].to(alike.dtype).mean(dim=1)
-    return alike
+    counts = torch.ones_like(trace.output_weights)
+    two_steps = 4 * torch.finfo(storage).eps / 2
+    for expert in range(int(trace.local_ids.max()) + 1 if trace.local_ids.numel() else 0):
+        token, slot = (trace.local_ids == expert).nonzero(as_tuple=True)
+        alike = torch.zeros(len(token), len(token), dtype=torch.bool, device=token.device)
+        for rows in (trace.gate[token, slot], trace.expert_output[token, slot]):
+            some = rows[:, :: max(1, rows.shape[1] // COMPARED_COLUMNS)][:, :COMPARED_COLUMNS]
+            near = torch.zeros(alike.shape, device=token.device)
+            for column in some.unbind(dim=1):
+                near += (column[:, None] - column[None, :]).abs() <= two_steps * column.abs()[:, None]
+            alike |= near >= some.shape[1] / 4
+        counts[token, slot] = alike.sum(dim=1).to(counts.dtype).clamp(min=1)
+    return counts
 
 
 def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | QuantizedWeight) -> Statistics:
