@@ -142,7 +142,7 @@ class _Sizes:
 
     def of(self, row: Row) -> dict[str, int]:
         """H, I and the blocks of a row's spec."""
-        shapes = sorted(self._pools.shapes_of(row["dtype"], row["scheme"]), key=_whole_steps)
+        shapes = sorted(self._pools.shapes_of(row["scheme"]), key=_whole_steps)
         kind = (row["scheme"], row.get("path"))
         hidden, intermediate, block_n, block_k = shapes[self._taken[kind] % len(shapes)]
         self._taken[kind] += 1

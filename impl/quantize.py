@@ -114,7 +114,8 @@ def quantize_with_torch(
 
 def _dynamic(amax: torch.Tensor, largest: float) -> torch.Tensor:
     """The scale that brings the largest magnitude to the end of the range; 1 where all is zero."""
-    return torch.where(amax == 0, torch.ones_like(amax), amax / largest)
+    # By a tensor: torch divides by a number on a GPU as by its reciprocal, which rounds otherwise.
+    return torch.where(amax == 0, torch.ones_like(amax), amax / torch.full_like(amax, largest))
 
 
 def quantize_weights(
