@@ -108,7 +108,22 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
         scheme_is_new = all(spec.scheme != base.scheme or spec.routing != "one_expert" for spec in specs)
         if scheme_is_new and "one_expert" in capabilities.routings:
             specs.append(replace(specs[-1], routing="one_expert"))
+    specs.extend(_plain_activations(pools, capabilities))
     return _repeated(specs, pools)
+
+
+def _plain_activations(pools: Pools, capabilities: Capabilities) -> list[ExpertsSpec]:
+    """Each activation where it shows best: in float32, on values of order 1, with every token routed.
+
+    Two that are alike (GELU and its form by tanh) differ by less than a rounding to 16 bits.
+    """
+    if "float32" not in capabilities.dtypes or "uniform" not in capabilities.routings:
+        return []
+    hidden, intermediate, _, _ = max(pools.shapes_of(), key=lambda shape: shape[1])
+    base = ExpertsSpec(
+        M=TILE + 5, H=hidden, I=intermediate, E=4, top_k=2, dtype="float32", weights=capabilities.weights[0]
+    )
+    return [replace(base, activation=activation) for activation in capabilities.activations]
 
 
 def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, ...]:
