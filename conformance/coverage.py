@@ -108,7 +108,8 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
         scheme_is_new = all(spec.scheme != base.scheme or spec.routing != "one_expert" for spec in specs)
         if scheme_is_new and "one_expert" in capabilities.routings:
             specs.append(replace(specs[-1], routing="one_expert"))
-    specs.extend(_plain_activations(pools, capabilities))
+    if device == "cpu":  # on a GPU each is a kernel more to compile
+        specs.extend(_plain_activations(pools, capabilities))
     return _repeated(specs, pools)
 
 
