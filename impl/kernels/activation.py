@@ -11,7 +11,7 @@ import triton.language as tl
 from .. import path
 from ..config import ActivationFunction
 from ..platform import Platform, Vendor
-from ..quantization import ActivationScale
+from ..quantization import LARGEST, ActivationScale
 from .pairs import local_expert
 from .quantize import Rows, quantized, scale_of
 from .sizes import cdiv, next_power_of_2
@@ -464,7 +464,7 @@ def activate_and_quantize(
             "STORAGE": _TRITON_DTYPES[gate_up.dtype],
             "STATIC": static,
             "ONE_BLOCK": width <= block_i,
-            "LARGEST": 127.0 if out.dtype == torch.int8 else 448.0,
+            "LARGEST": LARGEST[out.dtype],
             "BLOCK_ROWS": block_rows,
             "BLOCK_I": block_i,
             "num_warps": 4,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .. import path
-from ..quantization import ActivationScale
+from ..quantization import LARGEST, ActivationScale
 from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
 from .slabs import tokens_of_slab
@@ -244,7 +244,6 @@ def quantize_rows(
     static_scale: torch.Tensor | None = None,
     *,
     rows: Rows | None = None,
-    amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernels on checked arguments.
 
@@ -255,7 +254,6 @@ def quantize_rows(
         group: columns of a group.
         static_scale: [1] float32 of `ActivationScale.STATIC`.
         rows: which rows hold something; None takes all. The others are neither read nor written.
-        amax: [1] float32, the tensor's largest magnitude, where it is known already.
 
     Returns:
         values: of `dtype` and the shape of `x`, dense.
@@ -279,7 +277,7 @@ def quantize_rows(
         width, num_groups = block, cdiv(size, block)
         if static_scale is None:
             given = "amax"
-            static_scale = largest_magnitude(x, rows) if amax is None else amax
+            static_scale = largest_magnitude(x, rows)
             scales = torch.empty(1, dtype=torch.float32, device=x.device)
         else:
             given, scales = "scale", static_scale.view(1)
@@ -301,7 +299,7 @@ def quantize_rows(
         *rows.numbers,
         ROWS=rows.kind,
         GIVEN=given,
-        LARGEST=127.0 if dtype == torch.int8 else 448.0,
+        LARGEST=LARGEST[dtype],
         BLOCK_ROWS=block_rows,
         BLOCK=block,
         num_warps=4,
