@@ -112,7 +112,23 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
         scheme_is_new = all(spec.scheme != base.scheme or spec.routing != "one_expert" for spec in specs)
         if scheme_is_new and "one_expert" in capabilities.routings:
             specs.append(replace(specs[-1], routing="one_expert"))
+    if device == "cpu":  # on a GPU each is a kernel more to compile
+        specs.extend(_plain_activations(pools, capabilities))
     return _repeated(specs, pools)
+
+
+def _plain_activations(pools: Pools, capabilities: Capabilities) -> list[ExpertsSpec]:
+    """Each activation where it shows best: in float32, on values of order 1, with every token routed.
+
+    Two that are alike (GELU and its form by tanh) differ by less than a rounding to 16 bits.
+    """
+    if "float32" not in capabilities.dtypes or "uniform" not in capabilities.routings:
+        return []
+    hidden, intermediate, _, _ = max(pools.shapes_of(), key=lambda shape: shape[1])
+    base = ExpertsSpec(
+        M=TILE + 5, H=hidden, I=intermediate, E=4, top_k=2, dtype="float32", weights=capabilities.weights[0]
+    )
+    return [replace(base, activation=activation) for activation in capabilities.activations]
 
 
 def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, ...]:
@@ -157,7 +173,7 @@ class _Sizes:
 
     def of(self, row: Row) -> dict[str, int]:
         """H, I and the blocks of a row's spec."""
-        shapes = sorted(self._pools.shapes_of(row["dtype"], row["scheme"]), key=_whole_steps)
+        shapes = sorted(self._pools.shapes_of(row["scheme"]), key=_whole_steps)
         kind = (row["scheme"], row.get("path"))
         hidden, intermediate, block_n, block_k = shapes[self._taken[kind] % len(shapes)]
         self._taken[kind] += 1
@@ -180,5 +196,5 @@ def _with_blocks(spec: ExpertsSpec, pools: Pools, number: int) -> ExpertsSpec:
     """Several experts, and so many tokens that one of them has two blocks of 16 rows."""
     top_k = 1 if spec.weight_on_input else 2
     tokens = 2 * TILE if spec.routing in ("uniform", "some_invalid", "repeated") else TILE + 5
-    experts = 8 if pools.scaled_rows else (5, 4, 8)[number % 3]  # eight have a mean of 8 rows, and blocks of 16
+    experts = 8 if pools.scaled_rows else (4, 3, 5)[number % 3]  # eight have a mean of 8 rows, and blocks of 16
     return replace(spec, E=experts, top_k=top_k, M=min(tokens + (experts < 8), pools.max_tokens))

@@ -30,7 +30,7 @@ def warm_up_specs(device: str, capabilities: Capabilities) -> Iterator[ExpertsSp
     """Specs that between them need the kernels of every shape, dtype, tile, scheme and activation of the pools."""
     pools = POOLS[device]
     for dtype in DTYPES:
-        for hidden, intermediate, _, _ in pools.shapes_of(dtype):
+        for hidden, intermediate, _, _ in pools.shapes_of():
             base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=1, top_k=1, dtype=dtype)
             for tokens in (8, 16, 32, 64):  # 16, 32, 64 and 128 rows a block
                 yield replace(base, M=tokens)
@@ -39,7 +39,7 @@ def warm_up_specs(device: str, capabilities: Capabilities) -> Iterator[ExpertsSp
     for dtype, scheme in product(pools.scaled_dtypes, capabilities.schemes):
         if scheme == "none":
             continue
-        for hidden, intermediate, block_n, block_k in pools.shapes_of(dtype, scheme):
+        for hidden, intermediate, block_n, block_k in pools.shapes_of(scheme):
             size = {"H": hidden, "I": intermediate, "block_n": block_n, "block_k": block_k}
             base = ExpertsSpec(M=8, **size, E=1, top_k=1, dtype=dtype, scheme=scheme)
             yield from (replace(base, M=tokens) for tokens in (8, 16, 32))
@@ -53,7 +53,7 @@ def warm_up_slabs(device: str, capabilities: Capabilities) -> Iterator[BatchedSp
     for dtype, rows, scheme in product(DTYPES, pools.slabs, capabilities.of_slabs().schemes):
         if scheme != "none" and dtype not in pools.scaled_dtypes:
             continue
-        for hidden, intermediate, block_n, block_k in pools.shapes_of(dtype, scheme):
+        for hidden, intermediate, block_n, block_k in pools.shapes_of(scheme):
             size = {"max_tokens": rows, "H": hidden, "I": intermediate, "E": pools.experts[-1]}
             blocks = {"block_n": block_n, "block_k": block_k}
             yield BatchedSpec(**size, **blocks, dtype=dtype, counts="full", scheme=scheme)

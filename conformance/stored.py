@@ -84,10 +84,10 @@ def _numbers(seed: int, name: str, shape: tuple[int, ...], scheme: Scheme, devic
     if scheme.weight == "int4":
         return _packed(integers(seed, name, shape, 0, 16, device), -1)
     h = hashed(seed, name, shape, device)
-    # Mostly four exponents in the middle of the range; one in eight any code but NaN, subnormals and 448 among them.
+    # Mostly four exponents in the middle of the range; one in 32 any code but NaN, subnormals and 448 among them.
     usual = (((h >> 20) & 3) + 9) << 3 | ((h >> 24) & 7)
     anything = ((h >> 28) & 0xFFFF) % 127
-    code = torch.where(((h >> 44) & 7) == 0, anything, usual) | (((h >> 50) & 1) << 7)
+    code = torch.where(((h >> 44) & 31) == 0, anything, usual) | (((h >> 50) & 1) << 7)
     return code.to(torch.uint8).view(torch.float8_e4m3fn)
 
 

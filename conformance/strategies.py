@@ -47,7 +47,6 @@ class Pools:
 
     Attributes:
         shapes: (H, I) pairs; each is a set of compiled kernels, and nothing else that is drawn is.
-        bf16_shapes: those drawn in bfloat16 alone, where another dtype would only be compiled once more.
         scaled_shapes: of schemes with one scale for an expert or a channel.
         block_shapes: of schemes with blocks.
         group_shapes: of schemes with groups along K, which divide H and I.
@@ -79,7 +78,6 @@ class Pools:
     scored_experts: tuple[int, ...]
     grouped_experts: tuple[int, ...]
     block_sizes: tuple[int, ...] = (16, 32, 64)
-    bf16_shapes: tuple[tuple[int, int], ...] = ()
     scaled_shapes: tuple[tuple[int, int], ...] = ()
     block_shapes: tuple[Shape, ...] = ()
     group_shapes: tuple[Shape, ...] = ()
@@ -96,16 +94,13 @@ class Pools:
     cases: float = 1.0
     value_cases: float = 1.0
 
-    def shapes_of(self, dtype: str, scheme: str = "none") -> tuple[Shape, ...]:
-        """The sizes that are drawn in a dtype with a scheme."""
+    def shapes_of(self, scheme: str = "none") -> tuple[Shape, ...]:
+        """The sizes that are drawn with a scheme."""
         if SCHEMES[scheme].weight_scale == "block":
             return self.block_shapes
         if SCHEMES[scheme].weight_scale == "group":
             return self.group_shapes
-        if scheme != "none":
-            return tuple((*shape, 0, 0) for shape in self.scaled_shapes)
-        shapes = self.shapes + (self.bf16_shapes if dtype == "bfloat16" else ())
-        return tuple((*shape, 0, 0) for shape in shapes)
+        return tuple((*shape, 0, 0) for shape in (self.shapes if scheme == "none" else self.scaled_shapes))
 
 
 POOLS = {
@@ -132,7 +127,6 @@ POOLS = {
     ),
     "cuda": Pools(
         shapes=((256, 128), (200, 72)),
-        bf16_shapes=((320, 464),),
         scaled_shapes=((320, 464),),
         block_shapes=((320, 464, 128, 128),),
         group_shapes=((288, 160, 0, 32), (256, 128, 0, 128)),
@@ -146,10 +140,10 @@ POOLS = {
         experts=(1, 2, 5, 8, 16),
         many_experts=(64, 128),
         max_tokens=300,
-        routing_experts=(1, 8, 60, 128, 257, 1024),
+        routing_experts=(1, 8, 60, 128, 1024),
         scored_experts=(8, 128, 1024),
         grouped_experts=(8, 128),
-        slabs=(16, 40, 200),  # one block, a part of a larger one, several
+        slabs=(16, 200),  # one block, and several with a part of one
         routing_top_k=8,
         cases=1.8,
         value_cases=3.6,
@@ -310,7 +304,7 @@ def _layers(draw: st.DrawFn, pools: Pools, capabilities: Capabilities, dtype: st
     fitting = [a for a in capabilities.activations if may_go_together(scheme, a, dtype)]
     fitting = [a for a in fitting if a in (pools.drawn_activations or fitting)] or fitting
     biases = tuple(b for b in capabilities.biases if b in (pools.drawn_biases or capabilities.biases))
-    hidden, intermediate, block_n, block_k = draw(st.sampled_from(pools.shapes_of(dtype, scheme)))
+    hidden, intermediate, block_n, block_k = draw(st.sampled_from(pools.shapes_of(scheme)))
     return {
         "H": hidden,
         "I": intermediate,

@@ -8,7 +8,7 @@ from moegate.conformance.properties.hygiene import judge_form, judge_hygiene
 from moegate.conformance.properties.num import budget_of, judge_values, reference_of
 from moegate.conformance.properties.path import judge_path
 from moegate.conformance.session import form_as_verdict, other_order
-from moegate.conformance.spec import ACTIVATIONS, DTYPES, ExpertsSpec
+from moegate.conformance.spec import DTYPES, ExpertsSpec
 from moegate.conformance.strategies import POOLS, WIDE, experts_specs, is_declared
 
 EXAMPLES, RUNS = 60, 2  # each case runs twice: with poisoned allocations and without
@@ -17,11 +17,7 @@ pytestmark = [pytest.mark.moegate_facets("experts"), pytest.mark.moegate_executi
 
 
 def pinned(device, low_latency, dtype):
-    """Always run, whatever is drawn: the smallest case, no token, each way for a token to have no expert.
-
-    And in float32 every activation on values around 1: there alone two forms of one function tell themselves apart,
-    which a 16-bit rounding hides and tiny or saturated gates do not show.
-    """
+    """Always run, whatever is drawn: the smallest case, no token, each way for a token to have no expert."""
     hidden, intermediate = POOLS[device].shapes[0]
     base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=64, top_k=8, dtype=dtype)
     if low_latency:
@@ -34,7 +30,6 @@ def pinned(device, low_latency, dtype):
         replace(base, expert_map="linear"),
         replace(base, M=17, E=5, top_k=3, expert_map="owns_nothing"),
         replace(base, M=33, E=2, top_k=1, routing="tile_plus_1", weight_on_input=True),
-        *(replace(base, M=5, E=3, top_k=2, activation=name) for name in ACTIVATIONS if dtype == "float32"),
     )
 
 

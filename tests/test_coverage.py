@@ -12,6 +12,7 @@ from moegate.conformance.coverage import (
     is_possible,
     pinned_experts,
     pinned_slabs,
+    rows,
 )
 from moegate.conformance.spec import ACTIVATIONS, BIASES, SCHEMES, TILE
 from moegate.conformance.strategies import POOLS
@@ -44,8 +45,10 @@ def test_a_pair_is_undeclared_only_where_a_rule_forbids_it(features):
 
 
 def test_there_are_few_of_them():
-    assert 99 <= len(pinned_experts("cpu", ALL)) <= 150
-    assert 99 <= len(pinned_slabs("cpu", ALL)) <= 120
+    for batched, pinned in ((False, pinned_experts), (True, pinned_slabs)):
+        needed = len(rows("cpu", ALL, batched=batched))
+        assert 99 <= needed <= 120  # eleven schemes with nine activations take 99 at the least
+        assert needed <= len(pinned("cpu", ALL)) <= 1.4 * needed
 
 
 def test_a_small_subject_gets_only_what_it_declares():

@@ -110,9 +110,9 @@ FAULTS = (
     Fault(
         "static-scale-ignored",
         STAGES,
-        "_STORED[quant.scheme], quant.activation_scale, group, quant.a13_scale, rows=rows",
-        "_STORED[quant.scheme], ActivationScale.TENSOR if quant.activation_scale is "
-        "ActivationScale.STATIC else quant.activation_scale, group, None, rows=rows",
+        "(hidden_states, dtype, quant.activation_scale, quant.group, quant.a13_scale, rows=rows)",
+        "(hidden_states, dtype, ActivationScale.TENSOR if quant.activation_scale is "
+        "ActivationScale.STATIC else quant.activation_scale, quant.group, None, rows=rows)",
         EXPERTS,
         ("PATH-03",),
     ),

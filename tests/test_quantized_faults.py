@@ -33,7 +33,7 @@ def specs(schemes, **features):
     rng = random.Random(0)
     for number in range(CASES):
         scheme = schemes[number % len(schemes)]
-        h, i, bn, bk = rng.choice([s for s in POOLS["cpu"].shapes_of("bfloat16", scheme) if s[1] > 20])
+        h, i, bn, bk = rng.choice([s for s in POOLS["cpu"].shapes_of(scheme) if s[1] > 20])
         base = ExpertsSpec(
             M=16, H=h, I=i, E=4, top_k=2, scheme=scheme, block_n=bn, block_k=bk, seed=number,
             dtype=("bfloat16", "float16")[number % 2], values=rng.choice([v for v in VALUES if v != "zero_rows"]),
