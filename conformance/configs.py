@@ -212,8 +212,12 @@ def small_tile(number: int = 0) -> dict[str, int]:
 
 
 def layer_tiles(seed: int, *, own_w2: bool) -> Pair:
-    """Tiles for a layer that is really computed, from a pool small enough to compile; `own_w2`: one for each GEMM."""
-    first, second = _POOL[seed % len(_POOL)], _POOL[(seed + 1) % len(_POOL)]
+    """Tiles for a layer that is really computed, from a pool small enough to compile; `own_w2`: one for each GEMM.
+
+    Where both GEMMs share one it is of two kinds: each is two kernels more to compile.
+    """
+    pool = _POOL if own_w2 else _POOL[::3]
+    first, second = pool[seed % len(pool)], pool[(seed + 1) % len(pool)]
     w13: dict[str, Any] = dict(zip((*BLOCKS, "GROUP_SIZE_M", "num_warps", "num_stages", "SWAP_AB"), first, strict=True))
     if not own_w2:
         w13.pop("SWAP_AB")
