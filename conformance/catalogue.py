@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from . import configs, oracle
+from . import configs, oracle, shared_order
 from .coverage import declared_pairs
 from .judge import PROPERTIES, Ledger, Property
 from .properties import align, api, batched, hygiene, meta, num, path, quant, route, route_laws
 from .subject import Subject
 
 # Importing a family declares its properties.
-FAMILIES = (route, route_laws, align, num, batched, meta, path, quant, hygiene, api, oracle, configs)
+FAMILIES = (route, route_laws, align, num, batched, meta, path, quant, hygiene, api, oracle, configs, shared_order)
 # A run that exercised fewer of the declared feature pairs than this proves too little to be called green.
 LEAST_PAIRS = 0.5
 

@@ -37,7 +37,10 @@ from .spec import (
     WEIGHTS,
 )
 
-FACETS = ("route", "align", "experts", "batched", "quantize", "trace", "launches", "api", "oracle", "configs")
+FACETS = (
+    *("route", "align", "experts", "batched", "quantize", "trace", "launches"),
+    *("api", "oracle", "configs", "shared_order"),
+)
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,10 @@ class Subject:
 
     def configs(self) -> Any:
         """The lookup of tuned kernel configurations."""
+        raise NotImplementedError
+
+    def shared_order(self) -> Any:
+        """The decision when a layer's shared experts run."""
         raise NotImplementedError
 
 

@@ -24,6 +24,7 @@ from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
 from ..subject import ROUTING_METHODS, Capabilities, Subject
 from .moegate_configs import MoegateConfigs
 from .moegate_oracle import MoegateOracle
+from .moegate_shared import MoegateSharedOrder
 
 _QUANT_SCHEMES = {
     ("fp8", True): QuantScheme.FP8_W8A8,
@@ -174,6 +175,10 @@ class MoegateSubject(Subject):
     def configs(self) -> MoegateConfigs:
         """`find_kernel_configs`, asked in the suite's words."""
         return MoegateConfigs()
+
+    def shared_order(self) -> MoegateSharedOrder:
+        """`shared_experts_order`, asked in the suite's words."""
+        return MoegateSharedOrder()
 
     def api(self) -> dict[str, Any]:
         """The public functions."""
