@@ -20,11 +20,12 @@ from ...impl.routing import select_experts
 from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
 from ..numerics import Numerics
 from ..properties.path import Launches
+from ..shared_cases import SharedCase
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
 from ..subject import ROUTING_METHODS, Capabilities, Subject
 from .moegate_configs import MoegateConfigs
 from .moegate_oracle import MoegateOracle
-from .moegate_shared import MoegateSharedOrder
+from .moegate_shared import Hold, MoegateSharedOrder, run_shared, shared_layer
 
 _QUANT_SCHEMES = {
     ("fp8", True): QuantScheme.FP8_W8A8,
@@ -93,6 +94,7 @@ class MoegateSubject(Subject):
         batched_schemes=tuple(name for name, scheme in SCHEMES.items() if scheme.weight in (None, "fp8")),
         activations=tuple(ACTIVATIONS),
         biases=BIASES,
+        overlap=True,
         **ROUTING_METHODS,
     )
     numerics = Numerics(accumulator="hopper_fp8", promoted_every=128)
@@ -163,6 +165,11 @@ class MoegateSubject(Subject):
                 static_scale=case.static_scale,
                 backend=backend,
             )
+
+    def shared(self, case: SharedCase, variant: str, *, overlapped: bool, hold: Hold | None) -> Tensor:
+        """`MoELayer` with the routing that is given."""
+        layer = shared_layer(case, variant, hold, _layer_arguments)
+        return run_shared(layer, case.hidden_states, overlapped=overlapped)
 
     def trace(self) -> AbstractContextManager[PathRecord]:
         """`record_path`."""
