@@ -157,6 +157,8 @@ class MoELayer(nn.Module):
         self.num_fused_shared_experts = num_fused_shared_experts
         self.max_captured_tokens = max_captured_tokens
         self.reduce = reduce
+        # What loading it changed, in words for the user.
+        self.loading_notes: tuple[str, ...] = ()
         self._aux_stream = aux_stream
         self.register_buffer("expert_map", expert_map)
         self._enroll()
