@@ -34,6 +34,11 @@ class RoutedExperts(nn.Module):
         TypeError, ValueError: by name, as `fused_experts` does.
     """
 
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+
     def __init__(
         self,
         w13: torch.Tensor,
@@ -162,6 +167,8 @@ class SharedExperts(nn.Module):
     Raises:
         TypeError, ValueError: by name.
     """
+
+    gate: torch.Tensor | None
 
     def __init__(
         self,

@@ -49,6 +49,10 @@ class Gate(nn.Module):
         e_score_correction_bias: `[E]`, which ranks and never weighs (DeepSeek-V3), or None.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    e_score_correction_bias: torch.Tensor | None
+
     def __init__(
         self,
         weight: torch.Tensor,
@@ -103,6 +107,8 @@ class MoELayer(nn.Module):
         TypeError, ValueError: parts that do not go together, by name.
     """
 
+    expert_map: torch.Tensor | None
+
     def __init__(
         self,
         gate: Gate,
@@ -150,7 +156,7 @@ class MoELayer(nn.Module):
         self.gate = gate
         self.experts = experts
         self.routing = routing
-        self.shared_experts = shared_experts
+        self.shared_experts: Any = shared_experts
         self.setting = setting
         self.hidden_size = hidden_size
         self.num_experts = num_experts

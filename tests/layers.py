@@ -7,7 +7,7 @@ from moegate.impl.experts_module import RoutedExperts, SharedExperts
 from moegate.impl.layer import Gate, MoELayer, RoutingMethod
 from moegate.impl.quantization import ExpertsQuantization
 
-E, TOP_K, H, I, SHARED_I = 8, 2, 64, 32, 48
+E, TOP_K, H, I, SHARED_I = 8, 2, 64, 32, 96
 
 
 def values(name, *shape, dtype=torch.bfloat16, device="cpu", exponent=None):
@@ -53,7 +53,7 @@ def layer_of(*, dtype=torch.bfloat16, device="cpu", shared=True, gated=False, ro
     )
 
 
-def quantised(weight, block=(16, 16)):
+def quantised(weight, block=(32, 32)):
     """`[E, N, K]` in fp8 with scales of blocks, whose grid starts anew nowhere (N is a multiple of twice a block)."""
     bn, bk = block
     num_experts, n, k = weight.shape
@@ -67,6 +67,6 @@ def quantised_shared(*, device="cpu", gated=True):
     """Shared experts in fp8 blocks, whatever the routed ones are stored in."""
     w13, w13_scale = quantised(values("shared_w13", 2 * SHARED_I, H, device=device)[None])
     w2, w2_scale = quantised(values("shared_w2", H, SHARED_I, device=device)[None])
-    quant = ExpertsQuantization("fp8_w8a8", w13_scale, w2_scale, block_shape=(16, 16))
+    quant = ExpertsQuantization("fp8_w8a8", w13_scale, w2_scale, block_shape=(32, 32))
     gate = values("shared_gate", 1, H, device=device) if gated else None
     return SharedExperts(w13[0], w2[0], gate=gate, quant=quant)

@@ -93,6 +93,7 @@ def test_a_layer_that_computes_something_else_is_rejected_on_every_case(wrong):
 def test_a_gate_that_is_forgotten_or_applied_twice_is_rejected(spec):
     case = build_shared(spec)
     truth = truth_of(case, NUMERICS)
+    assert case.gate is not None
     (forgotten,) = judge_element(_run(replace(case, gate=None)), truth)
     (off,) = judge_element(_run(replace(case, gate=case.gate * 1.5)), truth)
     assert not forgotten.holds
