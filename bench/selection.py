@@ -54,10 +54,10 @@ def select_workloads(
     """
     on_gpu = device.type == "cuda"
     dtype = dtype or ("bf16" if on_gpu else "fp32")
-    stored = find_format(dtype)
+    find_format(dtype)
     if models is None:
         known = MODELS if on_gpu else SMALL_MODELS
-        chosen = [model for model in known.values() if stored.unfit(model.hidden_size, model.intermediate_size) is None]
+        chosen = [model for model in known.values() if Workload(model, 1, dtype=dtype).unsupported is None]
     else:
         chosen = [find_model(name) for name in _words(models)]
     counts = (GPU_TOKENS if on_gpu else CPU_TOKENS) if tokens is None else [_count(word) for word in _words(tokens)]

@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..impl.quantization import WeightScale
 from .formats import FORMATS, Format, find_format
 
 TOKEN_COUNTS = tuple(2**power for power in range(15))
@@ -283,6 +284,8 @@ class Workload:
     @property
     def unsupported(self) -> str | None:
         """Why there is no such layer, in words; None where moegate can run it."""
+        if self.model.interleaved and self.format.weight_scale is WeightScale.BLOCK:
+            return f"{self.dtype} needs all gate rows before the up rows, and those of {self.model.name} alternate"
         return self.format.unfit(self.model.hidden_size, self.model.intermediate_size)
 
     @property

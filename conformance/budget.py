@@ -23,7 +23,7 @@ from ..reference.quantization import QuantizedWeight, expert_weight
 from .activation_budget import activation_floor, activation_variance, saturated, slopes
 from .numerics import FLOAT32, TF32_UNIT_ROUNDOFF, Format, Numerics, format_of
 from .operands import ExpertsOperands
-from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, quantized
+from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, leaning, quantized
 from .rounding import Accumulator, accumulation, floor, rounding
 
 
@@ -35,6 +35,8 @@ class Budget:
         sigma: `[M, H]`, quadrature sum of all roundings but the last.
         last: `[M, H]`, the last rounding's largest error.
         hidden: `[M, top_k, I]`, squared, the part that all columns of a row share, as it stands at the second GEMM.
+        hidden_typical: `[M, top_k, I]`, the same with each flip at its chance, for sums over many rows.
+        hidden_single: `[M, top_k, I]`, the largest that one flip costs.
         hidden_common: `[M, top_k, I]`, the part of it that one rounding (of the weight on the input) causes everywhere.
         hidden_floor: `[M, top_k, I]`, the subnormal part of it.
         common_of_runs: `[M, top_k, C, I]`, errors of C causes that each run of `columns_of_a_scale` elements of a row
@@ -50,6 +52,8 @@ class Budget:
     sigma: Tensor
     last: Tensor
     hidden: Tensor
+    hidden_typical: Tensor
+    hidden_single: Tensor
     hidden_common: Tensor
     hidden_floor: Tensor
     common_of_runs: Tensor
@@ -111,7 +115,7 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     input_dtype = None if call.quantize_input is None else call.quantize_input.dtype
     if call.quantize_input is not None:
         exact = call.hidden_states.to(wide)
-        x_variance = quantized(exact, torch.zeros_like(exact), call.quantize_input, RARE_INPUT).variance
+        x_variance = quantized(exact, torch.zeros_like(exact), call.quantize_input, RARE_INPUT).flips.variance
 
     # First GEMM, where needed with the routing weight on its input (applied to the accumulator, one rounding).
     gate_up_squares = trace.gate.new_zeros(*trace.gate.shape[:2], call.w13.shape[1])
@@ -154,27 +158,32 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
 
     # The hidden rows as the second GEMM reads them: once quantised, an error is a flip or a scale's.
     scale_error = torch.zeros_like(trace.hidden)
+    hidden_typical, hidden_single = hidden_variance, torch.zeros_like(hidden_variance)
     hidden_dtype = None if call.quantize_hidden is None else call.quantize_hidden.dtype
     if call.quantize_hidden is not None:
         known_to = hidden_variance + hidden_common**2 + hidden_floor**2
         added = quantized(trace.activated[here], known_to[here], call.quantize_hidden)
-        hidden_variance, hidden_floor = torch.zeros_like(known_to), torch.zeros_like(known_to)
-        hidden_variance[here], scale_error[here] = added.variance, added.scale_error
+        hidden_variance, hidden_typical = torch.zeros_like(known_to), torch.zeros_like(known_to)
+        hidden_floor = torch.zeros_like(known_to)
+        hidden_variance[here], hidden_typical[here] = added.flips.variance, added.flips.typical
+        hidden_single[here], scale_error[here] = added.flips.single, added.scale_error
     columns = columns_of_a_scale(call.quantize_hidden, intermediate_size)
     # What elements have in common: a scale, and the few values that a clamp leaves. Where a scale is one row's own,
     # equal values need not flip in all rows, but in a row they do.
     of_scales = trace.hidden * scale_error
-    of_rows = is_shared_by_rows(call.quantize_hidden)
-    common, common_of_runs = ([of_scales], []) if of_rows else ([], [of_scales])
+    how = call.quantize_hidden
+    is_one_scale = how is not None and (is_shared_by_rows(how) or how.static_scale is not None)
+    causes = [] if how is None else [of_scales, trace.hidden * leaning(how, at_hidden)]
+    common, common_of_runs = (causes, []) if is_one_scale else ([], causes)
     for mask in saturated(activation, trace.gate, trace.up):
         common.append(torch.where(mask, trace.hidden.sign() * hidden_variance.sqrt(), 0.0))
-        hidden_variance = torch.where(mask, 0.0, hidden_variance)
-    if call.quantize_hidden is None:
-        common_of_runs = []
-    elif call.quantize_hidden.static_scale is None and not of_rows:
+        hidden_variance, hidden_typical, hidden_single = (
+            torch.where(mask, 0.0, part) for part in (hidden_variance, hidden_typical, hidden_single)
+        )
+    if how is not None and not is_one_scale:
         common_of_runs += common
     none = trace.hidden.new_zeros(*here.shape, 0, intermediate_size)
-    common, common_of_runs = (torch.stack(causes, dim=2) if causes else none for causes in (common, common_of_runs))
+    common, common_of_runs = (torch.stack(each, dim=2) if each else none for each in (common, common_of_runs))
 
     # Second GEMM and the weighted sum.
     shared = torch.zeros_like(trace.expert_output)
@@ -230,6 +239,8 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
         sigma=torch.where(any_present, variance, 0.0).sqrt(),
         last=torch.where(any_present, last, 0.0),
         hidden=hidden_variance,
+        hidden_typical=hidden_typical,
+        hidden_single=hidden_single,
         hidden_common=hidden_common,
         hidden_floor=hidden_floor,
         common_of_runs=common_of_runs,
@@ -247,12 +258,14 @@ class Projected:
     """What <error of a row, direction> may be.
 
     Attributes:
-        variance: `[M, D]`, independent from row to row.
+        typical: `[M, D]`, a variance, independent from row to row, with each flip at its chance.
+        single: `[M, D]`, squared, the largest that one flip costs.
         linear: `[M, D]`, of roundings that all go one way.
         moved: `[C, M, D]`, what the causes that all rows share move it by, with its sign.
     """
 
-    variance: Tensor
+    typical: Tensor
+    single: Tensor
     linear: Tensor
     moved: Tensor
 
@@ -269,17 +282,18 @@ def projected_error(budget: Budget, trace: Trace, w2: Tensor | QuantizedWeight, 
         w2: `[E_local, H, I]`.
         directions: `[M, D, H]`.
     """
-    variance = torch.einsum("mdh,mh->md", directions**2, budget.independent + budget.last**2)
+    typical = torch.einsum("mdh,mh->md", directions**2, budget.independent + budget.last**2)
     linear = torch.einsum("mdh,mh->md", directions.abs(), budget.independent_floor)
-    moved = variance.new_zeros(budget.common.shape[2], *variance.shape)
+    single = torch.zeros_like(typical)
+    moved = typical.new_zeros(budget.common.shape[2], *typical.shape)
     times = _multiplicity(trace)
     for expert, token, slot in _rows_of_each_expert(trace, w2.shape[0]):
         along = directions[token]
         through = along @ expert_weight(w2, expert, directions.dtype)  # [P, D, I]
         own = torch.einsum("pdh,ph->pd", along, trace.expert_output[token, slot])
+        squared = through**2
         part = (
-            torch.einsum("pdi,pi->pd", through**2, budget.hidden[token, slot])
-            + torch.einsum("pdi,pi->pd", through, budget.hidden_common[token, slot]) ** 2
+            torch.einsum("pdi,pi->pd", through, budget.hidden_common[token, slot]) ** 2
             + (budget.weight_error[token, slot, None] * own) ** 2
         )
         weights = trace.output_weights[token, slot, None]
@@ -289,7 +303,11 @@ def projected_error(budget: Budget, trace: Trace, w2: Tensor | QuantizedWeight, 
             part = part + (torch.einsum("pdi,pci->pdc", through[..., columns], of_run) ** 2).sum(dim=-1)
         together = torch.einsum("pdi,pci->cpd", through, budget.common[token, slot])
         moved.index_add_(1, token, weights * together)
-        variance.index_add_(0, token, times[token, slot, None] * weights**2 * part)
+        scaled = times[token, slot, None] * weights**2
+        flipped = torch.einsum("pdi,pi->pd", squared, budget.hidden_typical[token, slot])
+        typical.index_add_(0, token, scaled * (part + flipped))
+        largest = scaled * (squared * budget.hidden_single[token, slot, None]).amax(dim=-1)
+        single.scatter_reduce_(0, token[:, None].expand_as(largest), largest, "amax")
         floors = torch.einsum("pdi,pi->pd", through.abs(), budget.hidden_floor[token, slot])
         linear.index_add_(0, token, weights.abs() * floors)
-    return Projected(variance, linear, moved)
+    return Projected(typical, single, linear, moved)

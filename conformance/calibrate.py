@@ -48,7 +48,7 @@ def drawn_spec(rng: random.Random, *, kind: str = "rounded", devices: tuple[str,
     """A spec from the same pools as the suite's, by plain chance."""
     scheme = rng.choice(SCHEMES_OF_KIND[kind]) if kind == "quantized" or rng.random() < 0.4 else "none"
     dtype = rng.choice([d for d in DTYPES if may_go_together(scheme, "silu", d)])
-    shapes = [shape for device in devices for shape in POOLS[device].shapes_of(dtype, scheme)]
+    shapes = [shape for device in devices for shape in POOLS[device].shapes_of(scheme)]
     if scheme == "none" and len(devices) > 1:
         shapes += [(*shape, 0, 0) for shape in LONGER]
     hidden, intermediate, block_n, block_k = rng.choice(shapes)

@@ -351,9 +351,9 @@ def _hidden_states(spec: ExpertsSpec | BatchedSpec, values: Callable[..., Tensor
     x = values("hidden_states", *rows, spec.H, exponent=MAGNITUDE.get(spec.values, 1))
     if spec.values != "zero_rows":
         return x
-    kind = integers(spec.seed, "zero_rows", (*rows, 1), 0, 3, x.device)
+    kind = integers(spec.seed, "zero_rows", (*rows, 1), 0, 4, x.device)
     first = torch.arange(spec.H, device=x.device) < (spec.block_k or ROW_PADDING)
-    return x.masked_fill((kind == 0) | ((kind == 1) & first), 0)
+    return x.masked_fill((kind == 0) | ((kind > 1) & first), 0)
 
 
 def _layer(

@@ -44,7 +44,7 @@ def pairs_due(subject: Subject, device: str) -> set[str]:
     facets = {facet for prop in due(subject, device) for facet in prop.facets}
     pairs: set[str] = set()
     for facet in {"experts", "batched"} & facets:
-        pairs |= declared_pairs(subject.capabilities, batched=facet == "batched")
+        pairs |= declared_pairs(device, subject.capabilities, batched=facet == "batched")
     return pairs
 
 

@@ -5,17 +5,19 @@ Two arrays, one for each activation format, since a routing, a map and a path ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from .pairwise import Row, covering_array, pairs_of
 from .spec import SCHEMES, TILE, VALUES, BatchedSpec, ExpertsSpec
-from .strategies import POOLS, Pools, may_go_together
+from .strategies import POOLS, Pools, may_go_together, scaled_dtypes
 from .subject import Capabilities
 
 Features = dict[str, tuple[Any, ...]]
+AnySpec = TypeVar("AnySpec", ExpertsSpec, BatchedSpec)
 
 
 def _layer_features(capabilities: Capabilities) -> Features:
@@ -66,52 +68,106 @@ def is_possible(row: Row) -> bool:
 
 
 @cache
-def _rows(features: tuple[tuple[str, tuple[Any, ...]], ...]) -> tuple[Row, ...]:
-    return tuple(covering_array(dict(features), is_possible))
+def _rows(features: tuple[tuple[str, tuple[Any, ...]], ...], dtypes: tuple[str, ...]) -> tuple[Row, ...]:
+    def is_run(row: Row) -> bool:
+        return is_possible(row) and (row["scheme"] == "none" or row["dtype"] in dtypes)
+
+    return tuple(covering_array(dict(features), is_run))
 
 
-def rows(capabilities: Capabilities, *, batched: bool = False) -> tuple[Row, ...]:
-    """The covering array of one format; values that the pools of no device have are not asked for."""
+def rows(device: str, capabilities: Capabilities, *, batched: bool = False) -> tuple[Row, ...]:
+    """The covering array of one format on a device.
+
+    Beside weights of few bits a device takes the dtypes of its pools: on a GPU each more is as many kernels to compile,
+    and the CPU runs them all.
+    """
     features = batched_features(capabilities) if batched else experts_features(capabilities)
-    return _rows(tuple(features.items()))
+    return _rows(tuple(features.items()), scaled_dtypes(device, capabilities))
 
 
-def declared_pairs(capabilities: Capabilities, *, batched: bool = False) -> set[str]:
+def declared_pairs(device: str, capabilities: Capabilities, *, batched: bool = False) -> set[str]:
     """Every pair of features that the capabilities declare and that go together, as `Ledger.pairs` names them."""
-    return {f"{a}={x} & {b}={y}" for row in rows(capabilities, batched=batched) for (a, x), (b, y) in pairs_of(row)}
+    array = rows(device, capabilities, batched=batched)
+    return {f"{a}={x} & {b}={y}" for row in array for (a, x), (b, y) in pairs_of(row)}
 
 
 def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec, ...]:
-    """Experts specs that between them hold every declared pair of features."""
-    pools = POOLS[device]
+    """Experts specs that between them hold every declared pair of features.
+
+    And for each scheme that has a naive path, one on which an expert has several pairs, and so several blocks.
+    """
+    pools, sizes = POOLS[device], _Sizes(POOLS[device])
     specs = []
-    for number, row in enumerate(rows(capabilities)):
+    for number, row in enumerate(rows(device, capabilities)):
         features = {name: value for name, value in row.items() if name not in ("format", "path")}
-        base = ExpertsSpec(**_sizes(pools, row, number), M=1, E=1, top_k=1, seed=number % 256, **features)
-        specs.append(_with_few_pairs(base, pools) if row["path"] == "naive" else _with_blocks(base, pools, number))
-    return tuple(specs)
+        base = ExpertsSpec(**sizes.of(row), M=1, E=1, top_k=1, seed=number % 256, **features)
+        if row["path"] == "aligned":
+            specs.append(_with_blocks(base, pools, number))
+            continue
+        specs.append(_with_few_pairs(base, pools))
+        scheme_is_new = all(spec.scheme != base.scheme or spec.routing != "one_expert" for spec in specs)
+        if scheme_is_new and "one_expert" in capabilities.routings:
+            specs.append(replace(specs[-1], routing="one_expert"))
+    if device == "cpu":  # on a GPU each is a kernel more to compile
+        specs.extend(_plain_activations(pools, capabilities))
+    return _repeated(specs, pools)
+
+
+def _plain_activations(pools: Pools, capabilities: Capabilities) -> list[ExpertsSpec]:
+    """Each activation where it shows best: in float32, on values of order 1, with every token routed.
+
+    Two that are alike (GELU and its form by tanh) differ by less than a rounding to 16 bits.
+    """
+    if "float32" not in capabilities.dtypes or "uniform" not in capabilities.routings:
+        return []
+    hidden, intermediate, _, _ = max(pools.shapes_of(), key=lambda shape: shape[1])
+    base = ExpertsSpec(
+        M=TILE + 5, H=hidden, I=intermediate, E=4, top_k=2, dtype="float32", weights=capabilities.weights[0]
+    )
+    return [replace(base, activation=activation) for activation in capabilities.activations]
 
 
 def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, ...]:
     """Batched specs that between them hold every declared pair of features."""
-    pools = POOLS[device]
-    rows_of_slab = [rows for rows in pools.slabs if rows > TILE]
-    return tuple(
+    pools, sizes = POOLS[device], _Sizes(POOLS[device])
+    rows_of_slab = [rows for rows in pools.slabs if rows > TILE][:3]
+    specs = [
         BatchedSpec(
-            **_sizes(pools, row, number),
+            **sizes.of(row),
             max_tokens=rows_of_slab[number % len(rows_of_slab)],
             E=(3, 2, 5)[number % 3],
             seed=number % 256,
             **{name: value for name, value in row.items() if name != "format"},
         )
-        for number, row in enumerate(rows(capabilities, batched=True))
-    )
+        for number, row in enumerate(rows(device, capabilities, batched=True))
+    ]
+    return _repeated(specs, pools)
 
 
-def _sizes(pools: Pools, row: Row, number: int) -> dict[str, int]:
-    shapes = pools.shapes_of(row["dtype"], row["scheme"])
-    hidden, intermediate, block_n, block_k = shapes[number % len(shapes)]
-    return {"H": hidden, "I": intermediate, "block_n": block_n, "block_k": block_k}
+def _repeated(specs: Sequence[AnySpec], pools: Pools) -> tuple[AnySpec, ...]:
+    """The specs again and again, each time with other values."""
+    return tuple(replace(spec, seed=(spec.seed + 31 * again) % 256) for again in range(pools.repeats) for spec in specs)
+
+
+class _Sizes:
+    """Sizes for one row after the other: of each scheme on each path in turn, those with most tails first."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self._taken: Counter[tuple[Any, ...]] = Counter()
+
+    def of(self, row: Row) -> dict[str, int]:
+        """H, I and the blocks of a row's spec."""
+        shapes = sorted(self._pools.shapes_of(row["scheme"]), key=_whole_steps)
+        kind = (row["scheme"], row.get("path"))
+        hidden, intermediate, block_n, block_k = shapes[self._taken[kind] % len(shapes)]
+        self._taken[kind] += 1
+        return {"H": hidden, "I": intermediate, "block_n": block_n, "block_k": block_k}
+
+
+def _whole_steps(shape: tuple[int, ...]) -> int:
+    """How many of H and I fill their last step of 32, or have one step alone."""
+    return sum(size <= 32 or size % 32 == 0 for size in shape[:2])
 
 
 def _with_few_pairs(spec: ExpertsSpec, pools: Pools) -> ExpertsSpec:
@@ -122,8 +178,8 @@ def _with_few_pairs(spec: ExpertsSpec, pools: Pools) -> ExpertsSpec:
 
 
 def _with_blocks(spec: ExpertsSpec, pools: Pools, number: int) -> ExpertsSpec:
-    """Several experts, and so many tokens that one of them has two blocks."""
-    top_k = 1 if spec.weight_on_input else (2, 3, 1)[number % 3]
-    experts = (5, 4, 8)[number % 3]
-    least = pools.max_tokens if spec.routing in ("uniform", "some_invalid", "repeated") else TILE + 5
-    return replace(spec, E=experts, top_k=top_k, M=min(least, 2 * TILE + 1))
+    """Several experts, and so many tokens that one of them has two blocks of 16 rows."""
+    top_k = 1 if spec.weight_on_input else 2
+    tokens = 2 * TILE if spec.routing in ("uniform", "some_invalid", "repeated") else TILE + 5
+    experts = 8 if pools.scaled_rows else (4, 3, 5)[number % 3]  # eight have a mean of 8 rows, and blocks of 16
+    return replace(spec, E=experts, top_k=top_k, M=min(tokens + (experts < 8), pools.max_tokens))

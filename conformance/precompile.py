@@ -12,33 +12,52 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from .cases import build_batched, build_experts, build_routing
+from .cases import build_batched, build_experts, build_quantize, build_routing
+from .coverage import AnySpec, pinned_experts, pinned_slabs
 from .selection import SELECTION
 from .session import current_session
 from .spec import DTYPES, BatchedSpec, ExpertsSpec, RoutingSpec
-from .strategies import POOLS
+from .strategies import POOLS, pinned_quantizers
 from .subject import Capabilities
 
 
-def warm_up_specs(device: str) -> Iterator[ExpertsSpec]:
-    """Specs that between them need the kernels of every shape, dtype and tile of the pools."""
+def once(specs: tuple[AnySpec, ...]) -> Iterator[AnySpec]:
+    """Pinned specs without their repetitions, which differ in the seed alone."""
+    yield from {replace(spec, seed=0): spec for spec in specs}.values()
+
+
+def warm_up_specs(device: str, capabilities: Capabilities) -> Iterator[ExpertsSpec]:
+    """Specs that between them need the kernels of every shape, dtype, tile, scheme and activation of the pools."""
     pools = POOLS[device]
     for dtype in DTYPES:
-        for hidden, intermediate in pools.shapes_of(dtype):
+        for hidden, intermediate, _, _ in pools.shapes_of():
             base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=1, top_k=1, dtype=dtype)
             for tokens in (8, 16, 32, 64):  # 16, 32, 64 and 128 rows a block
                 yield replace(base, M=tokens)
             yield replace(base, E=8, top_k=4, M=8, expert_map="linear")
             yield replace(base, E=pools.many_experts[0])
+    for dtype, scheme in product(pools.scaled_dtypes, capabilities.schemes):
+        if scheme == "none":
+            continue
+        for hidden, intermediate, block_n, block_k in pools.shapes_of(scheme):
+            size = {"H": hidden, "I": intermediate, "block_n": block_n, "block_k": block_k}
+            base = ExpertsSpec(M=8, **size, E=1, top_k=1, dtype=dtype, scheme=scheme)
+            yield from (replace(base, M=tokens) for tokens in (8, 16, 32))
+            yield replace(base, M=1, E=pools.many_experts[0])
+    yield from once(pinned_experts(device, capabilities))
 
 
-def warm_up_slabs(device: str) -> Iterator[BatchedSpec]:
-    """Specs that between them need the batched kernels of every shape, dtype and tile of the pools."""
+def warm_up_slabs(device: str, capabilities: Capabilities) -> Iterator[BatchedSpec]:
+    """Specs that between them need the batched kernels of every shape, dtype, tile and scheme of the pools."""
     pools = POOLS[device]
-    for dtype, rows in product(DTYPES, pools.slabs):
-        for hidden, intermediate in pools.shapes_of(dtype):
+    for dtype, rows, scheme in product(DTYPES, pools.slabs, capabilities.of_slabs().schemes):
+        if scheme != "none" and dtype not in pools.scaled_dtypes:
+            continue
+        for hidden, intermediate, block_n, block_k in pools.shapes_of(scheme):
             size = {"max_tokens": rows, "H": hidden, "I": intermediate, "E": pools.experts[-1]}
-            yield BatchedSpec(**size, dtype=dtype, counts="full")
+            blocks = {"block_n": block_n, "block_k": block_k}
+            yield BatchedSpec(**size, **blocks, dtype=dtype, counts="full", scheme=scheme)
+    yield from once(pinned_slabs(device, capabilities))
 
 
 def warm_up_routings(device: str, capabilities: Capabilities) -> Iterator[RoutingSpec]:
@@ -63,13 +82,17 @@ def main(subject: str, part: int, parts: int) -> None:
     SELECTION.subject = subject
     session = current_session()
     for variant in session.variants():
-        for number, spec in enumerate(warm_up_specs(session.device)):
+        for number, spec in enumerate(warm_up_specs(session.device, session.subject.capabilities)):
             if number % parts == part:
                 session.subject.experts(build_experts(spec, session.device), variant)
         if "batched" in session.subject.facets(variant):
-            for number, spec in enumerate(warm_up_slabs(session.device)):
+            for number, spec in enumerate(warm_up_slabs(session.device, session.subject.capabilities)):
                 if number % parts == part:
                     session.subject.batched(build_batched(spec, session.device), variant, None)
+        if "quantize" in session.subject.facets(variant):
+            for number, spec in enumerate(pinned_quantizers(session.device, session.subject.capabilities)):
+                if number % parts == part:
+                    session.subject.quantize(build_quantize(spec, session.device), variant)
         if "route" in session.subject.facets(variant):
             for number, spec in enumerate(warm_up_routings(session.device, session.subject.capabilities)):
                 if number % parts == part:

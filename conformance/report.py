@@ -50,6 +50,7 @@ def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
         "profile": SELECTION.profile,
         "executions": sum(ledger.executions.values()),
         "executions_by_variant": dict(sorted(ledger.executions.items())),
+        "value_cases": sum(row["cases"] for row in rows if row["id"] == "NUM-01" or row["id"].startswith("META-")),
         "properties": rows,
         "feature_pairs": _pairs(ledger),
         "numerics": vars(session.subject.numerics),
@@ -69,6 +70,7 @@ def as_lines(ledger: Ledger) -> Iterator[str]:
     for row in report["properties"]:
         used = "     -" if row["budget_used"] is None else f"{row['budget_used']:6.2f}"
         yield f"{row['id']:<11} {row['cases']:>6} cases  budget used {used}  {row['verdict']:<9} {row['sentence']}"
+    yield f"cases whose numbers were judged against a budget or another call: {report['value_cases']}"
     pairs = report["feature_pairs"]
     yield f"feature pairs run: {pairs['run']} of {pairs['declared']} declared, each at least {pairs['least']} times"
     yield f"numerics judged by: {', '.join(f'{k}={v}' for k, v in report['numerics'].items())}"

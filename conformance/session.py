@@ -59,6 +59,7 @@ class Session:
         examples: int,
         pinned: tuple[Spec, ...] = (),
         runs: int = 1,
+        is_value: bool = False,
     ) -> None:
         """Judge drawn specs, each verdict counted, the first that does not hold raised.
 
@@ -70,6 +71,7 @@ class Session:
             examples: cases that the gate draws.
             pinned: specs that are always run.
             runs: how often `judge` calls the subject.
+            is_value: numbers are judged, of which a device may have the time for more cases.
         """
 
         def body(spec: Spec) -> None:
@@ -79,11 +81,12 @@ class Session:
                 _tick(SELECTION.progress, runs)
             self.ledger.settle(verdicts, spec, self.replay(spec))
 
-        explore(strategy, body, name=name, examples=self.examples(examples), pinned=pinned)
+        explore(strategy, body, name=name, examples=self.examples(examples, is_value=is_value), pinned=pinned)
 
-    def examples(self, gate_examples: int) -> int:
+    def examples(self, gate_examples: int, *, is_value: bool = False) -> int:
         """How many cases this device and profile draw where the gate draws `gate_examples` on the CPU."""
-        return examples_of(gate_examples * POOLS[self.device].cases)
+        pools = POOLS[self.device]
+        return examples_of(gate_examples * (pools.value_cases if is_value else pools.cases))
 
     def replay(self, spec: Spec) -> str:
         """The command that runs a spec again."""

@@ -46,7 +46,7 @@ VALUES = (
     "asymmetric",  # up rows 16 times gate rows
     "spread",  # exponents spread over 2**-6 .. 1
     "tiny",  # everything small
-    "zero_rows",  # a third of the tokens are zero, and another third are zero in their first columns
+    "zero_rows",  # a quarter of the tokens are zero, and half are zero in their first columns
 )
 BIASES = (
     "none",

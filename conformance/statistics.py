@@ -13,6 +13,8 @@ from .budget import Budget, projected_error
 
 # Rows beyond which the gains (which cost top_k times the second GEMM) are judged on the first rows alone.
 MAX_GAIN_ELEMENTS = 1 << 27
+# Columns by which rows are compared with each other.
+COMPARED_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,26 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
 
 
-def _alike(trace: Trace) -> Tensor:
-    """How many pairs of an expert have the same gate and up as each pair, `[M, top_k]`: what they round is the same."""
-    rows = torch.cat([trace.gate, trace.up], dim=-1)
-    # A fingerprint: two rows that differ hardly have the same inner product with a vector of irrational entries.
-    mark = rows @ torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype, device=rows.device).sqrt()
-    pairs = torch.stack([trace.local_ids.flatten().to(mark.dtype), mark.flatten()], dim=1)
-    _, group, counts = pairs.unique(dim=0, return_inverse=True, return_counts=True)
-    return counts[group].reshape(trace.local_ids.shape).to(rows.dtype)
+def _alike(trace: Trace, storage: torch.dtype) -> Tensor:
+    """How many pairs of an expert round as each pair does, `[M, top_k]`, the pair itself included.
+
+    Rows that differ by no more than roundings do (of tokens of zeros, or beside biases that are larger than all else)
+    have errors of one sign: those of n such rows add up, where those of others average out. Two rows are alike where
+    a quarter of some columns lie within two steps of each other, in the first GEMM's result or in the second's.
+    """
+    counts = torch.ones_like(trace.output_weights)
+    two_steps = 4 * torch.finfo(storage).eps / 2
+    for expert in range(int(trace.local_ids.max()) + 1 if trace.local_ids.numel() else 0):
+        token, slot = (trace.local_ids == expert).nonzero(as_tuple=True)
+        alike = torch.zeros(len(token), len(token), dtype=torch.bool, device=token.device)
+        for rows in (trace.gate[token, slot], trace.expert_output[token, slot]):
+            some = rows[:, :: max(1, rows.shape[1] // COMPARED_COLUMNS)][:, :COMPARED_COLUMNS]
+            near = torch.zeros(alike.shape, device=token.device)
+            for column in some.unbind(dim=1):
+                near += (column[:, None] - column[None, :]).abs() <= two_steps * column.abs()[:, None]
+            alike |= near >= some.shape[1] / 4
+        counts[token, slot] = alike.sum(dim=1).to(counts.dtype).clamp(min=1)
+    return counts
 
 
 def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | QuantizedWeight) -> Statistics:
@@ -65,8 +79,10 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
     along = torch.where(directions.abs().sum(dim=2) == 0, 0.0, along)
     norm = (directions**2).sum(dim=2)
 
-    whole = allowed.variance[:, 0] + (allowed.moved[:, :, 0] ** 2).sum(dim=0)
-    row_gain = _ratio((along[:, 0].abs() - allowed.linear[:, 0]).clamp(min=0), whole.sqrt())
+    # One flip is nobody's fault, whatever it costs; that there are several is a matter of chance.
+    spread = (allowed.typical[:, 0] + (allowed.moved[:, :, 0] ** 2).sum(dim=0)).sqrt()
+    sure = allowed.linear[:, 0] + allowed.single[:, 0].sqrt()
+    row_gain = _ratio((along[:, 0].abs() - sure).clamp(min=0), spread)
     row_gain = torch.where(norm[:, 0] == 0, torch.nan, row_gain)
     num_local = w2.shape[0]
     ids = torch.where(part.local_ids < 0, num_local, part.local_ids).flatten()
@@ -77,9 +93,12 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
 
     expert_norm = of_experts(norm[:, 1:])
     # What rows have in common adds up before it is squared.
-    expert_variance = of_experts(_alike(part) * allowed.variance[:, 1:])
+    alike = _alike(part, output.dtype)
+    expert_variance = of_experts(alike * allowed.typical[:, 1:])
+    one_flip = zeros.scatter_reduce(0, ids, (alike * allowed.single[:, 1:].sqrt()).flatten(), "amax")[:num_local]
     for moved in allowed.moved:
         expert_variance = expert_variance + of_experts(moved[:, 1:]) ** 2
-    beyond = (of_experts(along[:, 1:]).abs() - of_experts(allowed.linear[:, 1:])).clamp(min=0)
+    sure = of_experts(allowed.linear[:, 1:]) + one_flip
+    beyond = (of_experts(along[:, 1:]).abs() - sure).clamp(min=0)
     expert_gain = torch.where(expert_norm == 0, torch.nan, _ratio(beyond, expert_variance.sqrt()))
     return Statistics(elementwise, row_rms, row_gain, expert_gain)

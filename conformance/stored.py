@@ -17,8 +17,9 @@ from ..reference.quantization import ActivationQuantization, QuantizedWeight
 from .spec import SCHEMES, BatchedSpec, ExpertsSpec, Scheme
 from .values import hashed, integers, on_grid
 
-# log2 of the root mean square of a format's drawn numbers: what its scale makes up for.
-_SIZE = {"fp8": 5, "int8": 6, "int4": 2}
+# log2 of the size of a format's drawn numbers, so that the weights are as large as plain ones are and float16 never
+# overflows: what scales make up for.
+_SIZE = {"fp8": 6, "int8": 7, "int4": 3}
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 
 
@@ -83,10 +84,10 @@ def _numbers(seed: int, name: str, shape: tuple[int, ...], scheme: Scheme, devic
     if scheme.weight == "int4":
         return _packed(integers(seed, name, shape, 0, 16, device), -1)
     h = hashed(seed, name, shape, device)
-    # Mostly four exponents in the middle of the range; one in eight any code but NaN, subnormals and 448 among them.
+    # Mostly four exponents in the middle of the range; one in 32 any code but NaN, subnormals and 448 among them.
     usual = (((h >> 20) & 3) + 9) << 3 | ((h >> 24) & 7)
     anything = ((h >> 28) & 0xFFFF) % 127
-    code = torch.where(((h >> 44) & 7) == 0, anything, usual) | (((h >> 50) & 1) << 7)
+    code = torch.where(((h >> 44) & 31) == 0, anything, usual) | (((h >> 50) & 1) << 7)
     return code.to(torch.uint8).view(torch.float8_e4m3fn)
 
 
@@ -173,5 +174,5 @@ def static_scale(seed: int, name: str, nominal: float, device: Any) -> Tensor:
     choice = int(integers(seed, name, (1,), 0, 4))
     if choice == 3:
         return torch.tensor([2.0 ** round(torch.tensor(about).log2().item())], device=device)
-    factor = (1.0, 0.25, 64.0)[choice] * (1 + int(integers(seed, f"{name}/mantissa", (1,), 0, 4096)) / 4096)
+    factor = (1.0, 0.25, 4096.0)[choice] * (1 + int(integers(seed, f"{name}/mantissa", (1,), 0, 4096)) / 4096)
     return torch.tensor([about * factor], dtype=torch.float32, device=device)

@@ -41,11 +41,15 @@ class Pools:
 
     Attributes:
         shapes: (H, I) pairs; each is a set of compiled kernels, and nothing else that is drawn is.
-        bf16_shapes: those drawn in bfloat16 alone, where another dtype would only be compiled once more.
         scaled_shapes: of schemes with one scale for an expert or a channel.
         block_shapes: of schemes with blocks.
         group_shapes: of schemes with groups along K, which divide H and I.
         scaled_dtypes: of activations beside weights of few bits.
+        scaled_rows: ranges of the mean rows of an expert with such weights; empty for any. Each is a tile, and so a
+            compiled kernel.
+        drawn_activations: activations that chance draws; the pinned specs have them all. None means any.
+        drawn_biases: likewise.
+        repeats: how often each pinned spec is run, with other values.
         experts: E of most cases.
         many_experts: E of the cases that reach the low-latency path.
         max_tokens: of most cases.
@@ -53,9 +57,11 @@ class Pools:
         scored_experts: E of other routings without groups.
         grouped_experts: E of routings with groups.
         block_sizes: of alignment cases.
+        widths, groups: columns of rows that are quantised by themselves, and of their groups.
         slabs: max_tokens of the batched format.
         routing_top_k: the largest of routing cases.
         cases: how many cases are drawn where the gate draws one on the CPU: a GPU has the time for more.
+        value_cases: the same of the cases whose numbers are judged.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -66,25 +72,29 @@ class Pools:
     scored_experts: tuple[int, ...]
     grouped_experts: tuple[int, ...]
     block_sizes: tuple[int, ...] = (16, 32, 64)
-    bf16_shapes: tuple[tuple[int, int], ...] = ()
     scaled_shapes: tuple[tuple[int, int], ...] = ()
     block_shapes: tuple[Shape, ...] = ()
     group_shapes: tuple[Shape, ...] = ()
     scaled_dtypes: tuple[str, ...] = ("bfloat16", "float16")
+    scaled_rows: tuple[tuple[int, int], ...] = ()
+    drawn_activations: tuple[str, ...] | None = None
+    drawn_biases: tuple[str, ...] | None = None
+    repeats: int = 1
+    # Around a group's and a tile's edge: enough to meet every kind of tail.
+    widths: tuple[int, ...] = (72, 1, 15, 16, 33, 128, 200)
+    groups: tuple[int, ...] = (32, 16, 128)
     slabs: tuple[int, ...] = (1, 15, 16, 18, 33)
     routing_top_k: int = 10
     cases: float = 1.0
+    value_cases: float = 1.0
 
-    def shapes_of(self, dtype: str, scheme: str = "none") -> tuple[Shape, ...]:
-        """The sizes that are drawn in a dtype with a scheme."""
+    def shapes_of(self, scheme: str = "none") -> tuple[Shape, ...]:
+        """The sizes that are drawn with a scheme."""
         if SCHEMES[scheme].weight_scale == "block":
             return self.block_shapes
         if SCHEMES[scheme].weight_scale == "group":
             return self.group_shapes
-        if scheme != "none":
-            return tuple((*shape, 0, 0) for shape in self.scaled_shapes)
-        shapes = self.shapes + (self.bf16_shapes if dtype == "bfloat16" else ())
-        return tuple((*shape, 0, 0) for shape in shapes)
+        return tuple((*shape, 0, 0) for shape in (self.shapes if scheme == "none" else self.scaled_shapes))
 
 
 POOLS = {
@@ -104,20 +114,26 @@ POOLS = {
     ),
     "cuda": Pools(
         shapes=((256, 128), (200, 72)),
-        bf16_shapes=((320, 464),),
         scaled_shapes=((320, 464),),
         block_shapes=((320, 464, 128, 128),),
         group_shapes=((288, 160, 0, 32), (256, 128, 0, 128)),
         scaled_dtypes=("bfloat16",),
+        widths=(200, 1024),
+        groups=(128,),
+        scaled_rows=((1, 8), (17, 32)),
+        drawn_activations=("silu", "swigluoai_interleaved"),
+        drawn_biases=("none",),
+        repeats=8,
         experts=(1, 2, 5, 8, 16),
         many_experts=(64, 128),
         max_tokens=300,
-        routing_experts=(1, 8, 60, 128, 257, 1024),
+        routing_experts=(1, 8, 60, 128, 1024),
         scored_experts=(8, 128, 1024),
         grouped_experts=(8, 128),
-        slabs=(16, 40, 200),  # one block, a part of a larger one, several
+        slabs=(16, 200),  # one block, and several with a part of one
         routing_top_k=8,
         cases=1.8,
+        value_cases=3.6,
         block_sizes=(16, 64, 128),
     ),
 }
@@ -271,8 +287,11 @@ def _layers(draw: st.DrawFn, pools: Pools, capabilities: Capabilities, dtype: st
 
     schemes = capabilities.schemes if dtype in pools.scaled_dtypes else ("none",)
     scheme = plain_or(schemes, "none")
+    dynamic = [name for name in schemes if SCHEMES[name].activation_scale in ("token", "group")]
     fitting = [a for a in capabilities.activations if may_go_together(scheme, a, dtype)]
-    hidden, intermediate, block_n, block_k = draw(st.sampled_from(pools.shapes_of(dtype, scheme)))
+    fitting = [a for a in fitting if a in (pools.drawn_activations or fitting)] or fitting
+    biases = tuple(b for b in capabilities.biases if b in (pools.drawn_biases or capabilities.biases))
+    hidden, intermediate, block_n, block_k = draw(st.sampled_from(pools.shapes_of(scheme)))
     return {
         "H": hidden,
         "I": intermediate,
@@ -281,8 +300,9 @@ def _layers(draw: st.DrawFn, pools: Pools, capabilities: Capabilities, dtype: st
         "dtype": dtype,
         "scheme": scheme,
         "activation": plain_or(tuple(fitting), "silu"),
-        "bias": plain_or(capabilities.biases, "none"),
-        "values": draw(st.sampled_from(VALUES)),
+        "bias": plain_or(biases or capabilities.biases, "none"),
+        # What shares a dynamic scale may be all zero, which a quantiser must not divide by.
+        "values": draw(st.sampled_from(VALUES + (9 if scheme in dynamic else 0) * ("zero_rows",))),
         "padded_rows": draw(st.booleans()) if capabilities.padded_rows else False,
     }
 
@@ -374,6 +394,9 @@ def experts_specs(
             least, spare = _needs(routing, TILE, capabilities)
             top_k = draw(st.integers(1, max(1, min(num_experts - spare, 6))))
             tokens = draw(st.integers(least, pools.max_tokens))
+            if layer["scheme"] != "none" and pools.scaled_rows:
+                fewest, most = (rows * num_experts // top_k for rows in draw(st.sampled_from(pools.scaled_rows)))
+                tokens = draw(st.integers(max(least, fewest), max(least, most)))
             expert_map = draw(st.sampled_from(capabilities.maps))
         on_input = capabilities.weight_on_input and top_k == 1 and draw(st.booleans())
         return ExpertsSpec(
@@ -411,26 +434,19 @@ def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
     return specs()
 
 
-# Widths around a group's and a tile's edge, and group sizes: enough to meet every kind of tail.
-_WIDTHS = (1, 15, 16, 33, 72, 128, 200)
-_GROUPS = (16, 32, 128)
-
-
 def quantize_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[QuantizeSpec]:
     """Quantisations of activations by every quantiser that the declared schemes have."""
-    del device
+    pools = POOLS[device]
 
     @st.composite
     def specs(draw: st.DrawFn) -> QuantizeSpec:
         quantizer = draw(st.sampled_from(capabilities.quantizers))
         return QuantizeSpec(
             rows=draw(st.integers(0 if capabilities.empty else 1, 9)),
-            columns=draw(st.sampled_from(_WIDTHS)),
+            columns=draw(st.sampled_from(pools.widths)),
             quantizer=quantizer,
-            group=draw(st.sampled_from(_GROUPS)) if quantizer.endswith("group") else 0,
-            dtype=draw(
-                st.sampled_from([dtype for dtype in capabilities.dtypes if dtype in DTYPES[:2]] or ["bfloat16"])
-            ),
+            group=draw(st.sampled_from(pools.groups)) if quantizer.endswith("group") else 0,
+            dtype=draw(st.sampled_from(scaled_dtypes(device, capabilities))),
             values=draw(st.sampled_from(ROWS)),
             padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
             seed=draw(SEEDS),
@@ -441,18 +457,23 @@ def quantize_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy
 
 def pinned_quantizers(device: str, capabilities: Capabilities) -> tuple[QuantizeSpec, ...]:
     """Every quantiser on every kind of rows, with a tail of columns."""
-    del device
-    dtypes = [dtype for dtype in capabilities.dtypes if dtype in DTYPES[:2]] or ["bfloat16"]
+    pools = POOLS[device]
     return tuple(
         QuantizeSpec(
             rows=5,
-            columns=72,
+            columns=pools.widths[0],
             quantizer=quantizer,
-            group=32 if quantizer.endswith("group") else 0,
+            group=pools.groups[0] if quantizer.endswith("group") else 0,
             dtype=dtype,
             values=values,
         )
         for quantizer in capabilities.quantizers
         for values in ROWS
-        for dtype in dtypes
+        for dtype in scaled_dtypes(device, capabilities)
     )
+
+
+def scaled_dtypes(device: str, capabilities: Capabilities) -> tuple[str, ...]:
+    """The declared dtypes of activations beside weights of few bits: those of the device's pools, where it has one."""
+    halves = tuple(dtype for dtype in capabilities.dtypes if dtype in DTYPES[:2])
+    return tuple(dtype for dtype in halves if dtype in POOLS[device].scaled_dtypes) or halves or DTYPES[:1]

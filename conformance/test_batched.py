@@ -56,6 +56,7 @@ def test_each_token_goes_through_its_expert_and_no_other_row_is_touched(moegate_
         name=f"BATCHED/{variant}",
         variant=variant,
         examples=EXAMPLES,
+        is_value=True,
         pinned=pinned(session.device) if subject.capabilities.empty else (),
         runs=RUNS,
     )

@@ -67,6 +67,7 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
         name=f"NUM/{variant}/{dtype}/{low_latency}",
         variant=variant,
         examples=EXAMPLES,
+        is_value=True,
         pinned=tuple(
             spec for spec in pinned(session.device, low_latency, dtype) if is_declared(spec, subject.capabilities)
         ),

@@ -40,5 +40,6 @@ def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant,
         name=f"{law.property.id}/{variant}",
         variant=variant,
         examples=EXAMPLES,
+        is_value=True,
         runs=law.runs,
     )

@@ -23,6 +23,9 @@ import torch
 from .checks import expect_bool
 from .config import QuantScheme, expect_block_shape
 
+# The largest magnitude of each storage type of an activation; int8's range is symmetric.
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
 
 class ActivationScale(StrEnum):
     """What shares one scale of an activation."""
@@ -140,6 +143,18 @@ class ExpertsQuantization:
             "a13_scale": self.a13_scale,
             "a2_scale": self.a2_scale,
         }
+
+    @cached_property
+    def activation_dtype(self) -> torch.dtype | None:
+        """What activations are stored as before each GEMM; None where they stay as they are."""
+        if self.activation_scale is ActivationScale.NONE:
+            return None
+        return torch.int8 if self.scheme is QuantScheme.INT8_W8A8 else torch.float8_e4m3fn
+
+    @property
+    def group(self) -> int:
+        """Columns along K that share one scale; 0 where there are no blocks and no groups."""
+        return 0 if self.block_shape is None else self.block_shape[1]
 
     @cached_property
     def weight_scale(self) -> WeightScale:

@@ -5,18 +5,14 @@ The formats are those of `quantization.py`. Rounding is to nearest, ties to even
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
 from .checks import FLOATS, expect_bool, expect_int, expect_tensor
 from .config import QuantScheme, expect_block_shape
 from .kernels.device import current_device
+from .kernels.quantize import quantize_rows
 from .platform import Platform
-from .quantization import ActivationScale, ExpertsQuantization, WeightScale
-
-# The largest magnitude of each storage type of an activation; int8's range is symmetric.
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+from .quantization import LARGEST, ActivationScale, ExpertsQuantization, WeightScale
 
 _SCALES_OF_SCHEME = {
     QuantScheme.FP8_W8A8: (WeightScale.TENSOR, WeightScale.CHANNEL, WeightScale.BLOCK),
@@ -80,9 +76,8 @@ def quantize_activations(
     if backend == "triton":
         if not runs_triton:
             raise ValueError(f"backend: expected 'torch' where Triton does not run, got 'triton' on {x.device}")
-        kernels = importlib.import_module(".kernels.quantize", __package__)
         with current_device(x):
-            return kernels.quantize_rows(x, dtype, scale, group, static_scale)
+            return quantize_rows(x, dtype, scale, group, static_scale)
     return quantize_with_torch(x, dtype, scale, group, static_scale)
 
 
@@ -114,7 +109,8 @@ def quantize_with_torch(
 
 def _dynamic(amax: torch.Tensor, largest: float) -> torch.Tensor:
     """The scale that brings the largest magnitude to the end of the range; 1 where all is zero."""
-    return torch.where(amax == 0, torch.ones_like(amax), amax / largest)
+    # By a tensor: torch divides by a number on a GPU as by its reciprocal, which rounds otherwise.
+    return torch.where(amax == 0, torch.ones_like(amax), amax / torch.full_like(amax, largest))
 
 
 def quantize_weights(

@@ -33,6 +33,12 @@ class Finder:
 
 sys.meta_path.insert(0, Finder())
 import pytest
+from hypothesis import Phase, settings
+from moegate.conformance import profiles
+
+# Nobody reads the case that fails: shrinking it would take most of the time.
+gate = settings.get_profile("moegate-gate")
+settings.register_profile("moegate-gate", gate, phases=(Phase.explicit, Phase.generate))
 sys.exit(pytest.main([*tests, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", *options]))
 """
 

@@ -15,7 +15,7 @@ from moegate.bench.peers import load_peer
 from moegate.bench.record import Record
 from moegate.bench.runner import measure_workload
 from moegate.bench.session import OURS, LayerBench, run_workloads
-from moegate.bench.timer import Captured
+from moegate.bench.timer import Captured, PairedRatio
 from moegate.bench.tune import candidate_configs, measure_pairs, search
 from moegate.bench.verification import WrongKernelError, verify_rows
 from moegate.bench.workloads import MODELS, Model, Routing, Workload
@@ -160,7 +160,8 @@ def test_peers_are_paired_with_ours_and_wrong_ones_left_out():
     assert [record.subject for record in measured.records] == [OURS, "peer"]
     ours, peer = measured.records
     assert set(ours.versus) == {"peer"}
-    assert ours.versus["peer"].median == pytest.approx(1 / peer.versus[OURS].median, rel=0.2)
+    assert ours.versus["peer"] == PairedRatio.of(ours.timing, peer.timing)
+    assert peer.versus[OURS] == PairedRatio.of(peer.timing, ours.timing)
     assert "WrongKernelError" in measured.failures["wrong"]
     assert measured.failures["broken"] == "RuntimeError: no such kernel"
 

@@ -124,6 +124,9 @@ def test_layers_that_cannot_be_stored_so_are_left_out_unless_they_are_named():
     assert "deepseek-v3-tp8" in {workload.model.name for workload in every}
     (named,) = select_workloads(device, models="gpt-oss-120b", dtype="int4-g128", tokens="1")
     assert named.unsupported == "int4-g128 needs H and I that 128 divides, got 2880 and 2880"
+    (alternating,) = select_workloads(device, models="gpt-oss-120b", dtype="fp8-block", tokens="1")
+    assert "needs all gate rows before the up rows" in (alternating.unsupported or "")
+    assert alternating not in select_workloads(device, dtype="fp8-block", tokens="1")
     (block,) = select_workloads(device, models="deepseek-v3-tp8", dtype="fp8-block", tokens="1")
     assert block.id.startswith("deepseek-v3-tp8-E256k8H7168I256-silu-fp8-block-M1-")
     assert named.id.startswith("gpt-oss-120b-E128k4H2880I2880-swigluoai-interleaved-bias-int4-g128-M1-")

@@ -52,7 +52,7 @@ def test_every_value_property_of_the_experts_rejects_a_null_kernel_on_every_case
             if verdict.property.id in value_properties:
                 judged[verdict.property.id] += 1
                 assert not verdict.holds, f"{verdict.property.id} accepts {null_kernel.name} on {spec!r}"
-    assert min(judged.values()) > CASES / 2
+    assert min(judged.values()) >= CASES / 2
 
 
 def test_the_value_properties_judged_here_are_all_that_there_are():

@@ -31,7 +31,7 @@ FAULTS = (
     Fault(
         "gemm-reads-past-the-tail-of-k",
         "kernels/tile.py",
-        '"EVEN_K": k % config.block_size_k == 0,',
+        '"EVEN_K": operands.k % config.block_size_k == 0,',
         '"EVEN_K": True,',
         ("test_experts.py",),
         ("NUM-01",),
@@ -47,15 +47,15 @@ FAULTS = (
     Fault(
         "gemm-never-multiplies-the-routing-weight",
         "kernels/grouped_gemm.py",
-        "    if mul_weight:\n",
-        "    if mul_weight > 1:\n",
+        "    if mul_weight == ON_OUTPUT:\n",
+        "    if mul_weight > ON_OUTPUT:\n",
         ("test_experts.py",),
         ("NUM-01", "NUM-02", "NUM-03"),
     ),
     Fault(
         "routing-weight-is-applied-on-the-output-too",
         "experts/triton.py",
-        "mul_weight=not apply_router_weight_on_input,",
+        "mul_weight=not call.apply_router_weight_on_input,",
         "mul_weight=True,",
         ("test_experts.py",),
         ("NUM-01", "NUM-02", "NUM-03"),
@@ -63,8 +63,8 @@ FAULTS = (
     Fault(
         "naive-path-reads-the-row-of-the-pair",
         "kernels/grouped_gemm.py",
-        "a_rows = (pairs // a_top_k).to(tl.int64) * stride_am",
-        "a_rows = (pairs // (1 if NAIVE else a_top_k)).to(tl.int64) * stride_am",
+        "    a_index = pairs // a_top_k\n",
+        "    a_index = pairs // (1 if NAIVE else a_top_k)\n",
         ("test_experts.py",),
         ("NUM-01",),
     ),
@@ -135,7 +135,9 @@ FAULTS = (
     Fault(
         "batched-activation-stops-at-the-first-expert-s-count",
         "kernels/activation.py",
+        "    first = tl.program_id(0) // num_i_blocks * BLOCK_ROWS\n"
         "    num_tokens = tokens_of_slab(expert_num_tokens_ptr, expert, max_tokens)",
+        "    first = tl.program_id(0) // num_i_blocks * BLOCK_ROWS\n"
         "    num_tokens = tokens_of_slab(expert_num_tokens_ptr, expert * 0, max_tokens)",
         ("test_batched.py",),
         ("NUM-01",),
@@ -151,8 +153,9 @@ FAULTS = (
     Fault(
         "batched-format-launches-a-kernel-twice",
         "experts/batched_triton.py",
-        "        batched_silu_and_mul(activated, gate_up, expert_num_tokens, platform)",
-        "        [batched_silu_and_mul(activated, gate_up, expert_num_tokens, platform) for _ in range(2)]",
+        "        batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13)",
+        "        [batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13)"
+        " for _ in range(2)]",
         ("test_batched.py",),
         ("BATCHED-06",),
     ),

@@ -118,6 +118,7 @@ def test_a_padding_token_must_say_that_it_is_one_and_a_real_one_must_not():
 
 def test_the_answer_of_a_custom_function_may_be_scaled_and_nothing_else():
     case = build_routing(RoutingSpec(M=4, E=8, top_k=3, scoring="custom", scaling="above_one"))
+    assert case.custom_answer is not None
     weights, ids = case.custom_answer
     ids = ids.clone()
     assert all(v.holds for v in judge_routing(case, 2.5 * weights, ids))

@@ -1,8 +1,8 @@
 """Every nasty case that the design names is really drawn, and looked for in the tensors and not in the spec's words.
 
-What is measured is what the gate draws for one variant (experts 360 cases, routing 348, alignment 150, batched format
-80), and, so that no lucky seed hides a hole, as much under two other seeds. Each case must come up three times in each
-of them.
+What is measured is what the gate runs for one variant (experts 360 cases beside those that are pinned, routing 348,
+alignment 150, batched format 80), and, so that no lucky seed hides a hole, as much under two other seeds. Each case
+must come up three times in each of them.
 """
 
 from itertools import combinations, product
@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 
 from moegate.conformance.cases import build_align, build_batched, build_experts, build_routing
+from moegate.conformance.coverage import pinned_experts
 from moegate.conformance.pairwise import pairs_of
 from moegate.conformance.profiles import explore
+from moegate.conformance.properties.num import reference_of
 from moegate.conformance.properties.path import expects_naive_blocks
 from moegate.conformance.selection import SELECTION
-from moegate.conformance.spec import COUNTS, DTYPES, LOGITS, ROUTINGS, TILE, WEIGHTS
+from moegate.conformance.spec import ACTIVATIONS, BIASES, COUNTS, DTYPES, LOGITS, ROUTINGS, SCHEMES, TILE, WEIGHTS
 from moegate.conformance.strategies import (
     MANY_PAIRS,
     POOLS,
@@ -26,12 +28,13 @@ from moegate.conformance.strategies import (
     is_routing,
     pinned_aligns,
     pinned_routings,
+    quantize_specs,
     routing_features,
     routing_specs,
 )
 from moegate.conformance.subject import ROUTING_METHODS, Capabilities
 
-ANY = Capabilities(**ROUTING_METHODS)
+ANY = Capabilities(**ROUTING_METHODS, schemes=tuple(SCHEMES), activations=tuple(ACTIVATIONS), biases=BIASES)
 
 
 def drawn(strategy, name, examples):
@@ -63,7 +66,62 @@ def exponent_range(values):
 
 
 def gate_up(case):
-    return case.w13[0].chunk(2)
+    """Gate and up rows of the first expert's weight, as they are meant; up is zero where nothing is gated."""
+    weight = case.layer()["w13"]
+    weight = case.w13[0].double() if weight is case.w13 else weight.expert(0)
+    gate, up = case.activation.split(weight.T)
+    return gate.T, up.T
+
+
+def stored_in(case, dtype):
+    return case.stored is not None and case.w13.dtype == dtype
+
+
+def quantised_rows(case):
+    """The second GEMM's input over its scale, of a scheme that quantises it."""
+    how = case.layer()["quantize_hidden"]
+    hidden = reference_of(case).activated.flatten(0, 1)
+    return (hidden / how.scales(hidden)).abs() if how is not None and len(hidden) else torch.zeros(1)
+
+
+# What the schemes, activations and biases bring.
+LAYERS = {
+    "fp8 weights of 448, subnormals and zeros": lambda c: (
+        stored_in(c, torch.float8_e4m3fn)
+        and (c.w13.float().abs() == 448).any()
+        and ((c.w13.float().abs() < 2**-6) & (c.w13.float() != 0)).any()
+        and (c.w13.float() == 0).any()
+    ),
+    "int8 weights of 127 and -127": lambda c: stored_in(c, torch.int8) and c.w13.max() == 127 and c.w13.min() == -127,
+    "nibbles of 0 and 15": lambda c: stored_in(c, torch.uint8) and {0, 15} <= set((c.w13 & 15).unique().tolist()),
+    "zero points of 0 and 15": lambda c: (
+        c.stored is not None
+        and c.stored.w13_zero_point is not None
+        and {0, 15} <= set((c.stored.w13_zero_point >> 4).unique().tolist())
+    ),
+    "scales of widely spread exponents": lambda c: (
+        c.stored is not None and c.stored.w2_scale.numel() > 9 and exponent_range(c.stored.w2_scale) > 4
+    ),
+    "hidden rows that a static scale clamps": lambda c: (
+        c.activation_scale == "static" and quantised_rows(c).max() > 448
+    ),
+    "hidden rows that a static scale makes subnormal": lambda c: (
+        c.activation_scale == "static" and 0 < quantised_rows(c).median() < 2**-6
+    ),
+    "a token of zeros": lambda c: (
+        c.activation_scale in ("token", "group") and (c.hidden_states == 0).all(dim=-1).any()
+    ),
+    "a group of zeros beside others": lambda c: (
+        c.activation_scale == "group"
+        and ((c.hidden_states[..., : c.stored.block_shape[1]] == 0).all(dim=-1) & (c.hidden_states != 0).any(-1)).any()
+    ),
+    "an activation without a gate": lambda c: not c.activation.is_gated,
+    "alternating rows": lambda c: c.activation.interleaved,
+    "a bias of one GEMM alone": lambda c: (c.w13_bias is None) != (c.w2_bias is None),
+    "a float32 bias beside others": lambda c: (
+        c.w13_bias is not None and c.w13_bias.dtype != c.hidden_states.dtype
+    ),
+}  # fmt: skip
 
 
 PAIRS = {
@@ -87,6 +145,7 @@ PAIRS = {
 }
 EXPERTS = {
     **PAIRS,
+    **LAYERS,
     "ragged H": lambda c: c.w2.shape[1] % TILE != 0,
     "ragged I": lambda c: c.w2.shape[2] % TILE != 0,
     "odd sizes": lambda c: c.w2.shape[1] % 2 and c.w2.shape[2] % 2,
@@ -238,7 +297,11 @@ BATCHED = {
 }
 
 
+PINNED = pinned_experts("cpu", ANY)
+
+
 def experts_of_the_gate(series):
+    yield from PINNED
     for dtype in DTYPES:
         for few in (True, False):
             strategy = experts_specs("cpu", ANY, dtypes=(dtype,), low_latency=few)
@@ -255,7 +318,7 @@ def aligns_of_the_gate(series):
 
 # What a family draws for one variant under a name, how a case is built, what is looked for, and in how many cases.
 FAMILIES = {
-    "NUM": (experts_of_the_gate, build_experts, EXPERTS, 360),
+    "NUM": (experts_of_the_gate, build_experts, EXPERTS, 360 + len(PINNED)),
     "ROUTE": (routings_of_the_gate, build_routing, ROUTING, 348),
     "ALIGN": (aligns_of_the_gate, build_align, ALIGN, 180),
     "BATCHED": (lambda series: drawn(batched_specs("cpu", ANY), series, 80), build_batched, BATCHED, 80),
@@ -284,6 +347,9 @@ FEW = Capabilities(
     maps=("none", "linear"),
     counts=COUNTS[-2:],
     logits=LOGITS[:1],
+    schemes=("none", "fp8_channel_token"),
+    activations=("gelu",),
+    biases=("w13",),
     weight_on_input=False,
     padded_rows=False,
     empty=False,
@@ -292,7 +358,7 @@ FEW = Capabilities(
 
 @pytest.mark.parametrize("device", POOLS)
 @pytest.mark.parametrize("capabilities", [ANY, FEW], ids=["everything", "little"])
-@pytest.mark.parametrize("strategy", [experts_specs, align_specs, routing_specs, batched_specs])
+@pytest.mark.parametrize("strategy", [experts_specs, align_specs, routing_specs, batched_specs, quantize_specs])
 def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
     declared = {
         "dtype": capabilities.dtypes,
@@ -301,6 +367,10 @@ def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
         "expert_map": capabilities.maps,
         "logits": capabilities.logits,
         "counts": capabilities.counts,
+        "scheme": capabilities.schemes,
+        "activation": capabilities.activations,
+        "bias": capabilities.biases,
+        "quantizer": capabilities.quantizers,
         "weight_on_input": (False, capabilities.weight_on_input),
         "padded_rows": (False, capabilities.padded_rows),
         "scoring": capabilities.scorings,
@@ -316,7 +386,9 @@ def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
     def only(spec):
         for name, value in spec.features().items():
             assert value in declared.get(name, (value,)), name
-        if strategy is batched_specs:
+        if strategy is quantize_specs:
+            assert spec.rows > 0 or capabilities.empty
+        elif strategy is batched_specs:
             assert (spec.max_tokens > 0 and spec.counts != "zero") or capabilities.empty
         else:
             assert spec.M > 0 or capabilities.empty
@@ -325,7 +397,10 @@ def test_only_what_a_subject_declares_is_drawn(strategy, capabilities, device):
             assert spec.top_k <= spec.most_choices()
         if strategy is experts_specs:
             assert spec.top_k == 1 or not spec.weight_on_input
-            assert (spec.H, spec.I) in POOLS[device].shapes_of(spec.dtype)
+        if strategy in (experts_specs, batched_specs):
+            size = (spec.H, spec.I, spec.block_n, spec.block_k)
+            assert size in POOLS[device].shapes_of(spec.scheme)
+            assert spec.scheme == "none" or spec.dtype in POOLS[device].scaled_dtypes
 
     only()
 

@@ -40,6 +40,11 @@ SHARDS = declare(
     "experts",
     needs=lambda can: set(can.maps) != {"none"},
 )
+DOUBLED = declare(
+    "META-09",
+    "the second GEMM's weights, or their scales, and its bias times two give twice the output",
+    "experts",
+)
 
 Run = Callable[[ExpertsCase], Tensor]
 """The subject, on a case."""
@@ -148,6 +153,16 @@ def _linear(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeri
     return _agree(LINEAR, doubled, 2 * out.double(), budget, times=2.0)
 
 
+def _doubled(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
+    changed: dict[str, Any] = {} if case.w2_bias is None else {"w2_bias": 2 * case.w2_bias}
+    if case.stored is None:
+        changed["w2"] = 2 * case.w2
+    else:
+        changed["stored"] = replace(case.stored, w2_scale=2 * case.stored.w2_scale)
+    doubled = run(_placed(case, **changed))
+    return _agree(DOUBLED, doubled, 2 * out.double(), budget, times=2.0)
+
+
 def _dense(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
     # The dense mixture, written without any routing: every token through every expert, as one product each.
     layer = case.layer()
@@ -226,6 +241,7 @@ LAWS = (
         adapt=lambda spec: replace(spec, weights="one_zero", weight_on_input=False),
     ),
     Law(DUPLICATE, _duplicate),
+    Law(DOUBLED, _doubled),
     Law(
         SHARDS,
         _shards,

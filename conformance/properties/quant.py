@@ -20,7 +20,7 @@ def _has_quantizer(capabilities: Any) -> bool:
 
 FORM = declare(
     "QUANT-01",
-    "values are [rows, K] of the format asked for, scales float32 of the shape that their granularity says",
+    "values have the shape of the input and the format asked for, scales are float32 of the shape of their granularity",
     "quantize",
     needs=_has_quantizer,
 )

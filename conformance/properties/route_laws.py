@@ -48,7 +48,7 @@ ONLY_RANKS = declare(
 
 # Added to a bias whose values lie on a grid of 2**-21, or are integers, so that it rounds nothing.
 SHIFT = 2.0
-# Experts that are all chosen by ROUTE-15: no more than one block of choices.
+# Experts that are all chosen by ROUTE-15: one block of choices.
 FEW_EXPERTS = 8
 
 
@@ -124,8 +124,11 @@ def _with_bias(spec: RoutingSpec, can: Capabilities) -> RoutingSpec:
     """A spec with a bias and a scoring that takes one."""
     biases = [name for name in can.correction_biases if name != "none"]
     scorings = [name for name in can.scorings if name != "custom"]
+    few = min(spec.E, FEW_EXPERTS)  # where softmax was all, E is of another pool, and a kernel of its own on a GPU
     return replace(
         spec,
+        E=few if spec.is_plain() else spec.E,
+        top_k=min(spec.top_k, few) if spec.is_plain() else spec.top_k,
         scoring=spec.scoring if spec.scoring != "custom" else scorings[spec.seed % len(scorings)],
         correction_bias=spec.correction_bias if spec.correction_bias != "none" else biases[spec.seed % len(biases)],
     )

@@ -9,7 +9,7 @@ import torch
 
 from ..config import Activation, ActivationFormat, ActivationFunction, MoEConfig, QuantScheme
 from ..platform import Platform, Vendor
-from ..quantization import ActivationScale, ExpertsQuantization, WeightScale
+from ..quantization import ExpertsQuantization, WeightScale
 from ..quantize import quantize_with_torch
 from .base import ExpertsCall, StandardExperts, unshipped_feature
 from .readiness import READY, Readiness, absent
@@ -134,12 +134,11 @@ class _Rows:
 
     def __init__(self, x: torch.Tensor, quant: ExpertsQuantization | None, *, is_first: bool) -> None:
         self.values, self.scales = x, None
-        if quant is None or quant.activation_scale is ActivationScale.NONE:
+        dtype = None if quant is None else quant.activation_dtype
+        if quant is None or dtype is None:
             return
-        dtype = torch.int8 if quant.scheme is QuantScheme.INT8_W8A8 else torch.float8_e4m3fn
-        group = quant.block_shape[1] if quant.block_shape is not None else 0
         static_scale = quant.a13_scale if is_first else quant.a2_scale
-        self.values, scales = quantize_with_torch(x, dtype, quant.activation_scale, group, static_scale)
+        self.values, scales = quantize_with_torch(x, dtype, quant.activation_scale, quant.group, static_scale)
         self.scales = scales.expand(len(x), 1) if scales.ndim == 1 else scales
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..config import ActivationFunction, QuantScheme
+from ..config import ActivationFunction
 from ..kernels.activation import activate, activate_and_quantize
 from ..kernels.quantize import Rows, quantize_rows
 from ..kernels.tile import GemmOperands, gemm_operands
 from ..platform import Platform
 from ..quantization import ActivationScale
 from ..weights import ExpertsWeights
-
-_STORED = {QuantScheme.FP8_W8A8: torch.float8_e4m3fn, QuantScheme.INT8_W8A8: torch.int8}
 
 
 class LayerWorkspace:
@@ -52,12 +50,10 @@ def quantize_input(
         rows: which rows hold something; None for all.
     """
     quant = weights.quant
-    if quant is None or quant.activation_scale is ActivationScale.NONE:
+    dtype = None if quant is None else quant.activation_dtype
+    if quant is None or dtype is None:
         return hidden_states, None
-    group = 0 if quant.block_shape is None else quant.block_shape[1]
-    return quantize_rows(
-        hidden_states, _STORED[quant.scheme], quant.activation_scale, group, quant.a13_scale, rows=rows
-    )
+    return quantize_rows(hidden_states, dtype, quant.activation_scale, quant.group, quant.a13_scale, rows=rows)
 
 
 def activate_hidden(
@@ -79,19 +75,18 @@ def activate_hidden(
         platform: where it runs.
     """
     quant = weights.quant
-    scale = ActivationScale.NONE if quant is None else quant.activation_scale
-    if quant is None or scale is ActivationScale.NONE:
+    dtype = None if quant is None else quant.activation_dtype
+    if quant is None or dtype is None:
         activate(hidden, gate_up, function, rows, platform)
         return hidden, None
-    dtype = _STORED[quant.scheme]
+    scale = quant.activation_scale
     if scale is ActivationScale.TENSOR:
         # The tensor's largest magnitude is known only when all of it is there.
         activate(hidden, gate_up, function, rows, platform)
         return quantize_rows(hidden, dtype, scale, rows=rows)
-    group = 0 if quant.block_shape is None else quant.block_shape[1]
     # The quantised values lie where the plain ones would have lain.
     values = hidden.view(-1).view(dtype)[: hidden.numel()].view(hidden.shape)
-    scales = activate_and_quantize(values, gate_up, function, scale, group, quant.a2_scale, rows)
+    scales = activate_and_quantize(values, gate_up, function, scale, quant.group, quant.a2_scale, rows)
     return values, scales
 
 

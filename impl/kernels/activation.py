@@ -11,7 +11,7 @@ import triton.language as tl
 from .. import path
 from ..config import ActivationFunction
 from ..platform import Platform, Vendor
-from ..quantization import ActivationScale
+from ..quantization import LARGEST, ActivationScale
 from .pairs import local_expert
 from .quantize import Rows, quantized, scale_of
 from .sizes import cdiv, next_power_of_2
@@ -101,12 +101,22 @@ def _activate_and_store(
     tl.store(out_ptr + rows[:, None] * size + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_local_experts", "stride_topk_ids", "top_k"])
+@triton.jit(
+    do_not_specialize=[
+        "has_expert_map",
+        "num_pairs",
+        "num_experts",
+        "num_local_experts",
+        "stride_topk_ids",
+        "top_k",
+    ]
+)
 def activation_kernel(
     gate_up_ptr,
     out_ptr,
     topk_ids_ptr,
     expert_map_ptr,
+    has_expert_map,
     num_pairs,
     size,
     alpha,
@@ -115,7 +125,6 @@ def activation_kernel(
     num_local_experts,
     stride_topk_ids,
     top_k,
-    HAS_EXPERT_MAP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -134,7 +143,7 @@ def activation_kernel(
         num_experts,
         num_local_experts,
         top_k,
-        HAS_EXPERT_MAP,
+        has_expert_map,
     )
     _activate_and_store(
         gate_up_ptr,
@@ -255,13 +264,23 @@ def _activate_and_quantize(
         tl.store(scale_ptr + rows * num_groups + index, scale, mask=real)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_local_experts", "stride_topk_ids", "top_k"])
+@triton.jit(
+    do_not_specialize=[
+        "has_expert_map",
+        "num_pairs",
+        "num_experts",
+        "num_local_experts",
+        "stride_topk_ids",
+        "top_k",
+    ]
+)
 def quantized_activation_kernel(
     gate_up_ptr,
     out_ptr,
     scale_ptr,
     topk_ids_ptr,
     expert_map_ptr,
+    has_expert_map,
     num_pairs,
     size,
     group,
@@ -271,7 +290,6 @@ def quantized_activation_kernel(
     num_local_experts,
     stride_topk_ids,
     top_k,
-    HAS_EXPERT_MAP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -293,7 +311,7 @@ def quantized_activation_kernel(
         num_experts,
         num_local_experts,
         top_k,
-        HAS_EXPERT_MAP,
+        has_expert_map,
     )
     _activate_and_quantize(
         gate_up_ptr,
@@ -386,7 +404,7 @@ def activate(
         rows: which rows hold something.
         platform: where it runs.
     """
-    block_rows, block_i, num_warps = _block(rows.count, platform)
+    block_rows, block_i, num_warps = _block(rows, platform)
     _launch(
         activation_kernel,
         batched_activation_kernel,
@@ -417,22 +435,22 @@ def activate_and_quantize(
         function: the activation.
         scale: static, one a token, or one a group.
         group: columns of a group.
-        static_scale: [1] float32 of `ActivationScale.STATIC`.
+        static_scale: [1] float32 of `ActivationScale.STATIC`, else None.
         rows: which rows hold something.
 
     Returns:
         The scales, float32 [1], [rows, 1] or [rows, ceil(I / group)].
     """
     size = out.shape[-1]
-    static = scale is ActivationScale.STATIC
+    static = static_scale is not None
     block_i = min(1024, next_power_of_2(group if scale is ActivationScale.GROUP else size))
     width = group if scale is ActivationScale.GROUP else size if scale is ActivationScale.TOKEN else block_i
     num_groups = cdiv(size, width)
-    if static:
+    if static_scale is not None:
         scales = static_scale
     else:
         scales = torch.empty((rows.count, num_groups), dtype=torch.float32, device=out.device)
-    block_rows = max(1, min(16 if rows.count > 512 else 4, 2048 // block_i))
+    block_rows = max(1, min(4, 2048 // block_i))
     _launch(
         quantized_activation_kernel,
         batched_quantized_activation_kernel,
@@ -446,7 +464,7 @@ def activate_and_quantize(
             "STORAGE": _TRITON_DTYPES[gate_up.dtype],
             "STATIC": static,
             "ONE_BLOCK": width <= block_i,
-            "LARGEST": 127.0 if out.dtype == torch.int8 else 448.0,
+            "LARGEST": LARGEST[out.dtype],
             "BLOCK_ROWS": block_rows,
             "BLOCK_I": block_i,
             "num_warps": 4,
@@ -470,7 +488,7 @@ def _launch(
     options: dict[str, Any],
 ) -> None:
     """Launch the kernel of the rows' kind."""
-    topk_ids, expert_map, expert_num_tokens = rows.tensors
+    topk_ids, expert_map, has_expert_map, expert_num_tokens = rows.pointers
     constants = {
         "ACTIVATION": str(function.kind),
         "IS_GATED": function.kind.is_gated,
@@ -485,10 +503,10 @@ def _launch(
             *tensors,
             topk_ids,
             expert_map,
+            has_expert_map,
             rows.count,
             *numbers,
             *rows.numbers[:4],
-            HAS_EXPERT_MAP=expert_map is not None,
             **constants,
         )
         return
@@ -503,9 +521,10 @@ def _launch(
     )
 
 
-def _block(num_rows: int, platform: Platform) -> tuple[int, int, int]:
+def _block(rows: Rows, platform: Platform) -> tuple[int, int, int]:
     """Rows and columns of a program, and its warps."""
     if platform.vendor is Vendor.CPU:
         return 64, 128, 4
-    # 16 bytes of gate and of up a thread while few rows must fill the device, four times that when many do.
-    return (4 if num_rows <= 2048 else 16), 256, 4
+    # 16 bytes of gate and of up a thread while few rows must fill the device, four times that when many do. How many
+    # rows of slabs hold something the host does not know.
+    return (4 if rows.kind == "slabs" or rows.count <= 2048 else 16), 256, 4

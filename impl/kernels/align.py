@@ -14,14 +14,24 @@ import triton
 import triton.language as tl
 
 from .. import path
-from .pairs import local_expert
+from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_local_experts", "stride_topk_ids", "top_k"])
+@triton.jit(
+    do_not_specialize=[
+        "has_expert_map",
+        "num_pairs",
+        "num_experts",
+        "num_local_experts",
+        "stride_topk_ids",
+        "top_k",
+    ]
+)
 def align_count_kernel(
     topk_ids_ptr,
     expert_map_ptr,
+    has_expert_map,
     chunk_prefix_ptr,
     span_total_ptr,
     num_pairs,
@@ -29,7 +39,6 @@ def align_count_kernel(
     num_local_experts,
     stride_topk_ids,
     top_k,
-    HAS_EXPERT_MAP: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS_PER_SPAN: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -51,7 +60,7 @@ def align_count_kernel(
                 num_experts,
                 num_local_experts,
                 top_k,
-                HAS_EXPERT_MAP,
+                has_expert_map,
             )
             bin_ = expert - first_expert
             inside = (expert >= 0) & (bin_ >= 0) & (bin_ < BLOCK_E)
@@ -64,6 +73,7 @@ def align_count_kernel(
 
 @triton.jit(
     do_not_specialize=[
+        "has_expert_map",
         "num_pairs",
         "num_spans",
         "max_blocks",
@@ -77,6 +87,7 @@ def align_count_kernel(
 def align_place_kernel(
     topk_ids_ptr,
     expert_map_ptr,
+    has_expert_map,
     chunk_prefix_ptr,
     span_total_ptr,
     sorted_token_ids_ptr,
@@ -90,7 +101,6 @@ def align_place_kernel(
     num_local_experts,
     stride_topk_ids,
     top_k,
-    HAS_EXPERT_MAP: tl.constexpr,
     DIRECT: tl.constexpr,
     CHUNK: tl.constexpr,
     COMPARED: tl.constexpr,
@@ -113,7 +123,7 @@ def align_place_kernel(
         num_experts,
         num_local_experts,
         top_k,
-        HAS_EXPERT_MAP,
+        has_expert_map,
     )
     # The pair's position: its expert's start, plus the pairs of that expert before this chunk, plus those before it
     # in the chunk.
@@ -130,7 +140,7 @@ def align_place_kernel(
             num_experts,
             num_local_experts,
             top_k,
-            HAS_EXPERT_MAP,
+            has_expert_map,
         )
         earlier = (expert[:, None] == other[None, :]) & (other_lane[None, :] < lane[:, None])
         position += tl.sum(earlier.to(tl.int32), axis=1)
@@ -153,7 +163,7 @@ def align_place_kernel(
                     num_experts,
                     num_local_experts,
                     top_k,
-                    HAS_EXPERT_MAP,
+                    has_expert_map,
                 )
                 bin_ = other - first_expert
                 inside = (other >= 0) & (bin_ >= 0) & (bin_ < BLOCK_E)
@@ -260,7 +270,7 @@ def align(
             align_count_kernel,
             (num_spans,),
             topk_ids,
-            expert_map,
+            *map_arguments(topk_ids, expert_map),
             chunk_prefix,
             span_total,
             num_pairs,
@@ -268,7 +278,6 @@ def align(
             num_local_experts,
             topk_ids.stride(0),
             top_k,
-            HAS_EXPERT_MAP=expert_map is not None,
             CHUNK=_CHUNK,
             CHUNKS_PER_SPAN=_CHUNKS_PER_SPAN,
             BLOCK_E=block_e,
@@ -281,7 +290,7 @@ def align(
         align_place_kernel,
         (num_chunks,),
         topk_ids,
-        expert_map,
+        *map_arguments(topk_ids, expert_map),
         chunk_prefix,
         span_total,
         sorted_token_ids,
@@ -295,7 +304,6 @@ def align(
         num_local_experts,
         topk_ids.stride(0),
         top_k,
-        HAS_EXPERT_MAP=expert_map is not None,
         DIRECT=direct,
         CHUNK=chunk,
         COMPARED=min(chunk, _COMPARED),

@@ -13,7 +13,7 @@ from .slabs import tokens_of_slab
 from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
 
 
-@triton.jit(do_not_specialize=["max_tokens", "stride_bias", "scale_rows", "scale_columns", "part"])
+@triton.jit(do_not_specialize=["max_tokens", "stride_bias", "has_bias", "scale_rows", "scale_columns", "part"])
 def batched_gemm_kernel(
     a_ptr,
     b_ptr,
@@ -36,6 +36,7 @@ def batched_gemm_kernel(
     scale_rows,
     scale_columns,
     part,
+    has_bias,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDE_B: tl.constexpr,
@@ -102,7 +103,7 @@ def batched_gemm_kernel(
         BLOCK_K,
     )
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if bias_ptr is not None:
+    if has_bias:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns
         acc += tl.load(bias_ptrs, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     c_ptrs = c_ptr + expert.to(tl.int64) * stride_ce + (rows * stride_cm)[:, None] + columns[None, :]
@@ -140,7 +141,7 @@ def batched_gemm(
         operands.a_scale,
         operands.b_scale,
         operands.b_zero,
-        bias,
+        c if bias is None else bias,  # a pointer of some kind: without one the kernel would be another variant
         expert_num_tokens,
         max_tokens,
         operands.n,
@@ -153,5 +154,6 @@ def batched_gemm(
         c.stride(0),
         c.stride(1),
         *operands.numbers,
+        int(bias is not None),
         **tile_options(operands, config, allow_tf32),
     )

@@ -8,16 +8,26 @@ import triton.language as tl
 
 from .. import path
 from ..platform import Platform, Vendor
-from .pairs import local_expert
+from .pairs import local_expert, map_arguments
 from .sizes import cdiv
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_experts", "num_local_experts", "stride_topk_ids", "top_k"])
+@triton.jit(
+    do_not_specialize=[
+        "has_expert_map",
+        "num_tokens",
+        "num_experts",
+        "num_local_experts",
+        "stride_topk_ids",
+        "top_k",
+    ]
+)
 def combine_kernel(
     y_ptr,
     out_ptr,
     topk_ids_ptr,
     expert_map_ptr,
+    has_expert_map,
     num_tokens,
     hidden_size,
     num_experts,
@@ -25,7 +35,6 @@ def combine_kernel(
     stride_topk_ids,
     stride_out,
     top_k,
-    HAS_EXPERT_MAP: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -50,7 +59,7 @@ def combine_kernel(
                 num_experts,
                 num_local_experts,
                 top_k,
-                HAS_EXPERT_MAP,
+                has_expert_map,
             )
             mask = (expert >= 0)[:, None] & inside
             row = tl.load(y_ptr + (rows * top_k + choice) * hidden_size + columns[None, :], mask=mask, other=0.0)
@@ -84,7 +93,7 @@ def combine(
         y,
         out,
         topk_ids,
-        expert_map,
+        *map_arguments(topk_ids, expert_map),
         num_tokens,
         hidden_size,
         num_experts,
@@ -92,7 +101,6 @@ def combine(
         topk_ids.stride(0),
         out.stride(0),
         top_k,
-        HAS_EXPERT_MAP=expert_map is not None,
         # The loads of one round are in flight together; masked ones cost less than another variant to compile.
         UNROLL=unroll,
         BLOCK_TOKENS=block_tokens,

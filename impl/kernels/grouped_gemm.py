@@ -11,6 +11,9 @@ from ..tuning.kernel_config import KernelConfig
 from .sizes import cdiv
 from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
 
+# When the routing weight multiplies; 0 where it does not.
+ON_INPUT, ON_OUTPUT = tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit(
     do_not_specialize=[
@@ -22,6 +25,7 @@ from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
         "a_top_k",
         "top_k",
         "mul_weight",
+        "has_bias",
         "scale_rows",
         "scale_columns",
         "part",
@@ -54,8 +58,8 @@ def grouped_gemm_kernel(
     a_top_k,
     top_k,
     mul_weight,
+    has_bias,
     NAIVE: tl.constexpr,
-    WEIGHT_BEFORE_BIAS: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDE_B: tl.constexpr,
@@ -130,16 +134,14 @@ def grouped_gemm_kernel(
         BLOCK_K,
     )
     weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
-    if WEIGHT_BEFORE_BIAS:
-        if mul_weight:
-            acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
+    if mul_weight == ON_INPUT:
+        acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if bias_ptr is not None:
+    if has_bias:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns
         acc += tl.load(bias_ptrs, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if not WEIGHT_BEFORE_BIAS:
-        if mul_weight:
-            acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
+    if mul_weight == ON_OUTPUT:
+        acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     c_ptrs = c_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
     c_mask = real[:, None] if EVEN_N else real[:, None] & (columns < N)[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=c_mask)
@@ -167,8 +169,8 @@ def grouped_gemm(
         operands: the weights, with scales and bias.
         topk_ids: [M, top_k].
         topk_weights: [M, top_k] float32.
-        mul_weight: multiply them into the float32 accumulator: before the bias where they stand for the input
-            (`a_row_is_token`), behind it where they weigh the output.
+        mul_weight: multiply them into the float32 accumulator: before the bias where they stand for the input (of
+            the first GEMM, `a_row_is_token`), behind it where they weigh the output.
         sorted_token_ids: the alignment's pairs for `config.block_size_m`, or None for naive blocks.
         expert_ids: the alignment's experts, or None for naive blocks.
         a_row_is_token: row p // top_k of `a` belongs to pair p, else row p.
@@ -188,7 +190,7 @@ def grouped_gemm(
         operands.a_scale,
         operands.b_scale,
         operands.b_zero,
-        bias,
+        c if bias is None else bias,  # a pointer of some kind: without one the kernel would be another variant
         topk_weights,
         sorted_token_ids,
         topk_ids if expert_ids is None else expert_ids,
@@ -205,9 +207,8 @@ def grouped_gemm(
         *operands.numbers,
         top_k if a_row_is_token else 1,
         top_k,
-        int(mul_weight),
+        (1 if a_row_is_token else 2) * mul_weight,
+        int(bias is not None),
         NAIVE=sorted_token_ids is None,
-        # Without a bias the order says nothing, and one variant serves both GEMMs.
-        WEIGHT_BEFORE_BIAS=a_row_is_token and bias is not None,
         **tile_options(operands, config, allow_tf32),
     )

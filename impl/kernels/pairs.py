@@ -5,6 +5,7 @@ A pair is one (token, choice): pair p is token p // top_k and its choice p % top
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -19,12 +20,13 @@ def local_expert(
     num_experts,
     num_local_experts,
     top_k,
-    HAS_EXPERT_MAP: tl.constexpr,
+    has_expert_map,
 ):
     """The local expert of `pair` (a number or a block of them), int32; -1 where it has none on this rank.
 
-    `top_k` is a run-time value: as a constant it would multiply the compiled variants. The map is a constant: a branch
-    here would keep the loads around it from being in flight together.
+    `top_k` and whether there is a map are run-time values: as constants they would multiply the compiled variants. No
+    branch on the map, which would keep the loads around it from being in flight together, but a mask: where there is
+    none, its pointer is another and nothing is loaded.
 
     An id outside [0, num_experts) is no expert, and so is a mapped id outside [0, num_local_experts): a stray id costs
     its own contribution and never an address.
@@ -32,7 +34,12 @@ def local_expert(
     row = (pair // top_k).to(tl.int64)
     expert = tl.load(topk_ids_ptr + row * stride_topk_ids + pair % top_k, mask=mask, other=-1)
     expert = tl.where((expert >= 0) & (expert < num_experts), expert, -1).to(tl.int32)
-    if HAS_EXPERT_MAP:
-        local = tl.load(expert_map_ptr + expert, mask=expert >= 0, other=-1).to(tl.int32)
-        expert = tl.where((local >= 0) & (local < num_local_experts), local, -1)
-    return expert
+    mapped = (expert >= 0) & (has_expert_map != 0)
+    local = tl.load(expert_map_ptr + expert, mask=mapped, other=-1).to(tl.int32)
+    local = tl.where((local >= 0) & (local < num_local_experts), local, -1)
+    return tl.where(has_expert_map != 0, local, expert)
+
+
+def map_arguments(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+    """`expert_map_ptr` and `has_expert_map` of a launch: without a map any pointer will do, and one of ids is there."""
+    return (topk_ids, 0) if expert_map is None else (expert_map, 1)

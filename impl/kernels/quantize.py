@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .. import path
-from ..quantization import ActivationScale
-from .pairs import local_expert
+from ..quantization import LARGEST, ActivationScale
+from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
 from .slabs import tokens_of_slab
 
@@ -44,13 +44,13 @@ def _real_rows(
     num_rows,
     topk_ids_ptr,
     expert_map_ptr,
+    has_expert_map,
     expert_num_tokens_ptr,
     num_experts,
     num_local_experts,
     stride_topk_ids,
     top_k,
     max_tokens,
-    HAS_EXPERT_MAP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Which rows hold something: all (`tokens`), `pairs` with a local expert, those within the counts of `slabs`."""
@@ -65,7 +65,7 @@ def _real_rows(
             num_experts,
             num_local_experts,
             top_k,
-            HAS_EXPERT_MAP,
+            has_expert_map,
         )
         inside = inside & (expert >= 0)
     if ROWS == "slabs":
@@ -75,6 +75,7 @@ def _real_rows(
 
 
 _RUN_TIME = [
+    "has_expert_map",
     "num_rows",
     "num_experts",
     "num_local_experts",
@@ -90,6 +91,7 @@ def amax_kernel(
     amax_ptr,
     topk_ids_ptr,
     expert_map_ptr,
+    has_expert_map,
     expert_num_tokens_ptr,
     num_rows,
     size,
@@ -100,7 +102,6 @@ def amax_kernel(
     stride_topk_ids,
     top_k,
     max_tokens,
-    HAS_EXPERT_MAP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,13 +114,13 @@ def amax_kernel(
         num_rows,
         topk_ids_ptr,
         expert_map_ptr,
+        has_expert_map,
         expert_num_tokens_ptr,
         num_experts,
         num_local_experts,
         stride_topk_ids,
         top_k,
         max_tokens,
-        HAS_EXPERT_MAP,
         ROWS,
     )
     offsets = (rows // max_tokens).to(tl.int64) * stride_slab + (rows % max_tokens).to(tl.int64) * stride_row
@@ -137,6 +138,7 @@ def quantize_rows_kernel(
     given_ptr,
     topk_ids_ptr,
     expert_map_ptr,
+    has_expert_map,
     expert_num_tokens_ptr,
     num_rows,
     size,
@@ -148,7 +150,6 @@ def quantize_rows_kernel(
     stride_topk_ids,
     top_k,
     max_tokens,
-    HAS_EXPERT_MAP: tl.constexpr,
     ROWS: tl.constexpr,
     GIVEN: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -167,13 +168,13 @@ def quantize_rows_kernel(
         num_rows,
         topk_ids_ptr,
         expert_map_ptr,
+        has_expert_map,
         expert_num_tokens_ptr,
         num_experts,
         num_local_experts,
         stride_topk_ids,
         top_k,
         max_tokens,
-        HAS_EXPERT_MAP,
         ROWS,
     )
     offsets = (rows // max_tokens).to(tl.int64) * stride_slab + (rows % max_tokens).to(tl.int64) * stride_row
@@ -211,7 +212,7 @@ class Rows:
         expert_num_tokens, max_tokens: of slabs.
     """
 
-    __slots__ = ("constants", "count", "max_tokens", "numbers", "tensors")
+    __slots__ = ("count", "kind", "max_tokens", "numbers", "pointers")
 
     def __init__(
         self,
@@ -228,10 +229,11 @@ class Rows:
         self.count = count
         # Rows of one slab follow each other at the row's stride; without slabs all of them do.
         self.max_tokens = max_tokens or max(count, 1)
-        self.tensors = (topk_ids, expert_map, expert_num_tokens)
+        map_pointer, has_map = (None, 0) if topk_ids is None else map_arguments(topk_ids, expert_map)
+        self.pointers = (topk_ids, map_pointer, has_map, expert_num_tokens)
         stride, top_k = (0, 1) if topk_ids is None else (topk_ids.stride(0), topk_ids.shape[1])
         self.numbers = (num_experts, num_local_experts, stride, top_k, self.max_tokens)
-        self.constants = {"HAS_EXPERT_MAP": expert_map is not None, "ROWS": kind}
+        self.kind = kind
 
 
 def quantize_rows(
@@ -242,7 +244,6 @@ def quantize_rows(
     static_scale: torch.Tensor | None = None,
     *,
     rows: Rows | None = None,
-    amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernels on checked arguments.
 
@@ -253,7 +254,6 @@ def quantize_rows(
         group: columns of a group.
         static_scale: [1] float32 of `ActivationScale.STATIC`.
         rows: which rows hold something; None takes all. The others are neither read nor written.
-        amax: [1] float32, the tensor's largest magnitude, where it is known already.
 
     Returns:
         values: of `dtype` and the shape of `x`, dense.
@@ -274,16 +274,16 @@ def quantize_rows(
         width, num_groups, given = size, 1, "dynamic"
         scales = torch.empty((count, 1), dtype=torch.float32, device=x.device)
     else:
-        width, num_groups, given = block, cdiv(size, block), "scale"
-        if scale is ActivationScale.TENSOR:
+        width, num_groups = block, cdiv(size, block)
+        if static_scale is None:
             given = "amax"
-            static_scale = largest_magnitude(x, rows) if amax is None else amax
+            static_scale = largest_magnitude(x, rows)
             scales = torch.empty(1, dtype=torch.float32, device=x.device)
         else:
-            scales = static_scale.view(1)
+            given, scales = "scale", static_scale.view(1)
     if count == 0:
         return values, scales
-    block_rows = max(1, min(16 if count > 512 else 4, 4096 // block))
+    block_rows = max(1, min(4, 4096 // block))
     path.launch(
         quantize_rows_kernel,
         (cdiv(count, block_rows), num_groups),
@@ -291,15 +291,15 @@ def quantize_rows(
         values,
         scales,
         static_scale,
-        *rows.tensors,
+        *rows.pointers,
         count,
         size,
         width,
         *_strides(x, rows),
         *rows.numbers,
-        **rows.constants,
+        ROWS=rows.kind,
         GIVEN=given,
-        LARGEST=127.0 if dtype == torch.int8 else 448.0,
+        LARGEST=LARGEST[dtype],
         BLOCK_ROWS=block_rows,
         BLOCK=block,
         num_warps=4,
@@ -325,12 +325,12 @@ def largest_magnitude(x: torch.Tensor, rows: Rows) -> torch.Tensor:
         (cdiv(rows.count, block_rows), cdiv(size, block)),
         x,
         amax.view(torch.int32),
-        *rows.tensors,
+        *rows.pointers,
         rows.count,
         size,
         *_strides(x, rows),
         *rows.numbers,
-        **rows.constants,
+        ROWS=rows.kind,
         BLOCK_ROWS=block_rows,
         BLOCK=block,
         num_warps=4,

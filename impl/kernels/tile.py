@@ -102,14 +102,14 @@ def product_of_tile(
     columns = pid_n * BLOCK_N + lane_n
     inside = columns < N
     # Bytes of int4 hold two columns each.
-    PACK: tl.constexpr = 2 if B_FORMAT == "int4" else 1
+    PACK: tl.constexpr = 2 if B_FORMAT == "int4" else 1  # pyright: ignore[reportAssignmentType]
     lane_b = tl.arange(0, BLOCK_K // PACK)
     # The weight tile starts at a 64-bit address; within it 32 bits reach, unless rows are enormous.
     b_tile_ptr = b_ptr + expert.to(tl.int64) * stride_be + (pid_n * BLOCK_N).to(tl.int64) * stride_bn
     b_rows = (lane_n.to(tl.int64) if WIDE_B else lane_n) * stride_bn
 
     IS_INTEGER: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
-    ACC: tl.constexpr = tl.int32 if IS_INTEGER else tl.float32
+    ACC: tl.constexpr = tl.int32 if IS_INTEGER else tl.float32  # pyright: ignore[reportAssignmentType]
     IS_STEPWISE: tl.constexpr = B_SCALE == "block" or B_SCALE == "group"
     # A weight that is read rows first keeps its packed or scaled form until it is unpacked.
     ROWS_FIRST: tl.constexpr = SWAP_AB or B_FORMAT == "int4"

@@ -119,13 +119,11 @@ _W8A8 = {
 # Weights that are unpacked in registers: swapped, they stay there as the matrix instruction's row operand.
 _HOPPER_WEIGHT_ONLY = {
     16: KernelConfig(16, 64, 128, 1, 4, 4, swap_ab=True),
-    32: KernelConfig(32, 64, 128, 1, 4, 3, swap_ab=True),
     64: KernelConfig(64, 128, 64, 1, 8, 3, swap_ab=True),
     128: KernelConfig(128, 64, 64, 8, 8, 3),
 }
 _WEIGHT_ONLY = {
     16: KernelConfig(16, 64, 64, 1, 4, 3),
-    32: KernelConfig(32, 64, 64, 1, 4, 3),
     64: KernelConfig(64, 64, 64, 1, 4, 3),
     128: KernelConfig(128, 128, 32, 8, 8, 2),
 }
