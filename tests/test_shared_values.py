@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 from moegate.conformance.judge import first_violated
 from moegate.conformance.numerics import Numerics
@@ -15,7 +16,7 @@ from moegate.conformance.properties.shared import (
     judge_unscaled,
     truth_of,
 )
-from moegate.conformance.shared_cases import SharedSpec, build_shared, pinned_shared
+from moegate.conformance.shared_cases import SharedSpec, build_shared, pinned_shared, shared_specs
 from moegate.conformance.spec import SCHEMES, parse_spec
 from moegate.conformance.subject import Capabilities
 from moegate.conformance.subjects.eager import EagerSubject
@@ -167,3 +168,16 @@ def test_pinned_specs_hold_every_dtype_scheme_and_gate():
     seen = {(spec.dtype, spec.gated, spec.shared_scheme) for spec in pinned_shared("cpu", everything)}
     assert len(seen) == 14
     assert {spec.scaling for spec in pinned_shared("cpu", everything)} == {"one", "above_one", "below_one"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_specs_are_drawn_for_every_device(device):
+    seen = []
+
+    @settings(max_examples=20, database=None, deadline=None)
+    @given(shared_specs(device, HONEST.capabilities))
+    def draw(spec):
+        seen.append((spec.dtype, spec.gated))
+
+    draw()
+    assert len(set(seen)) > 1
