@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import chain, combinations
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 from moegate.conformance.judge import Tally
 from moegate.conformance.properties.hygiene import poisoned_allocations
 from moegate.conformance.properties.shared import (
-    HAND_OVERS,
     OVERLAP,
+    PLACES,
     judge_again,
+    judge_callers,
     judge_element,
     judge_memory,
     judge_overlap,
@@ -19,6 +21,7 @@ from moegate.conformance.selection import SELECTION
 from moegate.conformance.shared_cases import build_shared, pinned_shared, shared_specs
 from moegate.conformance.shared_order import enumerate_orders, orders, unreadable
 from moegate.conformance.spec import parse_spec
+from moegate.conformance.streams import Delays, late_and_gone
 
 
 @pytest.mark.moegate_facets("shared_order")
@@ -42,9 +45,9 @@ def test_the_order_of_shared_experts_keeps_its_rules_on_the_space_of_questions(m
 
 
 EXAMPLES, RUNS = 12, 4  # poisoned, again, and with two factors
-# On a GPU: no delay, each one, and each two, of about 50 us, as long as a small layer takes.
-DELAYS = ((), *((place,) for place in HAND_OVERS), *combinations(HAND_OVERS, 2))
-DELAY_CYCLES = 100_000
+# On a GPU: no delay, each one, and each two.
+DELAYS = ((), *((place,) for place in PLACES), *combinations(PLACES, 2))
+TURNS = 6
 
 
 @pytest.mark.moegate_facets("shared")
@@ -74,31 +77,28 @@ def test_shared_experts_stay_within_budget_beside_the_routed_ones(moegate_sessio
     )
 
 
+def _skip_without_streams(session):
+    if session.device not in OVERLAP.devices or not OVERLAP.needs(session.subject.capabilities):
+        pytest.skip("streams overlap on a GPU alone, where the subject declares it")
+
+
 @pytest.mark.moegate_facets("shared")
 @pytest.mark.moegate_executions(EXAMPLES, 1 + len(DELAYS))
 def test_two_streams_give_the_bits_of_one(moegate_session, moegate_variant):
     session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
-    if session.device not in OVERLAP.devices or not OVERLAP.needs(subject.capabilities):
-        pytest.skip("streams overlap on a GPU alone, where the subject declares it")
+    _skip_without_streams(session)
 
     def judge(spec):
         case = build_shared(spec, session.device)
         serial = subject.shared(case, variant, overlapped=False, hold=None)
-        x, verdicts = case.hidden_states, []
-        held = x.clone()
-        for delays in DELAYS:
+        x, held, verdicts = case.hidden_states, case.hidden_states.clone(), []
+        for places in DELAYS:
+            delays = Delays(places)
 
-            def hold(place, delays=delays):
-                if place in delays:
-                    torch.cuda._sleep(DELAY_CYCLES)
+            def run(delays=delays):
+                return subject.shared(case, variant, overlapped=True, hold=delays)
 
-            # The input is there at the last moment, and gone right after the call: nobody may read it outside of it.
-            x.fill_(torch.nan)
-            torch.cuda._sleep(DELAY_CYCLES)
-            x.copy_(held)
-            overlapped = subject.shared(case, variant, overlapped=True, hold=hold)
-            x.fill_(torch.nan)
-            verdicts.append(judge_overlap(serial, overlapped, delays))
+            verdicts.append(judge_overlap(serial, late_and_gone(run, x, held, delays), places))
         return verdicts
 
     session.explore(
@@ -108,4 +108,40 @@ def test_two_streams_give_the_bits_of_one(moegate_session, moegate_variant):
         variant=variant,
         examples=EXAMPLES,
         runs=1 + len(DELAYS),
+    )
+
+
+@pytest.mark.moegate_facets("shared")
+@pytest.mark.moegate_executions(EXAMPLES, 2 + TURNS)
+def test_two_callers_give_the_bits_of_one(moegate_session, moegate_variant):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+    _skip_without_streams(session)
+
+    def judge(spec):
+        cases = [build_shared(replace(spec, seed=(spec.seed + own) % 256), session.device) for own in range(2)]
+        serial = [subject.shared(case, variant, overlapped=False, hold=None) for case in cases]
+        held = [case.hidden_states.clone() for case in cases]
+        callers = [torch.cuda.Stream(), torch.cuda.Stream()]
+        torch.cuda.synchronize()
+        outputs = []
+        for turn in range(TURNS):
+            which = turn % 2
+            # One caller's sum is held up, while the other's shared experts take what memory there is.
+            delays = Delays(("after_routed",) if which == 0 else ())
+
+            def run(case=cases[which], delays=delays):
+                return subject.shared(case, variant, overlapped=True, hold=delays)
+
+            with torch.cuda.stream(callers[which]):
+                outputs.append(late_and_gone(run, cases[which].hidden_states, held[which], delays))
+        torch.cuda.synchronize()
+        return [judge_callers(serial[turn % 2], output, turn) for turn, output in enumerate(outputs)]
+
+    session.explore(
+        shared_specs(session.device, subject.capabilities),
+        judge,
+        name=f"CALLERS/{variant}",
+        variant=variant,
+        examples=EXAMPLES,
+        runs=2 + TURNS,
     )

@@ -2,11 +2,12 @@
 
     python -m pytest tests/test_layer_gpu.py -q -s
 
-On a machine without a GPU every test is skipped. A delay is a sleep on one stream at one hand-over. The input is
-written at the last moment and gone right after the call, and what is freed is given to others who write over it.
+On a machine without a GPU every test is skipped. What the suite asks of every subject (SHARED-17, SHARED-18, GRAPH) is
+here asked in a thousand cases, with the layer's own gate, and again with each guard of the overlap taken away.
 """
 
 import contextlib
+import functools
 import types
 from itertools import combinations
 from pathlib import Path
@@ -14,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from layers import E, H, layer_of, quantised_shared, tokens
-from torch import nn
 
+from moegate.conformance.properties.shared import PLACES
+from moegate.conformance.streams import DELAY_CYCLES, Delays, late_and_gone, take_freed
+from moegate.conformance.subjects.moegate_shared import hold_up
 from moegate.impl import layer as layer_module
 from moegate.impl import overlap
 from moegate.impl.layer import MoELayer, RoutingMethod
@@ -26,9 +29,6 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.version.hip is not None, reason="streams and graphs need an NVIDIA GPU"
 )
 
-# About 100 us at 1.8 GHz: several times a small layer.
-CYCLES = 200_000
-PLACES = ("before_fork", "before_shared", "after_shared", "before_routed", "after_routed")
 DELAYS = ((), *((place,) for place in PLACES), *combinations(PLACES, 2))  # 16
 SEEDS = 18
 KINDS = ("plain", "gated", "fp8", "threshold")
@@ -42,25 +42,6 @@ def _overlaps(monkeypatch):
     monkeypatch.setenv(SWITCH_VARIABLE, "0")
 
 
-class _Held(nn.Module):
-    """A module whose stream sleeps before and after it, where the case says so."""
-
-    def __init__(self, module, name, delays):
-        super().__init__()
-        self.module, self.name, self.delays = module, name, delays
-
-    def forward(self, *arguments):
-        _sleep(f"before_{self.name}", self.delays)
-        result = self.module(*arguments)
-        _sleep(f"after_{self.name}", self.delays)
-        return result
-
-
-def _sleep(place, delays):
-    if place in delays:
-        torch.cuda._sleep(CYCLES)
-
-
 def _layer(kind="plain", **options):
     if kind == "fp8":
         if torch.cuda.get_device_capability() < (8, 9):
@@ -69,15 +50,6 @@ def _layer(kind="plain", **options):
         shared = quantised_shared(device="cuda")
         return MoELayer(routed.gate, routed.experts, routed.routing, shared_experts=shared, **options)
     return layer_of(device="cuda", gated=kind == "gated", **options)
-
-
-def _hold(layer, delays):
-    """The layer, held up at the places that `delays` names when it runs."""
-    experts = layer.experts
-    held = _Held(experts, "routed", delays)
-    held.w2, held.dtype = experts.w2, experts.dtype
-    layer.experts, layer.shared_experts = held, _Held(layer.shared_experts, "shared", delays)
-    return layer
 
 
 @contextlib.contextmanager
@@ -101,36 +73,33 @@ def _auxiliary():
     return stream
 
 
-def _pressure():
-    """Give the memory that was just freed to others, who write over it at once."""
-    for size in (1 << 10, 1 << 14, 1 << 18, 1 << 21):
-        torch.empty(size, dtype=torch.bfloat16, device="cuda").fill_(torch.nan)
-    with torch.cuda.stream(_auxiliary()):
-        for size in (1 << 10, 1 << 14, 1 << 18):
-            torch.empty(size, dtype=torch.bfloat16, device="cuda").fill_(torch.nan)
+@functools.cache
+def _streams():
+    """Two streams of the caller's, neither of which is the auxiliary one: torch hands out 32 in turn."""
+    found = {}
+    while len(found) < 2:
+        stream = torch.cuda.Stream()
+        if stream != _auxiliary():
+            found[stream.cuda_stream] = stream
+    return list(found.values())
 
 
-def _run_delayed(layer, held, delays, *, caller=None):
-    """One call on a stream of the caller's: the input is written at the last moment, and gone right after."""
+def _call(layer, held, delays, *, caller=None):
+    """One call on a stream of the caller's, whose input's memory is also given to others right after."""
     stream = torch.cuda.current_stream() if caller is None else caller
     with torch.cuda.stream(stream):
-        x = torch.full_like(held, torch.nan)
-        torch.cuda._sleep(CYCLES // 4)
-        _sleep("before_fork", delays)
-        x.copy_(held)
-        output = layer(x)
-        x.fill_(torch.nan)
-        kept = output.clone()
-        del x, output
-        _pressure()
+        x = torch.empty_like(held)
+        kept = late_and_gone(lambda x=x: layer(x), x, held, delays)
+        del x
+        take_freed(stream, kept)
     return kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_delays_at_every_hand_over_change_no_bit(kind, monkeypatch):
     """16 sets of delays, 18 seeds, 4 kinds: 1,152 cases."""
-    delays: list[str] = []
-    layer = _hold(_layer(kind), delays)
+    delays = Delays()
+    layer = hold_up(_layer(kind), delays)
     with _serial(monkeypatch):
         counts = [1 + (7 * seed) % 40 if kind != "threshold" else MOST for seed in range(SEEDS)]
         inputs = [_x(count, seed) for seed, count in enumerate(counts)]
@@ -140,8 +109,8 @@ def test_delays_at_every_hand_over_change_no_bit(kind, monkeypatch):
     assert record.last("shared_experts_order") == "multi_stream_overlapped"
     different = []
     for places in DELAYS:
-        delays[:] = places
-        outputs = [_run_delayed(layer, x, delays) for x in inputs]
+        delays.places = places
+        outputs = [_call(layer, x, delays) for x in inputs]
         torch.cuda.synchronize()
         different += [(places, s) for s in range(SEEDS) if not _equal(outputs[s], expected[s])]
     assert different == []
@@ -154,27 +123,26 @@ def test_any_stream_of_the_caller_s_will_do(monkeypatch):
     torch.cuda.synchronize()
     for stream in (torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream(priority=-1), _auxiliary()):
         stream.wait_stream(torch.cuda.current_stream())
-        output = _run_delayed(layer, x, (), caller=stream)
+        output = _call(layer, x, Delays(), caller=stream)
         stream.synchronize()  # this stream alone
         assert _equal(output, expected)
 
 
 def test_two_layers_on_two_streams_and_two_micro_batches_in_flight(monkeypatch):
-    delays: list[str] = []
-    layers = [_hold(_layer("gated"), delays), _hold(_layer("plain"), delays)]
+    delays = Delays()
+    layers = [hold_up(_layer("gated"), delays), hold_up(_layer("plain"), delays)]
     inputs = [_x(count, seed) for seed, count in enumerate((3, 17, 40, 1, 29, 8))]
     with _serial(monkeypatch):
         expected = [[layer(x) for x in inputs] for layer in layers]
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     for places in DELAYS:
-        delays[:] = places
+        delays.places = places
         outputs = []
         for turn, x in enumerate(inputs):
             for which, layer in enumerate(layers):
                 # Each layer meets both streams, and each stream both layers.
-                stream = streams[(turn + which) % 2]
-                outputs.append((which, turn, _run_delayed(layer, x, delays, caller=stream)))
+                stream = _streams()[(turn + which) % 2]
+                outputs.append((which, turn, _call(layer, x, delays, caller=stream)))
         torch.cuda.synchronize()
         assert [(w, t) for w, t, output in outputs if not _equal(output, expected[w][t])] == []
 
@@ -186,7 +154,7 @@ def test_the_host_never_waits():
     torch.cuda.set_sync_debug_mode("error")
     done = torch.cuda.Event()
     try:
-        torch.cuda._sleep(400_000_000)
+        torch.cuda._sleep(200 * DELAY_CYCLES)
         layer(x)
         done.record()
         assert not done.query()
@@ -209,11 +177,11 @@ def _captured(layer, held, pool=None):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("places", [(), *((place,) for place in PLACES[1:])], ids="-".join)
 def test_a_graph_replays_other_inputs_routings_and_fewer_tokens(kind, places, monkeypatch):
-    delays = list(places)
-    layer = _hold(_layer(kind), delays)
+    delays = Delays(places)
+    layer = hold_up(_layer(kind), delays)
     captured_at = 48 if kind != "threshold" else MOST
     graph, x, output = _captured(layer, _x(captured_at, 0))
-    delays.clear()
+    delays.places = ()
     for seed in range(1, 20):
         count = captured_at if seed % 2 else 1 + (11 * seed) % captured_at
         # Padding may hold anything that is a number; eager calls of other sizes come in between.
@@ -225,7 +193,8 @@ def test_a_graph_replays_other_inputs_routings_and_fewer_tokens(kind, places, mo
             eager = layer(x)
             layer(x[:count])
         assert _equal(replayed, eager)
-        _pressure()
+        for stream in (torch.cuda.current_stream(), _auxiliary()):
+            take_freed(stream, eager)
 
 
 def test_graphs_of_several_sizes_share_a_pool_and_stay_right(monkeypatch):
@@ -306,12 +275,12 @@ GUARDS = {
 MOST_CASES = 50
 
 
-def _micro_batches(layer, inputs, delays, streams):
+def _micro_batches(layer, inputs, delays):
     """Calls on two streams: one is held up before its sum while the other's shared experts take memory."""
     outputs = []
     for turn, held in enumerate(inputs):
-        delays[:] = ("after_routed",) if turn % 2 == 0 else ()
-        outputs.append(_run_delayed(layer, held, delays, caller=streams[turn % 2]))
+        delays.places = ("after_routed",) if turn % 2 == 0 else ()
+        outputs.append(_call(layer, held, delays, caller=_streams()[turn % 2]))
     torch.cuda.synchronize()
     return outputs
 
@@ -323,22 +292,21 @@ def test_removing_a_guard_is_caught_within_fifty_cases(guard, monkeypatch):
     assert source.count(kept) == 1
     module = types.ModuleType("overlap_without_a_guard")
     exec(compile(source.replace(kept, lost), "overlap.py", "exec"), vars(module))
-    delays: list[str] = []
-    layer = _hold(_layer("gated"), delays)
+    delays = Delays()
+    layer = hold_up(_layer("gated"), delays)
     inputs = [_x(1 + 5 * (seed % 8), seed) for seed in range(10)]
     with _serial(monkeypatch):
         expected = [layer(x) for x in inputs]
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     monkeypatch.setattr(layer_module, "beside", module.beside)
     cases = 0
     # Cases that hold up the shared experts, the input, and the sum, in turn.
     for places in (("before_fork",), ("before_shared",), ("after_shared",), None, None):
         if places is None:
-            outputs = _micro_batches(layer, inputs, delays, streams)
+            outputs = _micro_batches(layer, inputs, delays)
         else:
-            delays[:] = places
-            outputs = [_run_delayed(layer, x, delays) for x in inputs]
+            delays.places = places
+            outputs = [_call(layer, x, delays) for x in inputs]
             torch.cuda.synchronize()
         caught = [not _equal(a, b) for a, b in zip(outputs, expected, strict=True)]
         if any(caught):

@@ -35,8 +35,16 @@ OVERLAP = declare(
     devices=("cuda",),
 )
 
-HAND_OVERS = ("before_shared", "after_shared", "before_routed", "after_routed")
-"""Where a layer's streams may be held up: on the stream of the shared experts, and on the caller's."""
+CALLERS = declare(
+    "SHARED-18",
+    "on a GPU, calls on two streams of the caller's keep their bits while each frees what the other is given",
+    "shared",
+    needs=lambda can: can.overlap,
+    devices=("cuda",),
+)
+
+PLACES = ("before_fork", "before_shared", "after_shared", "before_routed", "after_routed")
+"""Where a layer's streams may be held up: the input, the stream of the shared experts, and the caller's."""
 
 
 @dataclass(frozen=True)
@@ -141,3 +149,9 @@ def judge_overlap(serial: Tensor, overlapped: Tensor, delays: tuple[str, ...]) -
     """SHARED-17."""
     differs = _differing_bytes(serial, overlapped)
     return OVERLAP.verdict(not differs, f"{differs} bytes differ, with delays {list(delays)}")
+
+
+def judge_callers(serial: Tensor, overlapped: Tensor, turn: int) -> Verdict:
+    """SHARED-18."""
+    differs = _differing_bytes(serial, overlapped)
+    return CALLERS.verdict(not differs, f"{differs} bytes differ in call {turn} of two streams in turn")

@@ -69,7 +69,7 @@ class MoegateSharedOrder:
 Hold = Callable[[str], None]
 
 
-class _Held(nn.Module):
+class Held(nn.Module):
     """A module with what the suite does before and after it."""
 
     def __init__(self, module: nn.Module, hold: Hold, name: str) -> None:
@@ -77,6 +77,7 @@ class _Held(nn.Module):
         self.module, self.hold, self.name = module, hold, name
 
     def forward(self, *arguments: Any) -> Tensor:
+        """The module's result."""
         self.hold(f"before_{self.name}")
         result = self.module(*arguments)
         self.hold(f"after_{self.name}")
@@ -86,11 +87,11 @@ class _Held(nn.Module):
 def shared_layer(case: SharedCase, backend: str, hold: Hold | None, arguments: Callable[[Any], dict]) -> MoELayer:
     """The layer of a case; its routing is given, and `arguments` are those of the experts of one of its parts."""
     dtype, weights, ids = case.hidden_states.dtype, case.routed.topk_weights, case.routed.topk_ids
-    experts: nn.Module = RoutedExperts(**arguments(case.routed), dtype=dtype, backend=backend)
+    experts = RoutedExperts(**arguments(case.routed), dtype=dtype, backend=backend)
     of_shared = arguments(case.shared)
     of_shared = {name: value for name, value in of_shared.items() if not name.endswith("_bias")}
     of_shared["w13"], of_shared["w2"] = of_shared["w13"][0], of_shared["w2"][0]
-    shared: nn.Module = SharedExperts(**of_shared, gate=case.gate, dtype=dtype, backend=backend)
+    shared = SharedExperts(**of_shared, gate=case.gate, dtype=dtype, backend=backend)
     gate = torch.zeros((case.routed.num_experts, case.hidden_states.shape[1]), dtype=dtype, device=weights.device)
     routing = RoutingMethod(
         case.routed.top_k,
@@ -98,11 +99,14 @@ def shared_layer(case: SharedCase, backend: str, hold: Hold | None, arguments: C
         custom_routing_function=lambda **asked: (weights, ids),
     )
     layer = MoELayer(Gate(gate), experts, routing, shared_experts=shared)
-    if hold is not None:
-        layer.shared_experts = _Held(shared, hold, "shared")
-        held = _Held(experts, hold, "routed")
-        held.w2, held.dtype = experts.w2, dtype
-        layer.experts = held
+    return layer if hold is None else hold_up(layer, hold)
+
+
+def hold_up(layer: MoELayer, hold: Hold) -> MoELayer:
+    """The layer, which calls `hold` with each of its hand-overs."""
+    held: Any = Held(layer.experts, hold, "routed")
+    held.w2, held.dtype = layer.experts.w2, layer.experts.dtype
+    layer.experts, layer.shared_experts = held, Held(layer.shared_experts, hold, "shared")
     return layer
 
 
