@@ -21,8 +21,13 @@ from .platform import Platform
 
 THRESHOLD_VARIABLE = "MOEGATE_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD"
 SWITCH_VARIABLE = "MOEGATE_DISABLE_SHARED_EXPERTS_STREAM"
-# The routed experts of larger batches fill the device by themselves, and two streams only share it.
 DEFAULT_THRESHOLD = 256
+"""M up to which an overlap is taken: the routed experts of larger batches fill the device by themselves.
+
+Not measured: it is the value of vLLM's variable of the same meaning. `moegate bench --overlap` prints the largest M up
+to which no layer is slower on two streams than 0.99 of its time on one (interleaved graph replays, cold weights), which
+is what belongs here, by GPU.
+"""
 SOURCE = "https://github.com/vllm-project/vllm/pull/38990"
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
