@@ -145,6 +145,20 @@ def build_shared(spec: SharedSpec, device: torch.device | str = "cpu") -> Shared
     return SharedCase(routed, shared, gate, SCALINGS[spec.scaling], arena)
 
 
+def first_tokens(case: SharedCase, count: int) -> SharedCase:
+    """The same layer on the first tokens alone, which are copied."""
+    hidden_states = case.hidden_states[:count].clone()
+    routed = replace(
+        case.routed,
+        hidden_states=hidden_states,
+        topk_weights=case.routed.topk_weights[:count].clone(),
+        topk_ids=case.routed.topk_ids[:count].clone(),
+    )
+    weights, ids = case.shared.topk_weights[:count], case.shared.topk_ids[:count]
+    shared = replace(case.shared, hidden_states=hidden_states, topk_weights=weights, topk_ids=ids)
+    return replace(case, routed=routed, shared=shared)
+
+
 def _schemes(capabilities: Capabilities, dtype: str) -> list[str]:
     return [name for name in SHARED_SCHEMES if name in capabilities.schemes and (name == "none" or dtype != "float32")]
 

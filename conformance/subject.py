@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 FACETS = (
     *("route", "align", "experts", "batched", "quantize", "trace", "launches"),
-    *("api", "oracle", "configs", "shared_order", "shared"),
+    *("api", "oracle", "configs", "shared_order", "shared", "capture"),
 )
 
 
@@ -210,6 +210,14 @@ class Subject:
                 else one after the other.
             hold: called with each of `before_shared` and `after_shared`, with the shared experts' stream the current
                 one, and of `before_routed` and `after_routed`, with the caller's; None: nothing is.
+        """
+        raise NotImplementedError
+
+    def capture(self, case: SharedCase, variant: str) -> Callable[[], Tensor]:
+        """A layer with shared experts as a call that a CUDA graph can capture once it has run.
+
+        It is prepared once. Each call reads the operands where they lie, whatever was written there since, and
+        enqueues work without waiting for any; on a GPU, on two streams where `overlap` is declared.
         """
         raise NotImplementedError
 

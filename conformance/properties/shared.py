@@ -111,7 +111,8 @@ def judge_element(output: Tensor, truth: SharedTruth) -> list[Verdict]:
     return [ELEMENT.verdict(bool((used <= 1).all()), detail, budget_used=float(used.max()))]
 
 
-def _differing_bytes(a: Tensor, b: Tensor) -> int:
+def differing_bytes(a: Tensor, b: Tensor) -> int:
+    """How many bytes of two tensors differ; -1 where their shapes or dtypes do."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return -1
     return int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum()) if a.numel() else 0
@@ -125,7 +126,7 @@ def judge_unscaled(case: SharedCase, run: Callable[[SharedCase], Tensor]) -> lis
     one = run(replace(case, routed=routed, routed_scaling_factor=1.0))
     other = run(replace(case, routed=routed, routed_scaling_factor=2.5))
     expected = case.operands()[1].trace().output
-    stray = _differing_bytes(one, other)
+    stray = differing_bytes(one, other)
     # An output of zeros has no factor either: where the answer is not zero, the output may not be.
     nothing = bool((one == 0).all()) and bool((expected.abs() > Format.of(one.dtype).smallest_normal).any())
     return [UNSCALED.verdict(not stray and not nothing, f"{stray} bytes differ between the factors 1 and 2.5")]
@@ -141,17 +142,17 @@ def judge_memory(case: SharedCase, output: Tensor) -> Verdict:
 
 def judge_again(output: Tensor, again: Tensor) -> Verdict:
     """SHARED-16."""
-    differs = _differing_bytes(output, again)
+    differs = differing_bytes(output, again)
     return REPEATABLE.verdict(not differs, f"{differs} bytes differ between two calls")
 
 
 def judge_overlap(serial: Tensor, overlapped: Tensor, delays: tuple[str, ...]) -> Verdict:
     """SHARED-17."""
-    differs = _differing_bytes(serial, overlapped)
+    differs = differing_bytes(serial, overlapped)
     return OVERLAP.verdict(not differs, f"{differs} bytes differ, with delays {list(delays)}")
 
 
 def judge_callers(serial: Tensor, overlapped: Tensor, turn: int) -> Verdict:
     """SHARED-18."""
-    differs = _differing_bytes(serial, overlapped)
+    differs = differing_bytes(serial, overlapped)
     return CALLERS.verdict(not differs, f"{differs} bytes differ in call {turn} of two streams in turn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -170,6 +171,11 @@ class MoegateSubject(Subject):
         """`MoELayer` with the routing that is given."""
         layer = shared_layer(case, variant, hold, _layer_arguments)
         return run_shared(layer, case.hidden_states, overlapped=overlapped)
+
+    def capture(self, case: SharedCase, variant: str) -> Callable[[], Tensor]:
+        """`MoELayer`, on two streams on a GPU."""
+        layer = shared_layer(case, variant, None, _layer_arguments)
+        return lambda: run_shared(layer, case.hidden_states, overlapped=case.hidden_states.is_cuda)
 
     def trace(self) -> AbstractContextManager[PathRecord]:
         """`record_path`."""
