@@ -56,6 +56,6 @@ def _durations(run: Pass, device: torch.device) -> list[float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize(device)
-    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in profile.events() or () if event.device_type.name == "CUDA"]
     # Copies and fills are nodes of the graph as kernels are; what the profiler itself adds has no duration.
     return [time / 1e6 for event in on_device if (time := event.time_range.elapsed_us()) > 0]
