@@ -7,14 +7,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 from rich.console import Console
 
+from . import overlap_report
 from .formats import FORMATS
+from .layers import LAYERS, choose_layers
+from .overlap_runner import GPU_TOKENS, run_overlap
 from .report import as_json, run_table
-from .selection import choose_device, select_workloads
-from .session import EXIT_BAD_ARGUMENTS, LayerBench, run_workloads
+from .selection import choose_device, parse_counts, select_workloads, split_words
+from .session import EXIT_BAD_ARGUMENTS, EXIT_MEASURED, EXIT_NOTHING, EXIT_WRONG, LayerBench, run_workloads
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CALLABLE", help="may be repeated")
     parser.add_argument("--fixed-ceilings", action="store_true", help="use the fixed H200 ceilings for the floors")
     parser.add_argument("--budget", type=float, default=0.6, help="seconds of samples for each workload")
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help=f"time whole layers with their shared experts on one stream and on two: {', '.join(LAYERS)}",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the records; - is standard output")
     options = parser.parse_args(arguments)
     to_stdout = options.json == "-"
@@ -41,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         # A log has no width of its own, and a table cut off at 80 columns says nothing.
         console = Console(stderr=to_stdout, width=200)
+    if options.overlap:
+        return _overlap(parser, options, console)
     try:
         device = choose_device(options.device)
         workloads = select_workloads(
@@ -62,13 +73,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"not timed: {subject} on {workload}: {reason}", markup=False, soft_wrap=True)
     for workload, reason in run.skipped:
         console.print(f"skipped: {workload}: {reason}", markup=False, soft_wrap=True)
-    if options.json:
-        text = json.dumps(as_json(run), indent=1)
-        if to_stdout:
-            print(text)
-        else:
-            Path(options.json).write_text(text + "\n")
+    _write(options.json, as_json(run))
     return run.exit_code
+
+
+def _overlap(parser: _Parser, options: argparse.Namespace, console: Console) -> int:
+    """`--overlap`, which needs a GPU and chooses routings and dtypes itself."""
+    for name in ("dtype", "peer", "fixed_ceilings"):
+        if getattr(options, name):
+            parser.error(f"--{name.replace('_', '-')}: expected none with --overlap")
+    try:
+        device = choose_device(options.device)
+        layers = choose_layers(None if options.models is None else split_words(options.models))
+        tokens = GPU_TOKENS if options.tokens is None else parse_counts(options.tokens)
+    except ValueError as error:
+        parser.error(str(error))
+    if device.type != "cuda":
+        console.print(f"nothing measured: two streams need a GPU, and this is {device}")
+        return EXIT_NOTHING
+    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    cells, failures = run_overlap(layers, tokens, device, budget=options.budget, progress_console=Console(stderr=True))
+    if cells:
+        console.print(overlap_report.overlap_table(cells))
+        for line in overlap_report.summary(cells):
+            console.print(line, markup=False, soft_wrap=True)
+    for layer, num_tokens, reason in failures:
+        console.print(f"not timed: {layer} at M = {num_tokens}: {reason}", markup=False, soft_wrap=True)
+    _write(options.json, overlap_report.as_json(cells, failures))
+    return EXIT_WRONG if failures else EXIT_MEASURED if cells else EXIT_NOTHING
+
+
+def _write(file: str | None, data: dict[str, Any]) -> None:
+    if file is None:
+        return
+    text = json.dumps(data, indent=1)
+    if file == "-":
+        print(text)
+    else:
+        Path(file).write_text(text + "\n")
 
 
 if __name__ == "__main__":

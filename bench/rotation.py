@@ -7,6 +7,7 @@ workload whose rotation cannot reach it is measured all the same, and never call
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,12 +97,29 @@ def plan_rotation(
 
 
 def _measure(workload: Workload, touched: list[np.ndarray], copies: int, l2_bytes: int, multiple: float) -> Rotation:
-    calls = len(touched)
     model = workload.model
     per_expert = expert_bytes(workload)
     w2_bytes = per_expert * model.intermediate_size // (model.w13_rows + model.intermediate_size)
-    w13_bytes = per_expert - w2_bytes
-    items = np.zeros((calls, copies, model.local_experts), dtype=bool)
+    return rotation_of(
+        touched, copies, w13_bytes=per_expert - w2_bytes, w2_bytes=w2_bytes, l2_bytes=l2_bytes, multiple=multiple
+    )
+
+
+def rotation_of(
+    touched: Sequence[np.ndarray], copies: int, *, w13_bytes: int, w2_bytes: int, l2_bytes: int, multiple: float = 2.0
+) -> Rotation:
+    """The rotation of calls that touch these experts, with its reuse distance.
+
+    Args:
+        touched: of each call, `[E_local]` bool.
+        copies: call i reads weight copy i modulo this.
+        w13_bytes: of one expert.
+        w2_bytes: of one expert.
+        l2_bytes: size of the last-level cache in bytes, 0 where it is not known.
+        multiple: times `l2_bytes` between two reads of the same weights.
+    """
+    calls, per_expert = len(touched), w13_bytes + w2_bytes
+    items = np.zeros((calls, copies, len(touched[0])), dtype=bool)
     for call, experts in enumerate(touched):
         items[call, call % copies] = experts
     least: int | None = None

@@ -59,25 +59,37 @@ def select_workloads(
         known = MODELS if on_gpu else SMALL_MODELS
         chosen = [model for model in known.values() if Workload(model, 1, dtype=dtype).unsupported is None]
     else:
-        chosen = [find_model(name) for name in _words(models)]
-    counts = (GPU_TOKENS if on_gpu else CPU_TOKENS) if tokens is None else [_count(word) for word in _words(tokens)]
+        chosen = [find_model(name) for name in split_words(models)]
+    counts = (GPU_TOKENS if on_gpu else CPU_TOKENS) if tokens is None else parse_counts(tokens)
     workloads = [
         Workload(model, count, Routing.parse(routing), dtype, "cold" if on_gpu else "warm")
         for model in chosen
-        for routing in _words(routings)
+        for routing in split_words(routings)
         for count in counts
     ]
     return list(dict.fromkeys(workloads))
 
 
-def _words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
+    """Comma-separated names.
+
+    Raises:
+        ValueError: there is none.
+    """
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise ValueError(f"expected at least one name, got {text!r}")
     return words
 
 
-def _count(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise ValueError(f"tokens: expected a number of at least 1, got {word!r}")
-    return int(word)
+def parse_counts(text: str) -> list[int]:
+    """Comma-separated numbers of tokens.
+
+    Raises:
+        ValueError: something else.
+    """
+    words = split_words(text)
+    for word in words:
+        if not word.isdecimal() or int(word) < 1:
+            raise ValueError(f"tokens: expected a number of at least 1, got {word!r}")
+    return [int(word) for word in words]

@@ -134,8 +134,7 @@ def run_workloads(bench: LayerBench, workloads: Sequence[Workload], progress_con
     records: list[Record] = []
     failures: list[tuple[str, str, str]] = []
     skipped: list[tuple[str, str]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=progress_console or Console(quiet=True), transient=True) as progress:
+    with progress_bar(progress_console) as progress:
         task = progress.add_task("timing", total=len(workloads))
         for workload in workloads:
             progress.update(task, description=f"{workload.model.name} M={workload.num_tokens}")
@@ -152,3 +151,9 @@ def run_workloads(bench: LayerBench, workloads: Sequence[Workload], progress_con
             finally:
                 progress.advance(task)
     return Run(tuple(records), tuple(failures), tuple(skipped))
+
+
+def progress_bar(console: Console | None) -> Progress:
+    """A bar that goes when it is full; None shows none."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console or Console(quiet=True), transient=True)

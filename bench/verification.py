@@ -94,13 +94,12 @@ def verify_rows(experts: ExpertsCall, operands: Operands) -> RowErrorVerdict:
     It needs no declaration of the subject's numerics, so it judges peers too, and it is fast enough for every row of
     every graph; its allowance per format is fixed.
     """
-    quant = operands.quant
-    allowed = None if quant is None else _ROW_ERROR_QUANTIZED.get(quant.scheme)
-    return judge_rows(operands.pass_to(experts), plain_experts(operands), operands.hidden_states.dtype, allowed)
+    scheme = QuantScheme.NONE if operands.quant is None else operands.quant.scheme
+    return judge_rows(operands.pass_to(experts), plain_experts(operands), operands.hidden_states.dtype, scheme)
 
 
 def judge_rows(
-    out: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, allowed: float | None = None
+    out: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scheme: QuantScheme = QuantScheme.NONE
 ) -> RowErrorVerdict:
     """Judge an output that should be of `dtype` against the right one, `[M, H]` in a higher precision.
 
@@ -108,7 +107,7 @@ def judge_rows(
         out: of the contender.
         right: the right one.
         dtype: that `out` should have.
-        allowed: the largest error of a row; None takes the dtype's.
+        scheme: how weights are stored; where activations are quantised, more is allowed.
     """
     if out.shape != right.shape or out.dtype != dtype:
         return RowErrorVerdict(False, float("inf"))
@@ -116,5 +115,6 @@ def judge_rows(
     size = torch.linalg.vector_norm(right, dim=1)
     # A row without any expert on this rank is zero, and must be exactly that.
     relative = torch.where(size > 0, error / size, torch.where(error == 0, 0.0, float("inf")))
-    used = float(torch.nan_to_num(relative, nan=float("inf")).max()) / (allowed or _ROW_ERROR[dtype])
+    used = float(torch.nan_to_num(relative, nan=float("inf")).max())
+    used /= _ROW_ERROR_QUANTIZED.get(scheme, _ROW_ERROR[dtype])
     return RowErrorVerdict(used <= 1, used)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from . import configs, oracle
+from . import configs, oracle, shared_order
 from .coverage import declared_pairs
 from .judge import PROPERTIES, Ledger, Property
-from .properties import align, api, batched, hygiene, meta, num, path, quant, route, route_laws
+from .properties import align, api, batched, graph, hygiene, meta, num, path, quant, route, route_laws, shared
 from .subject import Subject
 
 # Importing a family declares its properties.
-FAMILIES = (route, route_laws, align, num, batched, meta, path, quant, hygiene, api, oracle, configs)
+FAMILIES = (
+    route,
+    route_laws,
+    align,
+    num,
+    batched,
+    meta,
+    path,
+    quant,
+    hygiene,
+    api,
+    oracle,
+    configs,
+    shared_order,
+    shared,
+    graph,
+)
 # A run that exercised fewer of the declared feature pairs than this proves too little to be called green.
 LEAST_PAIRS = 0.5
 
@@ -19,7 +35,8 @@ def due(subject: Subject, device: str) -> list[Property]:
     facets = {
         frozenset(subject.facets(variant)) for variant in subject.variants if not subject.unavailable(variant, device)
     }
-    allowed = [prop for prop in PROPERTIES.values() if prop.needs(subject.capabilities)]
+    here = [prop for prop in PROPERTIES.values() if not prop.devices or device in prop.devices]
+    allowed = [prop for prop in here if prop.needs(subject.capabilities)]
     return [prop for prop in allowed if any(set(prop.facets) <= have for have in facets)]
 
 

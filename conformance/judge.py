@@ -24,6 +24,7 @@ class Property:
         facets: the subject's facets that it needs.
         is_value: judges numbers; every null kernel must fail it.
         needs: whether a subject's capabilities leave a case to judge.
+        devices: torch device types on which it can be judged; empty means all.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Property:
     facets: tuple[str, ...]
     is_value: bool = False
     needs: Callable[[Any], bool] = lambda capabilities: True
+    devices: tuple[str, ...] = ()
 
     def verdict(self, holds: bool, detail: str = "", *, budget_used: float | None = None) -> Verdict:
         """This property's verdict on one execution."""
@@ -47,6 +49,7 @@ def declare(
     *facets: str,
     is_value: bool = False,
     needs: Callable[[Any], bool] = lambda capabilities: True,
+    devices: tuple[str, ...] = (),
 ) -> Property:
     """Register a property.
 
@@ -55,7 +58,7 @@ def declare(
     """
     if id in PROPERTIES:
         raise ValueError(f"id: {id} is declared twice")
-    PROPERTIES[id] = Property(id, sentence, facets, is_value, needs)
+    PROPERTIES[id] = Property(id, sentence, facets, is_value, needs, devices)
     _finding_classes[id] = type(f"{id.replace('-', '_')}_Violated", (Finding,), {"__doc__": sentence})
     return PROPERTIES[id]
 

@@ -645,7 +645,14 @@ class Count:
 
     cases: int = 0
     violated: int = 0
-    first: tuple[str, OracleSpec] | None = None
+    first: tuple[str, Spec] | None = None
+
+    def add(self, violation: str, question: Spec) -> None:
+        """Count one judgement; an empty violation is none."""
+        self.cases += 1
+        if violation:
+            self.violated += 1
+            self.first = self.first or (violation, question)
 
 
 @dataclass
@@ -682,11 +689,7 @@ def enumerate_oracle(facet: OracleFacet, questions: Iterable[OracleSpec], *, rel
         if relations_every and index % relations_every == 0:
             verdicts += judge_relations(facet, question, answer)
         for prop, violation in verdicts:
-            count = result.counts.setdefault(prop, Count())
-            count.cases += 1
-            if violation:
-                count.violated += 1
-                count.first = count.first or (violation, question)
+            result.counts.setdefault(prop, Count()).add(violation, question)
         result.points += 1
         result.decisions[answer.backend or "refused"] += 1
     return result

@@ -10,11 +10,11 @@ import importlib
 import importlib.machinery
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -37,7 +37,13 @@ from .spec import (
     WEIGHTS,
 )
 
-FACETS = ("route", "align", "experts", "batched", "quantize", "trace", "launches", "api", "oracle", "configs")
+if TYPE_CHECKING:
+    from .shared_cases import SharedCase
+
+FACETS = (
+    *("route", "align", "experts", "batched", "quantize", "trace", "launches"),
+    *("api", "oracle", "configs", "shared_order", "shared", "capture"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Capabilities:
         weight_on_input: takes routing weights on the experts' input (top_k = 1).
         padded_rows: takes operands whose rows are farther apart than they are wide.
         empty: takes zero tokens.
+        overlap: on a GPU its shared experts can run beside the routed ones, on a second stream.
     """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -81,6 +88,7 @@ class Capabilities:
     weight_on_input: bool = True
     padded_rows: bool = True
     empty: bool = True
+    overlap: bool = False
 
     def of_slabs(self) -> Capabilities:
         """What is declared of the batched format."""
@@ -186,6 +194,31 @@ class Subject:
 
     def configs(self) -> Any:
         """The lookup of tuned kernel configurations."""
+        raise NotImplementedError
+
+    def shared_order(self) -> Any:
+        """The decision when a layer's shared experts run."""
+        raise NotImplementedError
+
+    def shared(self, case: SharedCase, variant: str, *, overlapped: bool, hold: Callable[[str], None] | None) -> Tensor:
+        """Routed plus shared output, `[M, H]` in the dtype of `hidden_states`.
+
+        Args:
+            case: the operands.
+            variant: of the subject.
+            overlapped: the shared experts run beside the routed ones (asked on a GPU, where `overlap` is declared);
+                else one after the other.
+            hold: called with each of `before_shared` and `after_shared`, with the shared experts' stream the current
+                one, and of `before_routed` and `after_routed`, with the caller's; None: nothing is.
+        """
+        raise NotImplementedError
+
+    def capture(self, case: SharedCase, variant: str) -> Callable[[], Tensor]:
+        """A layer with shared experts as a call that a CUDA graph can capture once it has run.
+
+        It is prepared once. Each call reads the operands where they lie, whatever was written there since, and
+        enqueues work without waiting for any; on a GPU, on two streams where `overlap` is declared.
+        """
         raise NotImplementedError
 
 

@@ -66,6 +66,9 @@ def test_the_value_properties_judged_here_are_all_that_there_are():
         "ROUTE-06",
         "ROUTE-08",
         "ROUTE-11",
+        "SHARED-13",  # test_shared_values.py rejects null kernels by these
+        "SHARED-14",
+        "GRAPH-04",  # test_graph_properties.py
         *(law.property.id for law in ROUTING_LAWS),
         *laws,
     }

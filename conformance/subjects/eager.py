@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...reference.activations import Activation
 from ..cases import BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
 from ..numerics import Numerics
+from ..shared_cases import SharedCase
 from ..spec import ACTIVATIONS, BIASES, LOGITS, SCHEMES
 from ..stored import StoredExperts
 from ..subject import ROUTING_METHODS, Capabilities, Subject
@@ -168,6 +170,15 @@ class EagerSubject(Subject):
                 y = y * weights[token, slot, None]
             out.index_add_(0, token, y)
         return out
+
+    def shared(self, case: SharedCase, variant: str, *, overlapped: bool, hold: Callable[[str], None] | None) -> Tensor:
+        """Both parts, one after the other, and their sum."""
+        weights = case.routed.topk_weights * case.routed_scaling_factor
+        routed = self.experts(replace(case.routed, topk_weights=weights), variant)
+        gate = torch.ones_like(case.shared.topk_weights)
+        if case.gate is not None:
+            gate = torch.sigmoid(F.linear(case.hidden_states.float(), case.gate))
+        return routed + self.experts(replace(case.shared, topk_weights=gate), variant)
 
     def quantize(self, case: QuantizeCase, variant: str) -> tuple[Tensor, Tensor]:
         """The quantiser that the experts use."""

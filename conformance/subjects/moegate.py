@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -20,10 +21,12 @@ from ...impl.routing import select_experts
 from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
 from ..numerics import Numerics
 from ..properties.path import Launches
+from ..shared_cases import SharedCase
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
 from ..subject import ROUTING_METHODS, Capabilities, Subject
 from .moegate_configs import MoegateConfigs
 from .moegate_oracle import MoegateOracle
+from .moegate_shared import Hold, MoegateSharedOrder, run_shared, shared_layer
 
 _QUANT_SCHEMES = {
     ("fp8", True): QuantScheme.FP8_W8A8,
@@ -92,6 +95,7 @@ class MoegateSubject(Subject):
         batched_schemes=tuple(name for name, scheme in SCHEMES.items() if scheme.weight in (None, "fp8")),
         activations=tuple(ACTIVATIONS),
         biases=BIASES,
+        overlap=True,
         **ROUTING_METHODS,
     )
     numerics = Numerics(accumulator="hopper_fp8", promoted_every=128)
@@ -163,6 +167,16 @@ class MoegateSubject(Subject):
                 backend=backend,
             )
 
+    def shared(self, case: SharedCase, variant: str, *, overlapped: bool, hold: Hold | None) -> Tensor:
+        """`MoELayer` with the routing that is given."""
+        layer = shared_layer(case, variant, hold, _layer_arguments)
+        return run_shared(layer, case.hidden_states, overlapped=overlapped)
+
+    def capture(self, case: SharedCase, variant: str) -> Callable[[], Tensor]:
+        """`MoELayer`, on two streams on a GPU."""
+        layer = shared_layer(case, variant, None, _layer_arguments)
+        return lambda: run_shared(layer, case.hidden_states, overlapped=case.hidden_states.is_cuda)
+
     def trace(self) -> AbstractContextManager[PathRecord]:
         """`record_path`."""
         return record_path()
@@ -174,6 +188,10 @@ class MoegateSubject(Subject):
     def configs(self) -> MoegateConfigs:
         """`find_kernel_configs`, asked in the suite's words."""
         return MoegateConfigs()
+
+    def shared_order(self) -> MoegateSharedOrder:
+        """`shared_experts_order`, asked in the suite's words."""
+        return MoegateSharedOrder()
 
     def api(self) -> dict[str, Any]:
         """The public functions."""

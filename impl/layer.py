@@ -1,0 +1,309 @@
+"""A whole MoE layer of one rank: gate, routing, routed experts, shared experts, and their sum."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import path
+from .checks import FLOATS, expect_int, expect_tensor
+from .experts_module import RoutedExperts
+from .fused_shared import append_shared_experts
+from .overlap import auxiliary_stream, beside, expect_stream
+from .platform import Platform
+from .routing import RoutingFunction, select_experts
+from .shared_experts import SharedExpertsOrder, SharedExpertsSetting, order_of_call
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""The sum of a tensor over the ranks that share the layer, in place or not."""
+
+
+@dataclass(frozen=True)
+class RoutingMethod:
+    """How a layer routes; the fields are `select_experts`' arguments."""
+
+    top_k: int
+    scoring_func: str = "softmax"
+    renormalize: bool = True
+    num_expert_group: int | None = None
+    topk_group: int | None = None
+    group_ranking: str | None = None
+    routed_scaling_factor: float = 1.0
+    custom_routing_function: RoutingFunction | None = None
+
+
+class Gate(nn.Module):
+    """The router's linear map.
+
+    Args:
+        weight: `[E, H]`, in the dtype in which the logits are computed: float32 logits rank ties apart that bfloat16
+            ones make.
+        bias: `[E]` of the same dtype, or None (gpt-oss).
+        e_score_correction_bias: `[E]`, which ranks and never weighs (DeepSeek-V3), or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    e_score_correction_bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        e_score_correction_bias: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        expect_tensor("gate.weight", weight, shape=("E", "H"), dtypes=FLOATS)
+        num_experts = weight.shape[0]
+        if bias is not None:
+            expect_tensor("gate.bias", bias, shape=(num_experts,), dtypes=(weight.dtype,), like=weight)
+        if e_score_correction_bias is not None:
+            name = "e_score_correction_bias"
+            expect_tensor(name, e_score_correction_bias, shape=(num_experts,), dtypes=FLOATS, like=weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("e_score_correction_bias", e_score_correction_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[M, H]` to logits `[M, E]`."""
+        return F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
+
+
+_layers: weakref.WeakValueDictionary[int, MoELayer] = weakref.WeakValueDictionary()
+_handles = itertools.count()
+
+
+class MoELayer(nn.Module):
+    """`out = routed(x) + shared(x)`, for tokens that are on this rank, with the experts that this rank holds.
+
+    The sum over ranks is the caller's `reduce`. It is taken once, of routed and shared output together; of the routed
+    alone where external shared experts come reduced (`setting.uses_external_experts`).
+
+    Shared experts run when `shared_experts_order` says, which the record of the path holds as
+    `shared_experts_order`. Everything that is enqueued can be captured in a CUDA graph, after one call that was not
+    (`prepare`). `torch.compile` takes the layer as one operator, without a graph break.
+
+    Args:
+        gate: of E experts.
+        experts: those of this rank.
+        routing: how experts are chosen.
+        shared_experts: any module from `[M, H]` to `[M, H]` of the same dtype; None without.
+        setting: what surrounds the shared experts; None: nothing does.
+        num_fused_shared_experts: of the experts, how many of the last are shared ones (`fuse_shared_experts`), which
+            every token gets with the weight 1.
+        expert_map: `[E]` int32, global to local id, -1 on another rank; None where all are here.
+        aux_stream: of the experts' device; None takes the device's own, where it has one.
+        max_captured_tokens: the most tokens that a CUDA graph may be captured with; None: any.
+        reduce: the sum over ranks; None: there is one rank.
+
+    Raises:
+        TypeError, ValueError: parts that do not go together, by name.
+    """
+
+    expert_map: torch.Tensor | None
+
+    def __init__(
+        self,
+        gate: Gate,
+        experts: RoutedExperts,
+        routing: RoutingMethod,
+        *,
+        shared_experts: nn.Module | None = None,
+        setting: SharedExpertsSetting | None = None,
+        num_fused_shared_experts: int = 0,
+        expert_map: torch.Tensor | None = None,
+        aux_stream: torch.cuda.Stream | None = None,
+        max_captured_tokens: int | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
+        super().__init__()
+        num_experts, hidden_size = gate.weight.shape
+        like = experts.w2
+        expect_tensor("gate.weight", gate.weight, shape=("E", experts.hidden_size), dtypes=FLOATS, like=like)
+        expect_int("num_fused_shared_experts", num_fused_shared_experts, low=0)
+        expect_int("top_k", routing.top_k, low=1, high=num_experts)
+        if expert_map is not None:
+            if num_fused_shared_experts:
+                raise ValueError(
+                    f"num_fused_shared_experts: expected 0 with an expert_map, got {num_fused_shared_experts}: every "
+                    "rank would add the whole of them"
+                )
+            expect_tensor("expert_map", expert_map, shape=(num_experts,), dtypes=(torch.int32,), like=like)
+        elif experts.num_local_experts != num_experts + num_fused_shared_experts:
+            raise ValueError(
+                f"experts: expected the gate's {num_experts} and {num_fused_shared_experts} fused shared ones without "
+                f"an expert_map, got {experts.num_local_experts}"
+            )
+        setting = SharedExpertsSetting(has_shared_experts=shared_experts is not None) if setting is None else setting
+        if setting.has_shared_experts != (shared_experts is not None):
+            raise ValueError(
+                f"setting: expected has_shared_experts {shared_experts is not None} as shared_experts is "
+                f"{type(shared_experts).__name__}, got {setting.has_shared_experts}"
+            )
+        if setting.dispatch_runs_shared_experts:
+            raise ValueError("setting: expected dispatch_runs_shared_experts False, got True: nothing dispatches here")
+        if max_captured_tokens is not None:
+            expect_int("max_captured_tokens", max_captured_tokens, low=1)
+        if aux_stream is not None:
+            expect_stream("aux_stream", aux_stream, like.device)
+        self.gate = gate
+        self.experts = experts
+        self.routing = routing
+        self.shared_experts: Any = shared_experts
+        self.setting = setting
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.num_fused_shared_experts = num_fused_shared_experts
+        self.max_captured_tokens = max_captured_tokens
+        self.reduce = reduce
+        # What loading it changed, in words for the user.
+        self.loading_notes: tuple[str, ...] = ()
+        self._aux_stream = aux_stream
+        self.register_buffer("expert_map", expert_map)
+        self._enroll()
+
+    def _enroll(self) -> None:
+        """Take the number by which the operator finds this layer."""
+        self._handle = next(_handles)
+        _layers[self._handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enroll()  # a copy is a layer of its own
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The layer's output.
+
+        Args:
+            hidden_states: `[..., H]` in the experts' dtype, with any leading dimensions.
+
+        Returns:
+            As `hidden_states`, in memory of its own.
+
+        Raises:
+            TypeError, ValueError: hidden states of another shape, dtype or device; a shared-experts module whose result
+                is not `[M, H]` of their dtype and device; a CUDA graph captured with more tokens than declared.
+        """
+        shape = hidden_states.shape
+        rows = hidden_states.reshape(-1, shape[-1]) if hidden_states.dim() != 2 else hidden_states
+        if torch.compiler.is_compiling():
+            # The parameters stand among the arguments so that the compiler knows what is read.
+            return moe_layer_op(rows, [*self.parameters(), *self.buffers()], self._handle).view(shape)
+        return self._run(rows).view(shape)
+
+    def prepare(self, num_tokens: Sequence[int] = (1,)) -> MoELayer:
+        """Run the layer once for each M, so that kernels are compiled and weights laid out before a graph is captured.
+
+        Returns:
+            The layer.
+        """
+        for count in num_tokens:
+            expect_int("num_tokens", count, low=0)
+            like = self.experts.w2
+            self(torch.zeros((count, self.hidden_size), dtype=self.experts.dtype, device=like.device))
+        return self
+
+    @torch.no_grad()
+    def _run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = self.experts.dtype
+        shape = ("M", self.hidden_size)
+        expect_tensor("hidden_states", hidden_states, shape=shape, dtypes=(dtype,), like=self.experts.w2)
+        num_tokens = hidden_states.shape[0]
+        self._expect_captured(hidden_states)
+        stream = self._stream(hidden_states.device) if self.shared_experts is not None else None
+        decision = order_of_call(self.setting, Platform.of(hidden_states.device), stream is not None, num_tokens)
+        path.note("shared_experts_order", str(decision.order))
+        if path.is_recording():
+            path.note("shared_experts_reasons", tuple(reason.as_dict() for reason in decision.reasons))
+        match decision.order:
+            case SharedExpertsOrder.NONE:
+                return self._reduced(self._routed(hidden_states))
+            case SharedExpertsOrder.MULTI_STREAM_OVERLAPPED if stream is not None:
+                with beside(lambda: self._shared(hidden_states), stream, hidden_states) as side:
+                    routed = self._routed(hidden_states)
+                shared = side.joined()
+            case SharedExpertsOrder.EXTERNAL:
+                shared = self._shared(hidden_states)
+                routed = self._routed(hidden_states)
+            case _:
+                routed = self._routed(hidden_states)
+                shared = self._shared(hidden_states)
+        if self.setting.uses_external_experts:
+            return self._reduced(routed) + shared
+        # The routed output is this call's own: the input and the shared output stay as they are.
+        return self._reduced(routed.add_(shared))
+
+    def _routed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        routing = self.routing
+        topk_weights, topk_ids = select_experts(
+            self.gate(hidden_states),
+            routing.top_k,
+            scoring_func=routing.scoring_func,
+            renormalize=routing.renormalize,
+            num_expert_group=routing.num_expert_group,
+            topk_group=routing.topk_group,
+            group_ranking=routing.group_ranking,
+            e_score_correction_bias=self.gate.e_score_correction_bias,
+            routed_scaling_factor=routing.routed_scaling_factor,
+            custom_routing_function=routing.custom_routing_function,
+            hidden_states=hidden_states,
+        )
+        num_experts = self.num_experts
+        if self.num_fused_shared_experts:
+            topk_weights, topk_ids = append_shared_experts(
+                topk_weights, topk_ids, num_experts, self.num_fused_shared_experts
+            )
+            num_experts += self.num_fused_shared_experts
+        return self.experts(hidden_states, topk_weights, topk_ids, self.expert_map, num_experts)
+
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        result = self.shared_experts(hidden_states)
+        shape, dtype = tuple(hidden_states.shape), hidden_states.dtype
+        return expect_tensor("shared_experts' result", result, shape=shape, dtypes=(dtype,), like=hidden_states)
+
+    def _reduced(self, output: torch.Tensor) -> torch.Tensor:
+        return output if self.reduce is None else self.reduce(output)
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        if self._aux_stream is not None:
+            return expect_stream("aux_stream", self._aux_stream, device)
+        return auxiliary_stream(device)
+
+    def _expect_captured(self, hidden_states: torch.Tensor) -> None:
+        most, num_tokens = self.max_captured_tokens, hidden_states.shape[0]
+        if most is None or num_tokens <= most or not hidden_states.is_cuda:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"hidden_states: expected at most max_captured_tokens {most} tokens in a CUDA graph's capture, "
+                f"got {num_tokens}"
+            )
+
+
+@torch.library.custom_op("moegate::moe_layer", mutates_args=())
+def moe_layer_op(hidden_states: torch.Tensor, parameters: Sequence[torch.Tensor], handle: int) -> torch.Tensor:
+    """A layer as one operator: streams and their events are nothing that a compiler should take apart.
+
+    Args:
+        hidden_states: `[M, H]`.
+        parameters: the layer's own, which the operator reads.
+        handle: the layer's number in this process.
+    """
+    del parameters
+    layer = _layers.get(handle)
+    if layer is None:
+        raise ValueError(f"handle: expected a layer that is alive, got {handle}")
+    return layer._run(hidden_states)
+
+
+@moe_layer_op.register_fake
+def _moe_layer_fake(hidden_states: torch.Tensor, parameters: Sequence[torch.Tensor], handle: int) -> torch.Tensor:
+    del parameters, handle
+    return hidden_states.new_empty(hidden_states.shape)
