@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .. import path
 from ..tuning.kernel_config import KernelConfig
-from .lora_expand import adapter_arguments, adapter_options, add_adapters
+from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_with_adapters
 from .lora_rows import slot_of_rows
 from .lora_shrink import Shrunk
 from .sizes import cdiv
@@ -81,7 +81,6 @@ def batched_gemm_kernel(
     LORA: tl.constexpr,
     LORA_PARTS: tl.constexpr,
     LORA_BLOCK_R: tl.constexpr,
-    LORA_BLOCK_C: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of the slab that axis 1 of the grid names.
 
@@ -159,7 +158,6 @@ def batched_gemm_kernel(
             BLOCK_M,
             BLOCK_N,
             LORA_BLOCK_R,
-            LORA_BLOCK_C,
         )
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if has_bias:
@@ -193,6 +191,7 @@ def batched_gemm(
     """
     b, bias = operands.b, operands.bias
     max_tokens = a.shape[1]
+    config = tile_with_adapters(config, shrunk)
     path.launch(
         batched_gemm_kernel,
         (cdiv(max_tokens, config.block_size_m) * cdiv(operands.n, config.block_size_n), b.shape[0]),

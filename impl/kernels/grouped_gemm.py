@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .. import path
 from ..tuning.kernel_config import KernelConfig
-from .lora_expand import adapter_arguments, adapter_options, add_adapters
+from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_with_adapters
 from .lora_rows import slot_of_rows
 from .lora_shrink import Shrunk
 from .sizes import cdiv
@@ -95,7 +95,6 @@ def grouped_gemm_kernel(
     LORA: tl.constexpr,
     LORA_PARTS: tl.constexpr,
     LORA_BLOCK_R: tl.constexpr,
-    LORA_BLOCK_C: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of C.
 
@@ -182,7 +181,6 @@ def grouped_gemm_kernel(
             BLOCK_M,
             BLOCK_N,
             LORA_BLOCK_R,
-            LORA_BLOCK_C,
         )
     weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
     if mul_weight == ON_INPUT:
@@ -234,6 +232,7 @@ def grouped_gemm(
     top_k = topk_ids.shape[1]
     b, n, bias = operands.b, operands.n, operands.bias
     num_m_blocks = num_pairs if expert_ids is None else expert_ids.shape[0]
+    config = tile_with_adapters(config, shrunk)
     path.launch(
         grouped_gemm_kernel,
         (num_m_blocks * cdiv(n, config.block_size_n),),

@@ -6,6 +6,7 @@ its rows, so that what one adapter holds reaches no other's rows, and a row with
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -16,7 +17,9 @@ from .lora_rows import NOBODY, next_slot
 from .lora_shrink import Shrunk
 
 # Columns of a rank that are multiplied at once.
-_MOST_BLOCK_R = 64
+_MOST_BLOCK_R = 32
+# Registers of a thread that hold its part of the accumulator; what is added to it takes as many.
+_MOST_ACCUMULATED = 64
 
 
 @triton.jit
@@ -42,13 +45,13 @@ def _delta(
         delta = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
         delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, rank, BLOCK_R):
+    for first in tl.range(0, rank, BLOCK_R, num_stages=1):
         lane_r = first + tl.arange(0, BLOCK_R)
         live = lane_r < rank
         s_ptrs = shrunk_ptr + shrunk_rows[:, None] + lane_r[None, :]
         mask = mine[:, None] & live[None, :]
         shrunk = tl.load(s_ptrs, mask=mask, other=0.0)
-        for run in range(1, num_runs):
+        for run in tl.range(1, num_runs, num_stages=1):
             shrunk += tl.load(s_ptrs + run * stride_runs, mask=mask, other=0.0)
         # Columns behind the rank hold what an earlier adapter left.
         b_mask = (columns < N)[:, None] & live[None, :]
@@ -84,16 +87,14 @@ def add_adapters(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """acc [BLOCK_M, BLOCK_N] with every row's adapter added; `slots` [BLOCK_M] as `slot_of_rows` gives them.
 
     LORA says which part a column belongs to: `one` is one part in a tile, `halves` follow each other (a part has
-    `part_rows` rows), `interleaved` alternate. BLOCK_C columns are added at a time: all of a large tile's would not
-    fit into registers beside the accumulator.
+    `part_rows` rows), `interleaved` alternate.
     """
-    CHUNKS: tl.constexpr = BLOCK_N // BLOCK_C  # pyright: ignore[reportAssignmentType]
     TILE_PARTS: tl.constexpr = 1 if LORA == "one" else PARTS  # pyright: ignore[reportAssignmentType]
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = next_slot(slots, -1)
     while slot < NOBODY:
         mine = slots == slot
@@ -102,44 +103,36 @@ def add_adapters(
             part = (pid_n * BLOCK_N) // part_rows if LORA == "one" else j
             rank = tl.load(rank_ptr + group * PARTS + part)
             scale = tl.load(scale_ptr + group * PARTS + part)
-            for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
-                columns = pid_n * BLOCK_N + c * BLOCK_C + tl.arange(0, BLOCK_C)
-                delta = scale * _delta(
-                    shrunk_ptr,
-                    rows * (PARTS * R) + part * R,
-                    mine,
-                    stride_runs,
-                    num_runs,
-                    b_ptr + group * N * R,
-                    rank,
-                    columns,
-                    N,
-                    R,
-                    INPUT_PRECISION,
-                    SWAP_AB,
-                    BLOCK_M,
-                    BLOCK_C,
-                    BLOCK_R,
-                )
-                takes = mine[:, None] & (rank > 0)
-                if LORA == "halves":
-                    takes = takes & (columns // part_rows == part)[None, :]
-                elif LORA == "interleaved":
-                    takes = takes & (columns % 2 == part)[None, :]
-                if CHUNKS == 1:
-                    acc = tl.where(takes, acc + delta, acc)
-                else:
-                    wide = tl.reshape(acc, (BLOCK_M, CHUNKS, BLOCK_C))
-                    chunk = tl.arange(0, CHUNKS)[None, :, None] == c
-                    wide = tl.where(chunk & takes[:, None, :], wide + delta[:, None, :], wide)
-                    acc = tl.reshape(wide, (BLOCK_M, BLOCK_N))
+            delta = scale * _delta(
+                shrunk_ptr,
+                rows * (PARTS * R) + part * R,
+                mine,
+                stride_runs,
+                num_runs,
+                b_ptr + group * N * R,
+                rank,
+                columns,
+                N,
+                R,
+                INPUT_PRECISION,
+                SWAP_AB,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_R,
+            )
+            takes = mine[:, None] & (rank > 0)
+            if LORA == "halves":
+                takes = takes & (columns // part_rows == part)[None, :]
+            elif LORA == "interleaved":
+                takes = takes & (columns % 2 == part)[None, :]
+            acc = tl.where(takes, acc + delta, acc)
         slot = next_slot(slots, slot)
     return acc
 
 
 # The launch arguments of a GEMM without adapters: constants, so that nothing of LoRA is compiled into it.
 NO_ADAPTERS: tuple[Any, ...] = (None,) * 10
-NO_LORA: dict[str, Any] = {"LORA": "none", "LORA_PARTS": 1, "LORA_BLOCK_R": 16, "LORA_BLOCK_C": 16}
+NO_LORA: dict[str, Any] = {"LORA": "none", "LORA_PARTS": 1, "LORA_BLOCK_R": 16}
 
 
 def adapter_arguments(shrunk: Shrunk | None) -> tuple[Any, ...]:
@@ -172,12 +165,15 @@ def adapter_options(shrunk: Shrunk | None, config: KernelConfig) -> dict[str, An
         lora = "one"
     else:
         lora = "interleaved" if low_rank.interleaved else "halves"
-    # Of the accumulator a thread holds block_m * block_n / (32 * num_warps) registers; beside 64 of them as many again
-    # are free.
-    most = max(16, 64 * 32 * config.num_warps // config.block_size_m)
-    return {
-        "LORA": lora,
-        "LORA_PARTS": low_rank.num_parts,
-        "LORA_BLOCK_R": min(_MOST_BLOCK_R, low_rank.width),
-        "LORA_BLOCK_C": min(block_n, most),
-    }
+    return {"LORA": lora, "LORA_PARTS": low_rank.num_parts, "LORA_BLOCK_R": min(_MOST_BLOCK_R, low_rank.width)}
+
+
+def tile_with_adapters(config: KernelConfig, shrunk: Shrunk | None) -> KernelConfig:
+    """The tile of a GEMM: with adapters of fewer columns, where two accumulators would not fit into registers.
+
+    A column's sum runs over K in the same order whatever stands beside it, so its bits stay what they are.
+    """
+    block_n = config.block_size_n
+    while shrunk is not None and config.block_size_m * block_n > _MOST_ACCUMULATED * 32 * config.num_warps:
+        block_n //= 2
+    return config if block_n == config.block_size_n else replace(config, block_size_n=block_n)

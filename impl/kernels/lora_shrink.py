@@ -30,7 +30,7 @@ from .slabs import tokens_of_slab
         "max_tokens",
         "x_top_k",
         "top_k",
-        "columns_of_a_run",
+        "blocks_of_a_run",
     ]
 )
 def lora_shrink_kernel(
@@ -46,7 +46,7 @@ def lora_shrink_kernel(
     R,
     num_slots,
     num_experts,
-    columns_of_a_run,
+    blocks_of_a_run,
     stride_out,
     stride_x_slab,
     stride_xm,
@@ -114,8 +114,8 @@ def lora_shrink_kernel(
         return
     lane_k = tl.arange(0, BLOCK_K)
     a_rows = a_ptr + (group * (PARTS * R) + n)[:, None] * K + lane_k[None, :]
-    first_k = run * columns_of_a_run
-    end_k = tl.minimum(first_k + columns_of_a_run, K)
+    first_k = run * blocks_of_a_run * BLOCK_K
+    end_k = tl.minimum(first_k + blocks_of_a_run * BLOCK_K, K)
     for first in range(0, count, BLOCK_ROWS):
         if ROWS == "naive":
             row = tl.where(lane == 0, pid, 0)
@@ -228,8 +228,8 @@ def lora_shrink(
     groups = max(1, min(rows.num_rows, num_slots * rows.num_experts)) * num_n
     least = block_k if on_cpu else _LEAST_RUN
     runs = max(1, min(cdiv(8 if on_cpu else _BUSY, groups), k // least))
-    of_a_run = cdiv(cdiv(k, runs), block_k) * block_k
-    runs = cdiv(k, of_a_run)
+    of_a_run = cdiv(cdiv(k, runs), block_k)
+    runs = cdiv(k, of_a_run * block_k)
     values = torch.empty((runs, rows.num_rows, parts * width), dtype=torch.float32, device=x.device)
     path.launch(
         lora_shrink_kernel,
@@ -269,5 +269,5 @@ def _options(
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 4,
     }
