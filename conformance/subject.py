@@ -38,11 +38,13 @@ from .spec import (
 )
 
 if TYPE_CHECKING:
+    from .lora_cases import LoraCase
+    from .properties.lora import LoraLayer
     from .shared_cases import SharedCase
 
 FACETS = (
     *("route", "align", "experts", "batched", "quantize", "trace", "launches"),
-    *("api", "oracle", "configs", "shared_order", "shared"),
+    *("api", "oracle", "configs", "shared_order", "shared", "lora"),
 )
 
 
@@ -211,6 +213,10 @@ class Subject:
             hold: called with each of `before_shared` and `after_shared`, with the shared experts' stream the current
                 one, and of `before_routed` and `after_routed`, with the caller's; None: nothing is.
         """
+        raise NotImplementedError
+
+    def lora(self, case: LoraCase, num_slots: int, variant: str) -> LoraLayer:
+        """The case's layer with slots for adapters of at most its largest rank, all of them empty."""
         raise NotImplementedError
 
 
