@@ -12,6 +12,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from .formats import FORMATS
+from .lora import LoraOptions, extra_times
 from .report import as_json, run_table
 from .selection import choose_device, select_workloads
 from .session import EXIT_BAD_ARGUMENTS, LayerBench, run_workloads
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CALLABLE", help="may be repeated")
     parser.add_argument("--fixed-ceilings", action="store_true", help="use the fixed H200 ceilings for the floors")
     parser.add_argument("--budget", type=float, default=0.6, help="seconds of samples for each workload")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="also time the layer with LoRA adapters of this rank")
+    parser.add_argument("--adapters", type=int, default=8, help="adapters over the batch, with --lora; default: 8")
     parser.add_argument("--json", metavar="FILE", help="write the records; - is standard output")
     options = parser.parse_args(arguments)
     to_stdout = options.json == "-"
@@ -46,7 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workloads = select_workloads(
             device, models=options.models, tokens=options.tokens, routings=options.routing, dtype=options.dtype
         )
-        bench = LayerBench(device, peers=options.peer, fixed_ceilings=options.fixed_ceilings, budget=options.budget)
+        bench = LayerBench(
+            device,
+            peers=options.peer,
+            fixed_ceilings=options.fixed_ceilings,
+            budget=options.budget,
+            lora=None if options.lora is None else LoraOptions(options.lora, options.adapters),
+        )
     except ValueError as error:
         parser.error(str(error))
     run = run_workloads(bench, workloads, Console(stderr=True))
@@ -57,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(
             f"{machine.device}, driver {machine.driver or '-'}, torch {machine.torch}, triton {machine.triton}"
         )
+        for line in extra_times(run.records):
+            console.print(line, markup=False)
         console.print(f"floors: {ceilings.read_bandwidth / 1e9:.0f} GB/s, {peaks} ({ceilings.source})")
     for workload, subject, reason in run.failures:
         console.print(f"not timed: {subject} on {workload}: {reason}", markup=False, soft_wrap=True)

@@ -160,7 +160,9 @@ class LoraCase:
     @property
     def max_rank(self) -> int:
         """Of all adapters."""
-        return max((m.a.shape[0] for a in self.adapters for f in fields(a) for m in getattr(a, f.name).values()), default=1)
+        return max(
+            (m.a.shape[0] for a in self.adapters for f in fields(a) for m in getattr(a, f.name).values()), default=1
+        )
 
     def rows(self, output: Tensor) -> Tensor:
         """The rows of tokens, `[tokens, ...]`, of what has the shape of hidden_states or of lora_ids."""

@@ -134,9 +134,7 @@ def test_the_oracle_takes_triton_for_adapters(moegate_session, moegate_variant, 
     oracle = session.subject.oracle()
     for platform in ("cuda:8.0", "cuda:9.0", "cuda:10.0", "rocm:gfx942"):
         for batched in (False, True):
-            question = OracleSpec(
-                platform, scheme=scheme, block_shape=block, is_batched=batched, is_lora_enabled=True
-            )
+            question = OracleSpec(platform, scheme=scheme, block_shape=block, is_batched=batched, is_lora_enabled=True)
             answer = oracle.ask(question)
             if answer.refusal is not None:
                 continue  # ORACLE-12 and 15 say which refusals are right

@@ -16,7 +16,7 @@ from moegate.impl.lora.peft import CONFIG, WEIGHTS, load_peft
 from moegate.impl.lora.table import AdapterTable
 
 peft = pytest.importorskip("peft")
-E, H, I, RANK = 3, 16, 12, 4  # noqa: E741
+E, H, I, RANK = 3, 16, 12, 4
 SIZES = {"layer": 1, "num_experts": E, "hidden_size": H, "intermediate_size": I}
 
 
@@ -91,9 +91,7 @@ def saved(kind: str, options: str, folder: Path) -> tuple[Model, Model]:
 
 def agree(adapter: Adapter, base: Model, merged: Model) -> None:
     """A token with the adapter goes through the merged layer."""
-    table = AdapterTable(
-        2, RANK, num_experts=E, hidden_size=H, intermediate_size=I, dtype=torch.float32, device="cpu"
-    )
+    table = AdapterTable(2, RANK, num_experts=E, hidden_size=H, intermediate_size=I, dtype=torch.float32, device="cpu")
     slot = table.load(adapter, 1)
     x, ids = torch.randn(5, H), torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0]], dtype=torch.int32)
     routing = torch.rand(5, 2)

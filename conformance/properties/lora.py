@@ -42,7 +42,10 @@ DECISION = declare(
     "LORA-13", "with adapters the oracle takes Triton, batched_triton in the batched format", "lora", "oracle"
 )
 REPLAYED = declare(
-    "LORA-14", "a captured graph, replayed with other adapters and ids, equals the eager call", "lora", devices=("cuda",)
+    "LORA-14",
+    "a captured graph, replayed with other adapters and ids, equals the eager call",
+    "lora",
+    devices=("cuda",),
 )
 
 
@@ -220,7 +223,10 @@ def judge_reloaded(case: LoraCase, make: Make, output: Tensor) -> list[Verdict]:
     """LORA-09: every slot held an adapter of the largest rank, of NaN, for all experts, before."""
     layer = make(case, len(case.adapters))
     inner = case.layer
-    h, i = inner.hidden_states.shape[-1], inner.activation.split(inner.hidden_states.new_empty(1, inner.w13.shape[1]))[0].shape[1]
+    h, i = (
+        inner.hidden_states.shape[-1],
+        inner.activation.split(inner.hidden_states.new_empty(1, inner.w13.shape[1]))[0].shape[1],
+    )
     rank, like = case.max_rank, inner.hidden_states
 
     def filled(n: int, k: int) -> dict[int, LoraMatrix]:

@@ -57,9 +57,7 @@ BAD_ADAPTERS = (
     BadAdapter("of an A without its B", "b", _with("gate", lambda m: replace(m, b=None))),
     BadAdapter("of a B of another rank", "b", _with("gate", lambda m: replace(m, b=m.b[:, :-1]))),
     BadAdapter("of mixed dtypes", "dtype", _with("up", lambda m: replace(m, b=m.b.double().float()))),
-    BadAdapter(
-        "of another dtype", "dtype", _with("down", lambda m: replace(m, a=m.a.float(), b=m.b.float()))
-    ),
+    BadAdapter("of another dtype", "dtype", _with("down", lambda m: replace(m, a=m.a.float(), b=m.b.float()))),
     BadAdapter("with a scale of NaN", "scale", _with("gate", lambda m: replace(m, scale=float("nan")))),
     BadAdapter("with gate_up beside gate", "gate_up", lambda a: replace(a, gate_up=_joined(a))),
     BadAdapter("into a slot that is not there", "slot", lambda a: a, slot=99),

@@ -160,6 +160,10 @@ class AdapterTable:
         """The slots that hold an adapter, ascending."""
         return tuple(slot for slot, adapter in enumerate(self._adapters) if adapter is not None)
 
+    def adapter_of(self, slot: int) -> Adapter | None:
+        """What a slot holds."""
+        return self._adapters[expect_int("slot", slot, low=0, high=self.num_slots - 1)]
+
     def load(self, adapter: Adapter, slot: int | None = None) -> int:
         """Put an adapter into a slot, over whatever the slot holds.
 
