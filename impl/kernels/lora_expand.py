@@ -171,9 +171,17 @@ def adapter_options(shrunk: Shrunk | None, config: KernelConfig) -> dict[str, An
 def tile_with_adapters(config: KernelConfig, shrunk: Shrunk | None) -> KernelConfig:
     """The tile of a GEMM: with adapters of fewer columns, where two accumulators would not fit into registers.
 
-    A column's sum runs over K in the same order whatever stands beside it, so its bits stay what they are.
+    A column's sum runs over K in the same order whatever stands beside it and however many steps are in flight, so its
+    bits stay what they are.
     """
-    block_n = config.block_size_n
-    while shrunk is not None and config.block_size_m * block_n > _MOST_ACCUMULATED * 32 * config.num_warps:
+    if shrunk is None:
+        return config
+    block_n, num_stages = config.block_size_n, config.num_stages
+    while config.block_size_m * block_n > _MOST_ACCUMULATED * 32 * config.num_warps:
         block_n //= 2
-    return config if block_n == config.block_size_n else replace(config, block_size_n=block_n)
+    if shrunk.low_rank.b.dtype.itemsize == 4:
+        # Products of float32 are formed in registers, which operands in flight do not leave free.
+        num_stages = 1
+    if (block_n, num_stages) == (config.block_size_n, config.num_stages):
+        return config
+    return replace(config, block_size_n=block_n, num_stages=num_stages)
