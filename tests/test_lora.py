@@ -301,3 +301,15 @@ def test_a_case_of_the_suite_says_what_it_holds() -> None:
     assert isinstance(case, LoraCase)
     assert case.max_rank == 16
     assert all(not a.gate and not a.up and a.gate_up for a in case.adapters)
+
+
+def test_a_promise_not_to_round_between_a_and_b_uses_more_of_the_budget() -> None:
+    used = {"storage": 0.0, "float32": 0.0}
+    for seed in range(8):
+        case = build_lora(LoraSpec(16, 64, 48, 4, 2, ranks="many", tokens="all", seed=seed))
+        rows = loaded(partial(SUBJECT.lora, variant="cpu"), case).run(case.lora_ids).double()
+        for claimed in used:
+            truth = truth_of(case, replace(NUMERICS, shrunk=claimed))
+            allowed = (truth.sigma**2 + truth.last**2).sum(dim=1).sqrt()
+            used[claimed] += float(((rows - truth.output).norm(dim=1) / allowed).mean())
+    assert used["float32"] > 1.03 * used["storage"]
