@@ -25,7 +25,7 @@ from moegate.conformance.properties.lora import (
     loaded,
     truth_of,
 )
-from moegate.conformance.properties.lora_api import BAD_ADAPTERS, judge_bad_adapter
+from moegate.conformance.properties.lora_api import BAD_ADAPTERS, BAD_IDS, judge_bad_adapter, judge_bad_ids
 from moegate.conformance.selection import SELECTION
 from moegate.conformance.spec import parse_spec
 
@@ -124,6 +124,14 @@ def test_a_bad_adapter_is_refused_and_the_table_is_as_it_was(moegate_session, mo
     case = build_lora(SPEC, session.device)
     verdicts = judge_bad_adapter(bad, case, partial(session.subject.lora, variant=variant))
     session.ledger.settle(verdicts, SPEC, f"{session.command()} --select '{bad}'")
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+def test_an_id_that_is_no_slot_is_refused(moegate_session, moegate_variant, bad):
+    session, variant = moegate_session, moegate_variant
+    case = build_lora(SPEC, session.device)
+    verdicts = judge_bad_ids(bad, case, partial(session.subject.lora, variant=variant))
+    session.ledger.settle(verdicts, SPEC, session.command())
 
 
 @pytest.mark.moegate_facets("lora", "oracle")

@@ -69,6 +69,26 @@ def _joined(adapter: LoraAdapter) -> dict[int, LoraMatrix]:
     return {e: replace(m, b=torch.cat([m.b, m.b])) for e, m in adapter.gate.items()}
 
 
+BAD_IDS = (-2, 4, 1 << 30)
+"""Ids beside the four adapters of a case."""
+
+
+def judge_bad_ids(bad: int, case: LoraCase, make: Make) -> list[Verdict]:
+    """An id that is no slot, which the checks see that wait for the device; what is run before and after it."""
+    layer = loaded(make, case)
+    before, ids = layer.run(case.lora_ids), case.lora_ids.clone()
+    ids.view(-1)[0] = bad
+    try:
+        layer.run(ids)
+    except (ValueError, TypeError) as error:
+        said = str(error)
+    else:
+        return [REFUSED.verdict(False, f"lora_ids with {bad}: accepted")]
+    stray = differing_rows(case, layer.run(case.lora_ids), before)
+    named = "lora_ids" in said and str(bad) in said
+    return [REFUSED.verdict(named and not stray, f"lora_ids with {bad}: said {said!r}; {stray} rows changed")]
+
+
 def judge_bad_adapter(bad: BadAdapter, case: LoraCase, make: Make) -> list[Verdict]:
     """A refusal by ValueError or TypeError that names what is wrong; the output before and after it."""
     layer = loaded(make, case)

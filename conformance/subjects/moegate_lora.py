@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...impl.batched import batched_experts
@@ -62,7 +63,8 @@ class MoegateLoraLayer:
         """The layer; a batch that is known to have no adapter is a call without the table."""
         layer = self._case.layer
         adapters = {"adapters": None if lora_ids is None else self.table, "lora_ids": lora_ids, "out": out}
-        with debug_checks(lora_ids is not None and not lora_ids.is_cuda):
+        capturing = lora_ids is not None and lora_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+        with debug_checks(not capturing):
             if isinstance(layer, BatchedCase):
                 return batched_experts(
                     layer.hidden_states,
