@@ -29,7 +29,7 @@ from moegate.conformance.properties.lora_api import BAD_ADAPTERS, BAD_IDS, judge
 from moegate.conformance.selection import SELECTION
 from moegate.conformance.spec import parse_spec
 
-EXAMPLES, RUNS = 24, 8
+EXAMPLES, RUNS = 18, 8
 PARTS = 4
 pytestmark = pytest.mark.moegate_facets("lora")
 
@@ -98,7 +98,7 @@ def test_every_kind_of_adapter_is_run(moegate_session, moegate_variant, part):
     )
 
 
-@pytest.mark.moegate_executions(8, 10)
+@pytest.mark.moegate_executions(6, 10)
 def test_any_history_of_a_table_ends_in_a_fresh_ones_bits(moegate_session, moegate_variant):
     session, variant = moegate_session, moegate_variant
     if SELECTION.spec is not None:
@@ -113,7 +113,7 @@ def test_any_history_of_a_table_ends_in_a_fresh_ones_bits(moegate_session, moega
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=session.examples(8), stateful_step_count=12, database=None, deadline=None, print_blob=False
+            max_examples=session.examples(6), stateful_step_count=12, database=None, deadline=None, print_blob=False
         ),
     )
 
