@@ -16,6 +16,7 @@ from . import overlap_report
 from .formats import FORMATS
 from .layers import LAYERS, choose_layers
 from .overlap_runner import GPU_TOKENS, run_overlap
+from .lora import LoraOptions, extra_times
 from .report import as_json, run_table
 from .selection import choose_device, parse_counts, select_workloads, split_words
 from .session import EXIT_BAD_ARGUMENTS, EXIT_MEASURED, EXIT_NOTHING, EXIT_WRONG, LayerBench, run_workloads
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help=f"time whole layers with their shared experts on one stream and on two: {', '.join(LAYERS)}",
     )
+    parser.add_argument("--lora", type=int, metavar="RANK", help="also time the layer with LoRA adapters of this rank")
+    parser.add_argument("--adapters", type=int, default=8, help="adapters over the batch, with --lora; default: 8")
     parser.add_argument("--json", metavar="FILE", help="write the records; - is standard output")
     options = parser.parse_args(arguments)
     to_stdout = options.json == "-"
@@ -57,7 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workloads = select_workloads(
             device, models=options.models, tokens=options.tokens, routings=options.routing, dtype=options.dtype
         )
-        bench = LayerBench(device, peers=options.peer, fixed_ceilings=options.fixed_ceilings, budget=options.budget)
+        bench = LayerBench(
+            device,
+            peers=options.peer,
+            fixed_ceilings=options.fixed_ceilings,
+            budget=options.budget,
+            lora=None if options.lora is None else LoraOptions(options.lora, options.adapters),
+        )
     except ValueError as error:
         parser.error(str(error))
     run = run_workloads(bench, workloads, Console(stderr=True))
@@ -68,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(
             f"{machine.device}, driver {machine.driver or '-'}, torch {machine.torch}, triton {machine.triton}"
         )
+        for line in extra_times(run.records):
+            console.print(line, markup=False)
         console.print(f"floors: {ceilings.read_bandwidth / 1e9:.0f} GB/s, {peaks} ({ceilings.source})")
     for workload, subject, reason in run.failures:
         console.print(f"not timed: {subject} on {workload}: {reason}", markup=False, soft_wrap=True)

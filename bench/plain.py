@@ -6,6 +6,8 @@ quantised as the format says, the second GEMM's after they were rounded to stora
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -14,9 +16,12 @@ from ..impl.quantization import ActivationScale, ExpertsQuantization, WeightScal
 from ..impl.quantize import quantize_activations
 from .operands import Operands
 
+Added = Callable[[str, int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""What is added to an expert's product: of `w13` or `w2`, the expert, the tokens `[P]` and their rows `[P, K]`."""
 
-def plain_experts(operands: Operands) -> torch.Tensor:
-    """`[M, H]`: the layer in float64 for float32 operands, else in float32."""
+
+def plain_experts(operands: Operands, added: Added | None = None) -> torch.Tensor:
+    """`[M, H]`: the layer in float64 for float32 operands, else in float32; `added` is added to both products."""
     x, quant = operands.hidden_states, operands.quant
     precise = torch.float64 if x.dtype == torch.float32 else torch.float32
     ids = operands.topk_ids.long()
@@ -28,6 +33,8 @@ def plain_experts(operands: Operands) -> torch.Tensor:
     for expert, (rows, _) in enumerate(pairs):
         if rows.numel():
             gate_up = seen[rows] @ plain_weight(operands, "w13", expert, precise).T
+            if added is not None:
+                gate_up += added("w13", expert, rows, x[rows].to(precise))
             if operands.w13_bias is not None:
                 gate_up += operands.w13_bias[expert]
             hidden.append(_activated(gate_up, operands))
@@ -38,6 +45,8 @@ def plain_experts(operands: Operands) -> torch.Tensor:
     for expert, ((rows, slots), inner) in enumerate(zip(pairs, every.split([len(r) for r, _ in pairs]), strict=True)):
         if rows.numel():
             result = inner @ plain_weight(operands, "w2", expert, precise).T
+            if added is not None:
+                result += added("w2", expert, rows, inner)
             if operands.w2_bias is not None:
                 result += operands.w2_bias[expert]
             out.index_add_(0, rows, result * operands.topk_weights[rows, slots, None].to(precise))

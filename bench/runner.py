@@ -67,7 +67,7 @@ def measure_workload(
     Args:
         workload: what to time.
         subjects: contenders by name. The first is ours: if it is wrong or raises, so does this function. A peer that
-            is wrong or raises is left out, with the reason.
+            is wrong or raises is left out, with the reason. One with a method `judge` is judged by that.
         device: where.
         ceilings: what the floor is computed with.
         verify: judges ours on the first call's operands; peers are judged by `verify_rows`.
@@ -109,7 +109,7 @@ def measure_workload(
         prepared: dict[str, _Prepared] = {}
         for index, (name, experts) in enumerate(subjects.items()):
             try:
-                judge = verify if index == 0 else verify_rows
+                judge = verify if index == 0 else _judge_of(experts)
                 prepared[name] = _prepare(name, experts, operands, verify=judge, capture=capture, clock=clock)
             except Exception as error:
                 if index == 0:
@@ -175,10 +175,15 @@ def _prepare(
         captured.run()
         clock.finish()
         for call, (out, each) in enumerate(zip(captured.outputs, operands, strict=True)):
-            replayed = verify_rows(lambda *_, result=out, **__: result, each)
+            replayed = _judge_of(experts)(lambda *_, result=out, **__: result, each)
             expect_right(name, f"call {call} of its graph", replayed)
     by = getattr(verify, "__name__", type(verify).__name__)
     return _Prepared(captured, dict(path.as_dict()), VerdictRecord(True, float(verdict.budget_used), by))
+
+
+def _judge_of(experts: ExpertsCall) -> Verify:
+    """A contender's own judge, where it computes more than the layer alone; else that of all rows."""
+    return getattr(experts, "judge", verify_rows)
 
 
 def expect_right(name: str, what: str, verdict: Verdict) -> None:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..impl.fused_moe import fused_experts
 from .floor import H200_PUBLISHED, Ceilings, measure_ceilings
 from .formats import find_format
+from .lora import LoraContenders, LoraOptions
 from .operands import ExpertsCall, WeightBank, make_operands
 from .peers import load_peer
 from .record import Record
@@ -33,6 +34,7 @@ class LayerBench:
         fixed_ceilings: use the fixed H200 ceilings instead of measuring this device's.
         budget: seconds of samples for each workload.
         verify: judges ours.
+        lora: adapters whose cost is timed beside the layer; None without.
 
     Raises:
         ValueError: a peer that cannot be loaded, or two of one name.
@@ -47,6 +49,7 @@ class LayerBench:
         fixed_ceilings: bool = False,
         budget: float = 0.6,
         verify: Verify = verify_by_budget,
+        lora: LoraOptions | None = None,
     ) -> None:
         if device == torch.device("cuda"):
             device = torch.device("cuda", torch.cuda.current_device())
@@ -61,6 +64,7 @@ class LayerBench:
         self._fixed_ceilings, self._budget, self._verify = fixed_ceilings, budget, verify
         self._ceilings: dict[str, Ceilings] = {}
         self._bank: WeightBank | None = None
+        self._lora = None if lora is None else LoraContenders(lora, device)
 
     def ceilings(self, dtype: str) -> Ceilings:
         """The device's ceilings for a workload's dtype, measured when first asked for."""
@@ -75,13 +79,15 @@ class LayerBench:
         """Time ours and the peers; raises as `measure_workload` does."""
         # Before weights take the memory that the ceilings' buffers need.
         ceilings = self.ceilings(workload.dtype)
+        bank = self._weights(workload)
+        lora = {} if self._lora is None else self._lora.of(workload)
         return measure_workload(
             workload,
-            self.subjects,
+            self.subjects | lora,
             device=self.device,
             ceilings=ceilings,
             verify=self._verify,
-            bank=self._weights(workload),
+            bank=bank,
             budget=self._budget,
         )
 

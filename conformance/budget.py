@@ -21,6 +21,7 @@ from torch import Tensor
 from ..reference.experts import Trace
 from ..reference.quantization import QuantizedWeight, expert_weight
 from .activation_budget import activation_floor, activation_variance, saturated, slopes
+from .lora_budget import first_product_variance, second_product_variance
 from .numerics import FLOAT32, TF32_UNIT_ROUNDOFF, Format, Numerics, format_of
 from .operands import ExpertsOperands
 from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, leaning, quantized
@@ -140,6 +141,8 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
         + (FLOAT32.unit_roundoff * in_order) ** 2 * float(call.w13_bias is not None)
         + rounding(in_order, at_gate_up)
     )
+    if call.adapters is not None:
+        gate_up_variance = gate_up_variance + first_product_variance(trace, call, numerics)
     gate_variance, up_variance = activation.split(gate_up_variance)
     gate_floor, up_floor = activation.split(floor(in_order, at_gate_up))
     gate_dot, up_dot = activation.split(dot)
@@ -156,6 +159,7 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     hidden_floor = activation_floor(slope, gate_floor, up_floor, at_gate, at_hidden)
     hidden_common = on_input * weight_error[..., None] * (slope.of_gate * gate_dot + slope.of_up * up_dot)
 
+    activated_variance = hidden_variance + hidden_common**2
     # The hidden rows as the second GEMM reads them: once quantised, an error is a flip or a scale's.
     scale_error = torch.zeros_like(trace.hidden)
     hidden_typical, hidden_single = hidden_variance, torch.zeros_like(hidden_variance)
@@ -199,6 +203,8 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
         for start in range(0, intermediate_size if common_of_runs.shape[2] else 0, columns):
             run = slice(start, start + columns)
             shared[token, slot] += ((common_of_runs[token, slot][..., run] @ exact[run]) ** 2).sum(dim=1)
+    if call.adapters is not None:
+        shared = shared + second_product_variance(trace, call, numerics, activated_variance)
     weights = trace.output_weights[..., None]
     weighted = weights * trace.expert_output
     present = here[..., None]

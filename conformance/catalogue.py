@@ -5,7 +5,21 @@ from __future__ import annotations
 from . import configs, oracle, shared_order
 from .coverage import declared_pairs
 from .judge import PROPERTIES, Ledger, Property
-from .properties import align, api, batched, graph, hygiene, meta, num, path, quant, route, route_laws, shared
+from .properties import (
+    align,
+    api,
+    batched,
+    graph,
+    hygiene,
+    lora,
+    meta,
+    num,
+    path,
+    quant,
+    route,
+    route_laws,
+    shared,
+)
 from .subject import Subject
 
 # Importing a family declares its properties.
@@ -25,6 +39,7 @@ FAMILIES = (
     shared_order,
     shared,
     graph,
+    lora,
 )
 # A run that exercised fewer of the declared feature pairs than this proves too little to be called green.
 LEAST_PAIRS = 0.5

@@ -27,6 +27,7 @@ class Numerics:
         weighted: the expert's output times its routing weight, before the sum over the top-k.
         combine: the running sum over the top-k.
         routing_weight: the routing weight itself, before it is used.
+        shrunk: what a LoRA adapter's A gives, before its B takes it.
         dequantized_weight: a weight of few bits times its scale, before a GEMM whose other operand is not quantised.
         input_precision: how the GEMMs read float32 operands: as they are, or rounded to TF32.
         accumulator: what fp8 products are summed in: float32, or the shorter sums of Hopper's tensor cores.
@@ -42,6 +43,7 @@ class Numerics:
     weighted: Rounding = "storage"
     combine: Rounding = "float32"
     routing_weight: Rounding = "float32"
+    shrunk: Rounding = "storage"
     dequantized_weight: Rounding = "float32"
     input_precision: Literal["ieee", "tf32"] = "ieee"
     accumulator: Literal["float32", "hopper_fp8"] = "float32"

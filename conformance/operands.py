@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..reference.activations import SILU, Activation
 from ..reference.experts import Trace, trace_experts
+from ..reference.lora import TokenAdapters
 from ..reference.quantization import ActivationQuantization, QuantizedWeight
 
 
@@ -27,6 +28,7 @@ class ExpertsOperands:
     apply_router_weight_on_input: bool = False
     quantize_input: ActivationQuantization | None = None
     quantize_hidden: ActivationQuantization | None = None
+    adapters: TokenAdapters | None = None
 
     def trace(self) -> Trace:
         """What the reference says of them."""
@@ -39,4 +41,5 @@ class ExpertsOperands:
             hidden_states=self.hidden_states[rows],
             topk_weights=self.topk_weights[rows],
             topk_ids=self.topk_ids[rows],
+            adapters=None if self.adapters is None else replace(self.adapters, lora_ids=self.adapters.lora_ids[rows]),
         )

@@ -38,11 +38,13 @@ from .spec import (
 )
 
 if TYPE_CHECKING:
+    from .lora_cases import LoraCase
+    from .properties.lora import LoraLayer
     from .shared_cases import SharedCase
 
 FACETS = (
     *("route", "align", "experts", "batched", "quantize", "trace", "launches"),
-    *("api", "oracle", "configs", "shared_order", "shared", "capture"),
+    *("api", "oracle", "configs", "shared_order", "shared", "capture", "lora"),
 )
 
 
@@ -219,6 +221,10 @@ class Subject:
         It is prepared once. Each call reads the operands where they lie, whatever was written there since, and
         enqueues work without waiting for any; on a GPU, on two streams where `overlap` is declared.
         """
+        raise NotImplementedError
+
+    def lora(self, case: LoraCase, num_slots: int, variant: str) -> LoraLayer:
+        """The case's layer with slots for adapters of at most its largest rank, all of them empty."""
         raise NotImplementedError
 
 

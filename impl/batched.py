@@ -9,6 +9,7 @@ from .checks import FLOATS, debug_expect_counts, expect_activation, expect_apart
 from .config import Activation, ActivationFormat, QuantScheme
 from .experts.base import BatchedCall
 from .kernels.device import current_device
+from .lora.table import AdapterTable, expect_token_adapters
 from .oracle.backends import AUTO
 from .oracle.call import experts_of_call
 from .platform import Platform
@@ -33,6 +34,8 @@ def batched_experts(
     swiglu_alpha: float = 1.702,
     swiglu_limit: float = 7.0,
     interleaved: bool = False,
+    adapters: AdapterTable | None = None,
+    lora_ids: torch.Tensor | None = None,
     backend: str | None = None,
     allow_tf32: bool = False,
     out: torch.Tensor | None = None,
@@ -59,6 +62,9 @@ def batched_experts(
         swiglu_alpha: of swigluoai (`ActivationFunction`).
         swiglu_limit: of swigluoai.
         interleaved: w13's gate and up rows alternate, from gate 0 on; not with scales in blocks.
+        adapters: the layer's LoRA adapters.
+        lora_ids: [E_local, max_tokens] int32, the slot of each row's adapter, -1 for none; None where no row has one.
+            Ids behind an expert's count are not looked at.
         backend: a backend's name, honoured or refused; None or "auto" leaves it to `MOEGATE_BACKEND`, and to the
             oracle where that is not set (`moegate explain --batched`).
         allow_tf32: float32 operands may be rounded to TF32; without it they are multiplied as they are.
@@ -70,8 +76,8 @@ def batched_experts(
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape, device, layout or range, by name, before
-            anything is launched; in debug mode (`checks.debug_checks`) also counts outside [0, max_tokens], and
-            scales that are not positive and finite.
+            anything is launched; in debug mode (`checks.debug_checks`) also counts outside [0, max_tokens], scales
+            that are not positive and finite, and lora_ids of slots that hold nothing.
     """
     function = expect_activation(activation, swiglu_alpha, swiglu_limit, interleaved)
     expect_bool("allow_tf32", allow_tf32)
@@ -90,6 +96,15 @@ def batched_experts(
             f"hidden_states: expected at most {MOST_EXPERTS} slabs of fewer than 2^31 rows and padding, "
             f"got {num_experts} x {max_tokens}"
         )
+    lora = expect_token_adapters(
+        adapters,
+        lora_ids,
+        (num_experts, max_tokens),
+        num_experts,
+        hidden_states,
+        weights.intermediate_size,
+        function,
+    )
     experts = experts_of_call(
         AUTO if backend is None else backend,
         Platform.of(hidden_states.device),
@@ -104,12 +119,17 @@ def batched_experts(
         function.kind,
         weights.has_bias,
         False,
+        adapters is not None,
     )
     if out is not None:
         expect_tensor("out", out, shape=hidden_states.shape, dtypes=dtypes, like=hidden_states)
-        expect_apart("out", out, hidden_states=hidden_states, expert_num_tokens=expert_num_tokens, **weights.tensors())
+        inputs = {"hidden_states": hidden_states, "expert_num_tokens": expert_num_tokens, "lora_ids": lora_ids}
+        expect_apart("out", out, **inputs, **weights.tensors())
     debug_expect_counts("expert_num_tokens", expert_num_tokens, max_tokens)
     debug_expect_scales(quant)
+    if lora is not None:
+        held = torch.arange(max_tokens, device=lora.lora_ids.device)[None, :] < expert_num_tokens[:, None]
+        lora.table.debug_expect_ids("lora_ids", lora.lora_ids, held)
 
     path.note("backend", experts.backend)
     if out is None:
@@ -117,5 +137,5 @@ def batched_experts(
     if num_experts == 0 or max_tokens == 0:
         return out
     with current_device(hidden_states):
-        experts.apply(out, BatchedCall(hidden_states, weights, expert_num_tokens, function, allow_tf32))
+        experts.apply(out, BatchedCall(hidden_states, weights, expert_num_tokens, function, allow_tf32, lora))
     return out

@@ -13,6 +13,7 @@ from torch import nn
 from .checks import FLOATS, expect_activation, expect_tensor
 from .config import Activation
 from .fused_moe import fused_experts
+from .lora.table import AdapterTable
 from .ops import fused_experts_op, quantization_arguments
 from .quantization import ExpertsQuantization
 from .weights import expect_experts_weights
@@ -98,10 +99,17 @@ class RoutedExperts(nn.Module):
         topk_ids: torch.Tensor,
         expert_map: torch.Tensor | None = None,
         global_num_experts: int | None = None,
+        adapters: AdapterTable | None = None,
+        lora_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The experts' weighted sum, `[M, H]`; arguments and errors as `fused_experts`."""
+        """The experts' weighted sum, `[M, H]`; arguments and errors as `fused_experts`.
+
+        With adapters `torch.compile` does not take it apart: `MoELayer` is compiled whole.
+        """
         kind, alpha, limit = self.function.kind, self.function.alpha, self.function.limit
         if torch.compiler.is_compiling():
+            if adapters is not None:
+                raise ValueError("adapters: expected None under torch.compile, which takes a MoELayer with adapters")
             return fused_experts_op(
                 hidden_states,
                 self.w13,
@@ -137,6 +145,8 @@ class RoutedExperts(nn.Module):
             apply_router_weight_on_input=self.apply_router_weight_on_input,
             expert_map=expert_map,
             global_num_experts=global_num_experts,
+            adapters=adapters,
+            lora_ids=lora_ids,
             backend=self.backend,
             allow_tf32=self.allow_tf32,
         )

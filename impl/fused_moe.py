@@ -20,6 +20,7 @@ from .checks import (
 from .config import Activation, ActivationFormat
 from .experts.base import ExpertsCall
 from .kernels.device import current_device
+from .lora.table import AdapterTable, expect_token_adapters
 from .oracle.call import experts_of_call
 from .platform import Platform
 from .quantization import ExpertsQuantization
@@ -43,6 +44,8 @@ def fused_experts(
     apply_router_weight_on_input: bool = False,
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
+    adapters: AdapterTable | None = None,
+    lora_ids: torch.Tensor | None = None,
     backend: str = "auto",
     allow_tf32: bool = False,
     out: torch.Tensor | None = None,
@@ -72,6 +75,9 @@ def fused_experts(
         apply_router_weight_on_input: weights multiply the experts' input instead of their output; top_k must be 1.
         expert_map: [E] int32, global to local id, -1 for experts of other ranks; None where all are local.
         global_num_experts: E; None takes it from `expert_map` or `w13`.
+        adapters: the layer's LoRA adapters; with a table the Triton backend runs on a GPU, whatever is asked for.
+        lora_ids: [M] int32, the slot of each token's adapter, -1 for none; None where no token has one, which then
+            costs nothing. An id that is no slot adds nothing.
         backend: a backend's name, honoured or refused; "auto" leaves it to `MOEGATE_BACKEND`, and to the oracle where
             that is not set (`moegate explain`).
         allow_tf32: float32 operands may be rounded to TF32; without it they are multiplied as they are.
@@ -83,7 +89,8 @@ def fused_experts(
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape, device, layout or range, by name, before
             anything is launched; in debug mode (`checks.debug_checks`) also ids outside [-1, E), NaN weights, maps
-            with values outside [-1, E_local) or a local id twice, and scales that are not positive and finite.
+            with values outside [-1, E_local) or a local id twice, scales that are not positive and finite, and
+            lora_ids of slots that hold nothing.
     """
     function = expect_activation(activation, swiglu_alpha, swiglu_limit, interleaved)
     expect_bool("apply_router_weight_on_input", apply_router_weight_on_input)
@@ -104,6 +111,9 @@ def fused_experts(
     # Positions in the alignment are 32-bit, and a block is at most 256 of them.
     if num_tokens * top_k + 256 * num_local_experts >= 2**31:
         raise ValueError(f"topk_ids: expected fewer than 2^31 pairs and padding, got {num_tokens} x {top_k}")
+    lora = expect_token_adapters(
+        adapters, lora_ids, (num_tokens,), num_local_experts, hidden_states, weights.intermediate_size, function
+    )
     experts = experts_of_call(
         backend,
         Platform.of(hidden_states.device),
@@ -118,6 +128,7 @@ def fused_experts(
         function.kind,
         weights.has_bias,
         apply_router_weight_on_input,
+        adapters is not None,
     )
     if out is None:
         out = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype, device=hidden_states.device)
@@ -130,6 +141,7 @@ def fused_experts(
             topk_weights=topk_weights,
             topk_ids=topk_ids,
             expert_map=expert_map,
+            lora_ids=lora_ids,
             **weights.tensors(),
         )
     debug_expect_ids("topk_ids", topk_ids, num_experts)
@@ -137,6 +149,8 @@ def fused_experts(
     if expert_map is not None:
         debug_expect_expert_map("expert_map", expert_map, num_local_experts)
     debug_expect_scales(quant)
+    if lora is not None:
+        lora.table.debug_expect_ids("lora_ids", lora.lora_ids)
 
     path.note("backend", experts.backend)
     if num_tokens == 0:
@@ -153,6 +167,7 @@ def fused_experts(
         expert_map,
         num_experts,
         allow_tf32,
+        lora,
     )
     with current_device(hidden_states):
         experts.apply(out, call)

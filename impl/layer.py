@@ -16,6 +16,7 @@ from . import path
 from .checks import FLOATS, expect_int, expect_tensor
 from .experts_module import RoutedExperts
 from .fused_shared import append_shared_experts
+from .lora.table import AdapterTable
 from .overlap import auxiliary_stream, beside, expect_stream
 from .platform import Platform
 from .routing import RoutingFunction, select_experts
@@ -102,6 +103,7 @@ class MoELayer(nn.Module):
         aux_stream: of the experts' device; None takes the device's own, where it has one.
         max_captured_tokens: the most tokens that a CUDA graph may be captured with; None: any.
         reduce: the sum over ranks; None: there is one rank.
+        adapters: LoRA adapters of the routed experts, whose slots tokens name in `lora_ids`; None without.
 
     Raises:
         TypeError, ValueError: parts that do not go together, by name.
@@ -122,6 +124,7 @@ class MoELayer(nn.Module):
         aux_stream: torch.cuda.Stream | None = None,
         max_captured_tokens: int | None = None,
         reduce: Reduce | None = None,
+        adapters: AdapterTable | None = None,
     ) -> None:
         super().__init__()
         num_experts, hidden_size = gate.weight.shape
@@ -163,6 +166,7 @@ class MoELayer(nn.Module):
         self.num_fused_shared_experts = num_fused_shared_experts
         self.max_captured_tokens = max_captured_tokens
         self.reduce = reduce
+        self.adapters = adapters
         # What loading it changed, in words for the user.
         self.loading_notes: tuple[str, ...] = ()
         self._aux_stream = aux_stream
@@ -178,11 +182,12 @@ class MoELayer(nn.Module):
         super().__setstate__(state)
         self._enroll()  # a copy is a layer of its own
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None = None) -> torch.Tensor:
         """The layer's output.
 
         Args:
             hidden_states: `[..., H]` in the experts' dtype, with any leading dimensions.
+            lora_ids: `[...]` int32, the slot of each token's adapter, -1 for none; None where no token has one.
 
         Returns:
             As `hidden_states`, in memory of its own.
@@ -193,10 +198,12 @@ class MoELayer(nn.Module):
         """
         shape = hidden_states.shape
         rows = hidden_states.reshape(-1, shape[-1]) if hidden_states.dim() != 2 else hidden_states
+        if lora_ids is not None:
+            lora_ids = lora_ids.reshape(-1)
         if torch.compiler.is_compiling():
             # The parameters stand among the arguments so that the compiler knows what is read.
-            return moe_layer_op(rows, [*self.parameters(), *self.buffers()], self._handle).view(shape)
-        return self._run(rows).view(shape)
+            return moe_layer_op(rows, [*self.parameters(), *self.buffers()], self._handle, lora_ids).view(shape)
+        return self._run(rows, lora_ids).view(shape)
 
     def prepare(self, num_tokens: Sequence[int] = (1,)) -> MoELayer:
         """Run the layer once for each M, so that kernels are compiled and weights laid out before a graph is captured.
@@ -207,11 +214,14 @@ class MoELayer(nn.Module):
         for count in num_tokens:
             expect_int("num_tokens", count, low=0)
             like = self.experts.w2
-            self(torch.zeros((count, self.hidden_size), dtype=self.experts.dtype, device=like.device))
+            hidden_states = torch.zeros((count, self.hidden_size), dtype=self.experts.dtype, device=like.device)
+            self(hidden_states)
+            if self.adapters is not None:
+                self(hidden_states, torch.full((count,), -1, dtype=torch.int32, device=like.device))
         return self
 
     @torch.no_grad()
-    def _run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _run(self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None = None) -> torch.Tensor:
         dtype = self.experts.dtype
         shape = ("M", self.hidden_size)
         expect_tensor("hidden_states", hidden_states, shape=shape, dtypes=(dtype,), like=self.experts.w2)
@@ -224,23 +234,23 @@ class MoELayer(nn.Module):
             path.note("shared_experts_reasons", tuple(reason.as_dict() for reason in decision.reasons))
         match decision.order:
             case SharedExpertsOrder.NONE:
-                return self._reduced(self._routed(hidden_states))
+                return self._reduced(self._routed(hidden_states, lora_ids))
             case SharedExpertsOrder.MULTI_STREAM_OVERLAPPED if stream is not None:
                 with beside(lambda: self._shared(hidden_states), stream, hidden_states) as side:
-                    routed = self._routed(hidden_states)
+                    routed = self._routed(hidden_states, lora_ids)
                 shared = side.joined()
             case SharedExpertsOrder.EXTERNAL:
                 shared = self._shared(hidden_states)
-                routed = self._routed(hidden_states)
+                routed = self._routed(hidden_states, lora_ids)
             case _:
-                routed = self._routed(hidden_states)
+                routed = self._routed(hidden_states, lora_ids)
                 shared = self._shared(hidden_states)
         if self.setting.uses_external_experts:
             return self._reduced(routed) + shared
         # The routed output is this call's own: the input and the shared output stay as they are.
         return self._reduced(routed.add_(shared))
 
-    def _routed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _routed(self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None) -> torch.Tensor:
         routing = self.routing
         topk_weights, topk_ids = select_experts(
             self.gate(hidden_states),
@@ -261,7 +271,12 @@ class MoELayer(nn.Module):
                 topk_weights, topk_ids, num_experts, self.num_fused_shared_experts
             )
             num_experts += self.num_fused_shared_experts
-        return self.experts(hidden_states, topk_weights, topk_ids, self.expert_map, num_experts)
+        arguments = (hidden_states, topk_weights, topk_ids, self.expert_map, num_experts)
+        if self.adapters is None:
+            if lora_ids is not None:
+                raise ValueError("lora_ids: expected None without adapters, got ids")
+            return self.experts(*arguments)
+        return self.experts(*arguments, self.adapters, lora_ids)
 
     def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor:
         result = self.shared_experts(hidden_states)
@@ -288,22 +303,27 @@ class MoELayer(nn.Module):
 
 
 @torch.library.custom_op("moegate::moe_layer", mutates_args=())
-def moe_layer_op(hidden_states: torch.Tensor, parameters: Sequence[torch.Tensor], handle: int) -> torch.Tensor:
+def moe_layer_op(
+    hidden_states: torch.Tensor, parameters: Sequence[torch.Tensor], handle: int, lora_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """A layer as one operator: streams and their events are nothing that a compiler should take apart.
 
     Args:
         hidden_states: `[M, H]`.
         parameters: the layer's own, which the operator reads.
         handle: the layer's number in this process.
+        lora_ids: `[M]` int32, or None.
     """
     del parameters
     layer = _layers.get(handle)
     if layer is None:
         raise ValueError(f"handle: expected a layer that is alive, got {handle}")
-    return layer._run(hidden_states)
+    return layer._run(hidden_states, lora_ids)
 
 
 @moe_layer_op.register_fake
-def _moe_layer_fake(hidden_states: torch.Tensor, parameters: Sequence[torch.Tensor], handle: int) -> torch.Tensor:
-    del parameters, handle
+def _moe_layer_fake(
+    hidden_states: torch.Tensor, parameters: Sequence[torch.Tensor], handle: int, lora_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    del parameters, handle, lora_ids
     return hidden_states.new_empty(hidden_states.shape)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .activations import SILU, Activation
+from .lora import TokenAdapters
 from .quantization import ActivationQuantization, QuantizedWeight, expert_weight
 
 
@@ -74,6 +75,7 @@ def trace_experts(
     apply_router_weight_on_input: bool = False,
     quantize_input: ActivationQuantization | None = None,
     quantize_hidden: ActivationQuantization | None = None,
+    adapters: TokenAdapters | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Trace:
     """The experts' weighted sum with its intermediates; arguments as in `experts`."""
@@ -92,6 +94,8 @@ def trace_experts(
         if token.numel() == 0:
             continue
         rows = x[token] @ expert_weight(w13, expert, dtype).T
+        if adapters is not None:
+            rows = rows + adapters.added("gate_up", expert, token, hidden_states[token].to(dtype))
         if apply_router_weight_on_input:
             rows = rows * weights[token, slot, None]
         if w13_bias is not None:
@@ -104,6 +108,8 @@ def trace_experts(
         if token.numel() == 0:
             continue
         y = hidden[token, slot] @ expert_weight(w2, expert, dtype).T
+        if adapters is not None:
+            y = y + adapters.added("down", expert, token, activated[token, slot])
         expert_output[token, slot] = y if w2_bias is None else y + w2_bias[expert].to(dtype)
     output_weights = torch.ones_like(weights) if apply_router_weight_on_input else weights
     output_weights = output_weights.masked_fill(local_ids < 0, 0)

@@ -27,6 +27,7 @@ from moegate.impl import path
 from moegate.impl.batched import batched_experts
 from moegate.impl.config import Activation, QuantScheme
 from moegate.impl.fused_moe import fused_experts
+from moegate.impl.lora.table import AdapterTable
 from moegate.impl.platform import Platform, Vendor
 from moegate.impl.quantization import ExpertsQuantization
 from moegate.impl.routing import select_experts
@@ -73,6 +74,25 @@ def quantised(scheme: str, e: int, rows: int, h: int, i: int, group: int) -> tup
     return meta(e, rows, h // pack, of=stored), meta(e, h, i // pack, of=stored), quant
 
 
+def adapted(job: dict[str, Any], local: int, shape: tuple[int, ...], activation: Activation) -> dict[str, Any]:
+    """The arguments of a call with adapters: `lora` is (slots, rank)."""
+    slots, rank = job["lora"]
+    e = job["E"]
+    table = AdapterTable(
+        slots,
+        rank,
+        num_experts=e,
+        hidden_size=job["H"],
+        intermediate_size=job["I"],
+        dtype=getattr(torch, job["dtype"]),
+        device="meta",
+        expert_map=[*range(local), *[-1] * (e - local)],
+        is_gated=activation.is_gated,
+        interleaved=job.get("interleaved", False),
+    )
+    return {"adapters": table, "lora_ids": torch.empty(shape, dtype=torch.int32, device="meta")}
+
+
 def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """What routing and experts, routing alone, or batched experts launch: kernel, arguments, constants and options."""
     seen = []
@@ -95,6 +115,8 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[A
     options = {"activation": activation, "quant": quant, "interleaved": job.get("interleaved", False)}
     if job.get("bias"):
         options |= {"w13_bias": meta(local, rows), "w2_bias": meta(local, h)}
+    if job.get("lora"):
+        options |= adapted(job, local, (m,) if not job.get("batched") else (e, m), activation)
     routing = dict(job.get("routing", {}))
     if routing.pop("bias", False):
         routing["e_score_correction_bias"] = meta(e, of=torch.float32)

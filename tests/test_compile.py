@@ -91,6 +91,23 @@ JOBS += [
         for scheme in (None, "fp8_block")
     ),
 ]
+# With adapters: every tile of Hopper at the ranks of either end, one of each elsewhere, both formats, rows of gate and
+# up that meet in a tile, alternate, or are not there, and weights of few bits.
+WITH_LORA = ["lora_shrink_kernel", "grouped_gemm_kernel", "batched_gemm_kernel", "batched_quantized_activation_kernel"]
+WITH_LORA += ["quantized_activation_kernel"]
+LORA = {"lora": [8, 16], "only": WITH_LORA} | QWEN3
+JOBS += [LORA | {"platform": "cuda:9.0", "M": m, "expert_map": m == 64} for m in (1, 64, 512, 4096)]
+JOBS += [LORA | {"platform": "cuda:9.0", "M": m, "lora": [64, 256]} for m in (512, 4096)]
+JOBS += [LORA | {"platform": platform, "M": 512} for platform in PLATFORMS if platform != "cuda:9.0"]
+JOBS += [
+    LORA | {"platform": "cuda:9.0", "batched": True, "M": 1024, "E": 16},
+    LORA | {"platform": "cuda:9.0", "batched": True, "M": 64, "E": 16, "scheme": "fp8_block"},
+    LORA | {"platform": "cuda:9.0", "M": 512, "scheme": "fp8_block"},
+    LORA | {"platform": "cuda:9.0", "M": 512, "scheme": "int4_w4a16_group_zp"},
+    LORA | {"platform": "cuda:9.0", "M": 64, "I": 712, "dtype": "float16"},
+    LORA | {"platform": "cuda:9.0", "M": 64, "H": 2880, "I": 2880, "activation": "swigluoai", "interleaved": True},
+    LORA | {"platform": "cuda:9.0", "M": 64, "E": 8, "top_k": 2, "H": 200, "I": 72, "dtype": "float32"},
+]
 # Routing beyond softmax: DeepSeek-V3's groups and bias, DeepSeek-V4's scores, groups of one, more choices than the
 # iterative top-k takes, E of 1,024.
 ROUTINGS = [
@@ -126,6 +143,7 @@ KERNELS = {
     "amax_kernel",
     "quantized_activation_kernel",
     "batched_quantized_activation_kernel",
+    "lora_shrink_kernel",
 }
 # e4m3 is no type of sm_80: what only fp8 experts launch is not for it. int8 activations have a scale a token.
 FP8_KERNELS = {"amax_kernel", "batched_quantized_activation_kernel"}

@@ -25,6 +25,7 @@ ROUNDING_POINTS = (
     "weighted",
     "combine",
     "routing_weight",
+    "shrunk",
     "dequantized_weight",
 )
 

@@ -68,7 +68,8 @@ def test_the_value_properties_judged_here_are_all_that_there_are():
         "ROUTE-11",
         "SHARED-13",  # test_shared_values.py rejects null kernels by these
         "SHARED-14",
-        "GRAPH-04",  # test_graph_properties.py
+        "GRAPH-04",  # so does test_graph_properties.py
+        "LORA-02",  # and test_lora.py
         *(law.property.id for law in ROUTING_LAWS),
         *laws,
     }

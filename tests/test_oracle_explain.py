@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from moegate.explain import explain
 from moegate.impl import once
 from moegate.impl.config import Activation, MoEConfig, QuantScheme
-from moegate.impl.experts.base import unshipped_feature
+from moegate.impl.experts.readiness import READY
 from moegate.impl.oracle import choose
 from moegate.impl.oracle.available import every_kernel, installed_kernels
 from moegate.impl.oracle.backends import UnquantizedMoeBackend as Backend
@@ -226,9 +226,7 @@ def test_this_build_says_what_it_does_not_ship():
     cpu = Platform.parse("cpu")
     adapted = MoEConfig(8, 2, 128, 128, is_lora_enabled=True)
     kernels = installed_kernels(adapted, cpu)
-    unshipped = unshipped_feature(adapted) or ""
-    assert "LoRA" in unshipped
-    assert kernels[Backend.TRITON].why == kernels[Backend.CPU].why == unshipped
+    assert kernels[Backend.TRITON] is kernels[Backend.CPU] is READY
     for declared in (Backend.AITER, Backend.XPU, Backend.FLASHINFER_TRTLLM):
         assert "moegate ships no" in kernels[declared].why
 
@@ -238,7 +236,6 @@ def test_this_build_says_what_it_does_not_ship():
 def test_this_build_ships_every_scheme_activation_and_bias(scheme, activation):
     block_shape = (0, 32) if scheme is QuantScheme.INT4_W4A16 else None
     config = MoEConfig(8, 2, 128, 128, scheme=scheme, block_shape=block_shape, activation=activation, has_bias=True)
-    assert unshipped_feature(config) is None
     assert choose_backend(config, Platform.parse("cpu")).backend is Backend.CPU
 
 

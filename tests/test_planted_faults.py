@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         "batched-format-launches-a-kernel-twice",
         "experts/batched_triton.py",
-        "        batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13)",
-        "        [batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13)"
+        "        batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13, shrunk=shrunk)",
+        "        [batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13, shrunk=shrunk)"
         " for _ in range(2)]",
         ("test_batched.py",),
         ("BATCHED-06",),

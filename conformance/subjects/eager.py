@@ -100,6 +100,7 @@ class EagerSubject(Subject):
         weighted="storage",
         combine="storage",
         routing_weight="storage",
+        shrunk="float32",
         dequantized_weight="storage",
     )
 

@@ -19,12 +19,14 @@ from ...impl.quantization import ActivationScale, ExpertsQuantization
 from ...impl.quantize import quantize_activations
 from ...impl.routing import select_experts
 from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
+from ..lora_cases import LoraCase
 from ..numerics import Numerics
 from ..properties.path import Launches
 from ..shared_cases import SharedCase
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
 from ..subject import ROUTING_METHODS, Capabilities, Subject
 from .moegate_configs import MoegateConfigs
+from .moegate_lora import MoegateLoraLayer
 from .moegate_oracle import MoegateOracle
 from .moegate_shared import Hold, MoegateSharedOrder, run_shared, shared_layer
 
@@ -176,6 +178,10 @@ class MoegateSubject(Subject):
         """`MoELayer`, on two streams on a GPU."""
         layer = shared_layer(case, variant, None, _layer_arguments)
         return lambda: run_shared(layer, case.hidden_states, overlapped=case.hidden_states.is_cuda)
+
+    def lora(self, case: LoraCase, num_slots: int, variant: str) -> MoegateLoraLayer:
+        """`fused_experts` or `batched_experts` with an `AdapterTable`."""
+        return MoegateLoraLayer(case, variant, num_slots, _layer_arguments)
 
     def trace(self) -> AbstractContextManager[PathRecord]:
         """`record_path`."""

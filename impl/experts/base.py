@@ -9,16 +9,10 @@ from typing import ClassVar
 import torch
 
 from ..config import ActivationFunction, MoEConfig
+from ..lora.table import TokenAdapters
 from ..platform import Platform
 from ..weights import ExpertsWeights
 from .readiness import READY, Readiness
-
-
-def unshipped_feature(config: MoEConfig) -> str | None:
-    """What `config` needs and no kernel of this build computes yet, in words for the user; None where all is there."""
-    if config.is_lora_enabled:
-        return "this build ships no LoRA kernel yet"
-    return None
 
 
 class Experts(ABC):
@@ -62,6 +56,7 @@ class ExpertsCall:
         expert_map: [E] int32, global to local id, or None.
         global_num_experts: E.
         allow_tf32: float32 operands may be rounded to TF32.
+        lora: each token's adapter, ids `[M]`; None where the host knows of none.
     """
 
     hidden_states: torch.Tensor
@@ -73,6 +68,7 @@ class ExpertsCall:
     expert_map: torch.Tensor | None
     global_num_experts: int
     allow_tf32: bool
+    lora: TokenAdapters | None = None
 
 
 class StandardExperts(Experts):
@@ -93,6 +89,7 @@ class BatchedCall:
         expert_num_tokens: [E_local] int32.
         activation: between the two GEMMs.
         allow_tf32: float32 operands may be rounded to TF32.
+        lora: each row's adapter, ids `[E_local, max_tokens]`; None where the host knows of none.
     """
 
     hidden_states: torch.Tensor
@@ -100,6 +97,7 @@ class BatchedCall:
     expert_num_tokens: torch.Tensor
     activation: ActivationFunction
     allow_tf32: bool
+    lora: TokenAdapters | None = None
 
 
 class BatchedExperts(Experts):

@@ -9,12 +9,12 @@ import torch
 from .. import path
 from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.batched_gemm import batched_gemm
+from ..kernels.lora_shrink import AdapterRows
 from ..kernels.quantize import Rows
 from ..platform import Platform
 from ..tuning.lookup import default_kernel_configs
-from .base import BatchedCall, BatchedExperts, unshipped_feature
-from .readiness import READY, Readiness, absent
-from .stages import LayerWorkspace, activate_hidden, quantize_input, w2_operands, w13_operands
+from .base import BatchedCall, BatchedExperts
+from .stages import LayerAdapters, LayerWorkspace, activate_hidden, quantize_input, w2_operands, w13_operands
 from .triton import unfit_for_triton
 
 _SCHEMES = (QuantScheme.NONE, QuantScheme.FP8_W8A8)
@@ -42,13 +42,6 @@ class BatchedTritonExperts(BatchedExperts):
         if config.scheme is QuantScheme.FP8_W8A8 and not platform.has_fp8_e4m3:
             return f"fp8 e4m3 needs compute capability 8.9 or gfx942 and later, {platform} has none"
         return None
-
-    @classmethod
-    def readiness(cls, config: MoEConfig, platform: Platform) -> Readiness:
-        """Whether this build ships the kernel that `config` needs."""
-        del platform
-        unshipped = unshipped_feature(config)
-        return READY if unshipped is None else absent(f"in the batched activation format {unshipped}")
 
     def apply(self, out: torch.Tensor, call: BatchedCall) -> None:
         """Write each token through its expert; see `BatchedExperts.apply`."""
@@ -81,9 +74,26 @@ class BatchedTritonExperts(BatchedExperts):
         gate_up = workspace.gate_up.view(num_experts, max_tokens, w13_rows)
         allow_tf32 = call.allow_tf32
 
+        lora = None
+        if call.lora is not None:
+            rows = AdapterRows(
+                "slabs",
+                num_rows,
+                call.lora.lora_ids,
+                num_experts,
+                configs.w13.block_size_m,
+                expert_num_tokens=counts,
+            )
+            lora = LayerAdapters(call.lora.table, rows, platform, allow_tf32=allow_tf32)
+
         x, x_scale = quantize_input(call.hidden_states, weights, slabs)
         operands = w13_operands(weights, function, x_scale)
-        batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13)
-        hidden, hidden_scale = activate_hidden(workspace.hidden, workspace.gate_up, weights, function, slabs, platform)
+        shrunk = None if lora is None else lora.w13(call.hidden_states)
+        batched_gemm(gate_up, x, operands, counts, allow_tf32=allow_tf32, config=configs.w13, shrunk=shrunk)
+        hidden, hidden_scale = activate_hidden(
+            workspace.hidden, workspace.gate_up, weights, function, slabs, platform, keep_plain=lora is not None
+        )
         hidden = hidden.view(num_experts, max_tokens, intermediate_size)
-        batched_gemm(out, hidden, w2_operands(weights, hidden_scale), counts, allow_tf32=allow_tf32, config=configs.w2)
+        shrunk = None if lora is None else lora.w2(workspace.hidden.view(hidden.shape))
+        operands = w2_operands(weights, hidden_scale)
+        batched_gemm(out, hidden, operands, counts, allow_tf32=allow_tf32, config=configs.w2, shrunk=shrunk)

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from ..config import Activation, ActivationFormat, ActivationFunction, MoEConfig, QuantScheme
+from ..lora.eager import add_adapters_with_torch
 from ..platform import Platform, Vendor
 from ..quantization import ExpertsQuantization, WeightScale
 from ..quantize import quantize_with_torch
-from .base import ExpertsCall, StandardExperts, unshipped_feature
-from .readiness import READY, Readiness, absent
+from .base import ExpertsCall, StandardExperts
 
 
 class CpuExperts(StandardExperts):
@@ -33,17 +33,10 @@ class CpuExperts(StandardExperts):
             return f"takes the standard activation format, got {config.activation_format}"
         return None
 
-    @classmethod
-    def readiness(cls, config: MoEConfig, platform: Platform) -> Readiness:
-        """Whether this build computes what `config` needs."""
-        del platform
-        unshipped = unshipped_feature(config)
-        return READY if unshipped is None else absent(unshipped)
-
     @torch.no_grad()
     def apply(self, out: torch.Tensor, call: ExpertsCall) -> None:
         """Write the layer into `out`; see `StandardExperts.apply`."""
-        weights, quant = call.weights, call.weights.quant
+        weights, quant, lora = call.weights, call.weights.quant, call.lora
         num_tokens, top_k = call.topk_ids.shape
         dtype = out.dtype
         expert = _local_experts(call)
@@ -59,6 +52,9 @@ class CpuExperts(StandardExperts):
         start = 0
         for e, pairs in runs:
             gate_up = w13.times(x, pairs // top_k, e)
+            if lora is not None:
+                token = pairs // top_k
+                add_adapters_with_torch(gate_up, call.hidden_states[token], lora.lora_ids[token], lora.table.w13, e)
             if call.apply_router_weight_on_input:
                 gate_up *= routing_weights[pairs]
             if weights.w13_bias is not None:
@@ -71,7 +67,10 @@ class CpuExperts(StandardExperts):
         y = torch.zeros((num_tokens * top_k, weights.hidden_size), dtype=dtype)
         start = 0
         for e, pairs in runs:
-            expert_out = w2.times(rows, torch.arange(start, start + len(pairs)), e)
+            place = torch.arange(start, start + len(pairs))
+            expert_out = w2.times(rows, place, e)
+            if lora is not None:
+                add_adapters_with_torch(expert_out, hidden[place], lora.lora_ids[pairs // top_k], lora.table.w2, e)
             if weights.w2_bias is not None:
                 expert_out += weights.w2_bias[e].float()
             if not call.apply_router_weight_on_input:

@@ -6,8 +6,10 @@ import torch
 
 from ..config import ActivationFunction
 from ..kernels.activation import activate, activate_and_quantize
+from ..kernels.lora_shrink import AdapterRows, Shrunk, lora_shrink
 from ..kernels.quantize import Rows, quantize_rows
 from ..kernels.tile import GemmOperands, gemm_operands
+from ..lora.table import AdapterTable
 from ..platform import Platform
 from ..quantization import ActivationScale
 from ..weights import ExpertsWeights
@@ -63,6 +65,8 @@ def activate_hidden(
     function: ActivationFunction,
     rows: Rows,
     platform: Platform,
+    *,
+    keep_plain: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The second GEMM's operand and its scales.
 
@@ -73,6 +77,7 @@ def activate_hidden(
         function: the activation.
         rows: which rows hold something.
         platform: where it runs.
+        keep_plain: `hidden` holds the rows as they are before they are quantised, which LoRA reads.
     """
     quant = weights.quant
     dtype = None if quant is None else quant.activation_dtype
@@ -84,6 +89,10 @@ def activate_hidden(
         # The tensor's largest magnitude is known only when all of it is there.
         activate(hidden, gate_up, function, rows, platform)
         return quantize_rows(hidden, dtype, scale, rows=rows)
+    if keep_plain:
+        values = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+        group, static = quant.group, quant.a2_scale
+        return values, activate_and_quantize(values, gate_up, function, scale, group, static, rows, hidden)
     # The quantised values lie where the plain ones would have lain.
     values = hidden.view(-1).view(dtype)[: hidden.numel()].view(hidden.shape)
     scales = activate_and_quantize(values, gate_up, function, scale, quant.group, quant.a2_scale, rows)
@@ -99,3 +108,27 @@ def w13_operands(weights: ExpertsWeights, function: ActivationFunction, a_scale:
 def w2_operands(weights: ExpertsWeights, a_scale: torch.Tensor | None) -> GemmOperands:
     """The second GEMM's operands."""
     return gemm_operands(weights.w2, weights.w2_bias, weights.quant, is_w13=False, parts=1, a_scale=a_scale)
+
+
+class LayerAdapters:
+    """LoRA's first products of one call; each GEMM adds its own to the accumulator.
+
+    Args:
+        table: of the layer.
+        rows: of the call.
+        platform: where it runs.
+        allow_tf32: float32 operands may be rounded to TF32.
+    """
+
+    __slots__ = ("_allow_tf32", "_platform", "_rows", "_table")
+
+    def __init__(self, table: AdapterTable, rows: AdapterRows, platform: Platform, *, allow_tf32: bool) -> None:
+        self._table, self._rows, self._platform, self._allow_tf32 = table, rows, platform, allow_tf32
+
+    def w13(self, hidden_states: torch.Tensor) -> Shrunk:
+        """Of the first GEMM: its input as it came, before it is quantised."""
+        return lora_shrink(hidden_states, self._table.w13, self._rows, self._platform, allow_tf32=self._allow_tf32)
+
+    def w2(self, hidden: torch.Tensor) -> Shrunk:
+        """Of the second GEMM: the activation's rows, before they are quantised."""
+        return lora_shrink(hidden, self._table.w2, self._rows, self._platform, allow_tf32=self._allow_tf32)

@@ -11,12 +11,12 @@ from ..align import prepare_expert_assignment
 from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.combine import combine
 from ..kernels.grouped_gemm import grouped_gemm
+from ..kernels.lora_shrink import AdapterRows
 from ..kernels.quantize import Rows
 from ..platform import Platform, Vendor
 from ..tuning.lookup import find_kernel_configs
-from .base import ExpertsCall, StandardExperts, unshipped_feature
-from .readiness import READY, Readiness, absent
-from .stages import LayerWorkspace, activate_hidden, quantize_input, w2_operands, w13_operands
+from .base import ExpertsCall, StandardExperts
+from .stages import LayerAdapters, LayerWorkspace, activate_hidden, quantize_input, w2_operands, w13_operands
 
 
 def unfit_for_triton(platform: Platform) -> str | None:
@@ -34,7 +34,8 @@ class TritonExperts(StandardExperts):
     """Grouped GEMMs in Triton.
 
     Rounding points, all to the storage dtype: the first GEMM's output, the activation's output, the second GEMM's
-    output times the routing weight, the sum. Everything between is float32.
+    output times the routing weight, the sum. Everything between is float32, but for what LoRA's A gives, which is
+    rounded before B takes it.
     """
 
     backend: ClassVar[str] = "triton"
@@ -50,13 +51,6 @@ class TritonExperts(StandardExperts):
         if config.activation_format is not ActivationFormat.STANDARD:
             return f"takes the standard activation format, got {config.activation_format}"
         return None
-
-    @classmethod
-    def readiness(cls, config: MoEConfig, platform: Platform) -> Readiness:
-        """Whether this build ships the kernel that `config` needs."""
-        del platform
-        unshipped = unshipped_feature(config)
-        return READY if unshipped is None else absent(unshipped)
 
     def apply(self, out: torch.Tensor, call: ExpertsCall) -> None:
         """Write the layer into `out`; see `StandardExperts.apply`."""
@@ -109,6 +103,21 @@ class TritonExperts(StandardExperts):
             "allow_tf32": call.allow_tf32,
         }
 
+        lora = None
+        if call.lora is not None:
+            rows = AdapterRows(
+                "pairs",
+                num_pairs,
+                call.lora.lora_ids,
+                num_local_experts,
+                configs.w13.block_size_m,
+                top_k,
+                topk_ids,
+                assignment.sorted_token_ids,
+                assignment.expert_ids,
+            )
+            lora = LayerAdapters(call.lora.table, rows, platform, allow_tf32=call.allow_tf32)
+
         x, x_scale = quantize_input(call.hidden_states, weights)
         grouped_gemm(
             workspace.gate_up,
@@ -117,9 +126,12 @@ class TritonExperts(StandardExperts):
             mul_weight=call.apply_router_weight_on_input,
             a_row_is_token=True,
             config=configs.w13,
+            shrunk=None if lora is None else lora.w13(call.hidden_states),
             **routing,
         )
-        hidden, hidden_scale = activate_hidden(workspace.hidden, workspace.gate_up, weights, function, pairs, platform)
+        hidden, hidden_scale = activate_hidden(
+            workspace.hidden, workspace.gate_up, weights, function, pairs, platform, keep_plain=lora is not None
+        )
         grouped_gemm(
             workspace.expert_output,
             hidden,
@@ -127,6 +139,7 @@ class TritonExperts(StandardExperts):
             mul_weight=not call.apply_router_weight_on_input,
             a_row_is_token=False,
             config=configs.w2,
+            shrunk=None if lora is None else lora.w2(workspace.hidden),
             **routing,
         )
         combine(

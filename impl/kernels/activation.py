@@ -204,6 +204,7 @@ def batched_activation_kernel(
 def _activate_and_quantize(
     gate_up_ptr,
     out_ptr,
+    plain_ptr,
     scale_ptr,
     rows,
     real,
@@ -223,6 +224,8 @@ def _activate_and_quantize(
     BLOCK_I: tl.constexpr,
 ):
     """Group `index` of rows: activate, round to the storage dtype, find the scale (or take it, STATIC), quantise.
+
+    `plain_ptr` takes the rounded rows too, where LoRA reads them.
 
     A group that one block holds stays in registers; a wider one (a scale a token) is activated twice, since its second
     reading comes from the L2 cache.
@@ -260,6 +263,8 @@ def _activate_and_quantize(
         q = quantized(h, tl.broadcast_to(scale[:, None], h.shape), LARGEST)
         mask = real[:, None] & (columns < end)[None, :]
         tl.store(out_ptr + rows[:, None] * size + columns[None, :], q, mask=mask)
+        if plain_ptr is not None:
+            tl.store(plain_ptr + rows[:, None] * size + columns[None, :], h.to(STORAGE), mask=mask)
     if not STATIC:
         tl.store(scale_ptr + rows * num_groups + index, scale, mask=real)
 
@@ -277,6 +282,7 @@ def _activate_and_quantize(
 def quantized_activation_kernel(
     gate_up_ptr,
     out_ptr,
+    plain_ptr,
     scale_ptr,
     topk_ids_ptr,
     expert_map_ptr,
@@ -316,6 +322,7 @@ def quantized_activation_kernel(
     _activate_and_quantize(
         gate_up_ptr,
         out_ptr,
+        plain_ptr,
         scale_ptr,
         pairs.to(tl.int64),
         expert >= 0,
@@ -340,6 +347,7 @@ def quantized_activation_kernel(
 def batched_quantized_activation_kernel(
     gate_up_ptr,
     out_ptr,
+    plain_ptr,
     scale_ptr,
     expert_num_tokens_ptr,
     max_tokens,
@@ -368,6 +376,7 @@ def batched_quantized_activation_kernel(
     _activate_and_quantize(
         gate_up_ptr,
         out_ptr,
+        plain_ptr,
         scale_ptr,
         expert.to(tl.int64) * max_tokens + rows,
         rows < num_tokens,
@@ -426,6 +435,7 @@ def activate_and_quantize(
     group: int,
     static_scale: torch.Tensor | None,
     rows: Rows,
+    plain: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the kernel on dense rows of pairs, or of slabs.
 
@@ -437,6 +447,8 @@ def activate_and_quantize(
         group: columns of a group.
         static_scale: [1] float32 of `ActivationScale.STATIC`, else None.
         rows: which rows hold something.
+        plain: [rows, I] of the storage dtype, which takes the rows as they are before they are quantised; None where
+            nobody reads them.
 
     Returns:
         The scales, float32 [1], [rows, 1] or [rows, ceil(I / group)].
@@ -457,7 +469,7 @@ def activate_and_quantize(
         rows,
         block_rows,
         num_groups,
-        (gate_up, out, scales),
+        (gate_up, out, plain, scales),
         (size, width),
         function,
         {

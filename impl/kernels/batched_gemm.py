@@ -8,12 +8,27 @@ import triton.language as tl
 
 from .. import path
 from ..tuning.kernel_config import KernelConfig
+from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_with_adapters
+from .lora_rows import slot_of_rows
+from .lora_shrink import Shrunk
 from .sizes import cdiv
 from .slabs import tokens_of_slab
 from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
 
 
-@triton.jit(do_not_specialize=["max_tokens", "stride_bias", "has_bias", "scale_rows", "scale_columns", "part"])
+@triton.jit(
+    do_not_specialize=[
+        "max_tokens",
+        "stride_bias",
+        "has_bias",
+        "scale_rows",
+        "scale_columns",
+        "part",
+        "num_slots",
+        "num_runs",
+        "lora_part_rows",
+    ]
+)
 def batched_gemm_kernel(
     a_ptr,
     b_ptr,
@@ -37,6 +52,16 @@ def batched_gemm_kernel(
     scale_columns,
     part,
     has_bias,
+    lora_ids_ptr,
+    shrunk_ptr,
+    lora_b_ptr,
+    lora_rank_ptr,
+    lora_scale_ptr,
+    num_slots,
+    lora_width,
+    num_runs,
+    stride_runs,
+    lora_part_rows,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDE_B: tl.constexpr,
@@ -53,6 +78,9 @@ def batched_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    LORA: tl.constexpr,
+    LORA_PARTS: tl.constexpr,
+    LORA_BLOCK_R: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of the slab that axis 1 of the grid names.
 
@@ -68,6 +96,10 @@ def batched_gemm_kernel(
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     real = rows < num_tokens
     rows = rows.to(tl.int64)
+    if LORA != "none":
+        num_experts = tl.num_programs(1)
+        slab_rows = expert.to(tl.int64) * max_tokens + rows
+        slots = slot_of_rows(lora_ids_ptr, slab_rows, real, lora_rank_ptr, expert, num_slots, num_experts, LORA_PARTS)
     acc = product_of_tile(
         a_ptr + expert.to(tl.int64) * stride_ae,
         rows * stride_am,
@@ -102,6 +134,31 @@ def batched_gemm_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    if LORA != "none":
+        acc = add_adapters(
+            acc,
+            slots,
+            slab_rows,
+            shrunk_ptr,
+            lora_b_ptr,
+            lora_rank_ptr,
+            lora_scale_ptr,
+            expert,
+            pid_n,
+            N,
+            lora_width,
+            num_experts,
+            num_runs,
+            stride_runs,
+            lora_part_rows,
+            LORA,
+            LORA_PARTS,
+            INPUT_PRECISION,
+            SWAP_AB,
+            BLOCK_M,
+            BLOCK_N,
+            LORA_BLOCK_R,
+        )
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if has_bias:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns
@@ -119,6 +176,7 @@ def batched_gemm(
     *,
     allow_tf32: bool,
     config: KernelConfig,
+    shrunk: Shrunk | None = None,
 ) -> None:
     """Launch the kernel on checked arguments.
 
@@ -129,9 +187,11 @@ def batched_gemm(
         expert_num_tokens: [E_local] int32.
         allow_tf32: float32 operands may be rounded to TF32.
         config: the tile choice.
+        shrunk: of the adapters that are added; None without any.
     """
     b, bias = operands.b, operands.bias
     max_tokens = a.shape[1]
+    config = tile_with_adapters(config, shrunk)
     path.launch(
         batched_gemm_kernel,
         (cdiv(max_tokens, config.block_size_m) * cdiv(operands.n, config.block_size_n), b.shape[0]),
@@ -155,5 +215,7 @@ def batched_gemm(
         c.stride(1),
         *operands.numbers,
         int(bias is not None),
+        *adapter_arguments(shrunk),
         **tile_options(operands, config, allow_tf32),
+        **adapter_options(shrunk, config),
     )

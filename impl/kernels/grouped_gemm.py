@@ -8,6 +8,9 @@ import triton.language as tl
 
 from .. import path
 from ..tuning.kernel_config import KernelConfig
+from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_with_adapters
+from .lora_rows import slot_of_rows
+from .lora_shrink import Shrunk
 from .sizes import cdiv
 from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
 
@@ -29,6 +32,9 @@ ON_INPUT, ON_OUTPUT = tl.constexpr(1), tl.constexpr(2)
         "scale_rows",
         "scale_columns",
         "part",
+        "num_slots",
+        "num_runs",
+        "lora_part_rows",
     ]
 )
 def grouped_gemm_kernel(
@@ -59,6 +65,16 @@ def grouped_gemm_kernel(
     top_k,
     mul_weight,
     has_bias,
+    lora_ids_ptr,
+    shrunk_ptr,
+    lora_b_ptr,
+    lora_rank_ptr,
+    lora_scale_ptr,
+    num_slots,
+    lora_width,
+    num_runs,
+    stride_runs,
+    lora_part_rows,
     NAIVE: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -76,11 +92,16 @@ def grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    LORA: tl.constexpr,
+    LORA_PARTS: tl.constexpr,
+    LORA_BLOCK_R: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of C.
 
     Aligned: `sorted_token_ids` lists the pairs of each row block, `expert_ids` the block's expert. Naive: block p is
     pair p alone, in row 0, and `expert_ids` is `topk_ids` itself, with its row stride.
+
+    With LORA the rows' adapters are added to the accumulator, before anything else happens to it.
 
     What a constant would not make faster is a run-time value, so that few variants are compiled.
     """
@@ -99,6 +120,9 @@ def grouped_gemm_kernel(
 
     real = pairs < num_pairs
     a_index = pairs // a_top_k
+    if LORA != "none":
+        token = (pairs // top_k).to(tl.int64)
+        slots = slot_of_rows(lora_ids_ptr, token, real, lora_rank_ptr, expert, num_slots, num_experts, LORA_PARTS)
     acc = product_of_tile(
         a_ptr,
         a_index.to(tl.int64) * stride_am,
@@ -133,6 +157,31 @@ def grouped_gemm_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    if LORA != "none":
+        acc = add_adapters(
+            acc,
+            slots,
+            pairs.to(tl.int64),
+            shrunk_ptr,
+            lora_b_ptr,
+            lora_rank_ptr,
+            lora_scale_ptr,
+            expert,
+            pid_n,
+            N,
+            lora_width,
+            num_experts,
+            num_runs,
+            stride_runs,
+            lora_part_rows,
+            LORA,
+            LORA_PARTS,
+            INPUT_PRECISION,
+            SWAP_AB,
+            BLOCK_M,
+            BLOCK_N,
+            LORA_BLOCK_R,
+        )
     weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
     if mul_weight == ON_INPUT:
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
@@ -160,6 +209,7 @@ def grouped_gemm(
     a_row_is_token: bool,
     allow_tf32: bool,
     config: KernelConfig,
+    shrunk: Shrunk | None = None,
 ) -> None:
     """Launch the kernel on checked arguments.
 
@@ -176,11 +226,13 @@ def grouped_gemm(
         a_row_is_token: row p // top_k of `a` belongs to pair p, else row p.
         allow_tf32: float32 operands may be rounded to TF32.
         config: the tile choice.
+        shrunk: of the adapters that are added; None without any.
     """
     num_pairs = topk_ids.numel()
     top_k = topk_ids.shape[1]
     b, n, bias = operands.b, operands.n, operands.bias
     num_m_blocks = num_pairs if expert_ids is None else expert_ids.shape[0]
+    config = tile_with_adapters(config, shrunk)
     path.launch(
         grouped_gemm_kernel,
         (num_m_blocks * cdiv(n, config.block_size_n),),
@@ -209,6 +261,8 @@ def grouped_gemm(
         top_k,
         (1 if a_row_is_token else 2) * mul_weight,
         int(bias is not None),
+        *adapter_arguments(shrunk),
         NAIVE=sorted_token_ids is None,
         **tile_options(operands, config, allow_tf32),
+        **adapter_options(shrunk, config),
     )

@@ -1,0 +1,106 @@
+"""LORA-12: adapters and ids that must be refused, and what a refusal leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..judge import Verdict
+from ..lora_cases import LoraAdapter, LoraCase, LoraMatrix
+from .lora import REFUSED, Make, differing_rows, loaded
+
+
+@dataclass(frozen=True)
+class BadAdapter:
+    """An adapter that must be refused.
+
+    Attributes:
+        what: is wrong with it.
+        named: what the message must name.
+        change: a good adapter to a bad one.
+        slot: that it is loaded into.
+    """
+
+    what: str
+    named: str
+    change: Callable[[LoraAdapter], LoraAdapter]
+    slot: int = 0
+
+    def __str__(self) -> str:
+        return f"adapter-{self.what}".replace(" ", "_")
+
+
+def _with(part: str, change: Callable[[LoraMatrix], LoraMatrix]) -> Callable[[LoraAdapter], LoraAdapter]:
+    """One expert of one part changed."""
+
+    def changed(adapter: LoraAdapter) -> LoraAdapter:
+        matrices: Mapping[int, LoraMatrix] = getattr(adapter, part)
+        expert = max(matrices)
+        return replace(adapter, **{part: {**matrices, expert: change(matrices[expert])}})
+
+    return changed
+
+
+def _grown(matrix: LoraMatrix) -> LoraMatrix:
+    return replace(matrix, a=matrix.a.repeat(300, 1)[:257], b=matrix.b.repeat(1, 300)[:, :257])
+
+
+BAD_ADAPTERS = (
+    BadAdapter("of another hidden size", "down", _with("down", lambda m: replace(m, b=m.b[:-1]))),
+    BadAdapter("of another intermediate size", "up", _with("up", lambda m: replace(m, b=torch.cat([m.b, m.b])))),
+    BadAdapter("of an A of another hidden size", "gate", _with("gate", lambda m: replace(m, a=m.a[:, 1:]))),
+    BadAdapter("of more experts", "expert", lambda a: replace(a, down={**a.down, 999: next(iter(a.down.values()))})),
+    BadAdapter("of a negative expert", "expert", lambda a: replace(a, up={**a.up, -1: next(iter(a.up.values()))})),
+    BadAdapter("of a rank over the maximum", "rank", _with("down", _grown)),
+    BadAdapter("of an A without its B", "b", _with("gate", lambda m: replace(m, b=None))),
+    BadAdapter("of a B of another rank", "b", _with("gate", lambda m: replace(m, b=m.b[:, :-1]))),
+    BadAdapter("of mixed dtypes", "dtype", _with("up", lambda m: replace(m, b=m.b.double().float()))),
+    BadAdapter("of another dtype", "dtype", _with("down", lambda m: replace(m, a=m.a.float(), b=m.b.float()))),
+    BadAdapter("with a scale of NaN", "scale", _with("gate", lambda m: replace(m, scale=float("nan")))),
+    BadAdapter("with gate_up beside gate", "gate_up", lambda a: replace(a, gate_up=_joined(a))),
+    BadAdapter("into a slot that is not there", "slot", lambda a: a, slot=99),
+    BadAdapter("into a negative slot", "slot", lambda a: a, slot=-1),
+)
+
+
+def _joined(adapter: LoraAdapter) -> dict[int, LoraMatrix]:
+    return {e: replace(m, b=torch.cat([m.b, m.b])) for e, m in adapter.gate.items()}
+
+
+BAD_IDS = (-2, 4, 1 << 30)
+"""Ids beside the four adapters of a case."""
+
+
+def judge_bad_ids(bad: int, case: LoraCase, make: Make) -> list[Verdict]:
+    """An id that is no slot, which the checks see that wait for the device; what is run before and after it."""
+    layer = loaded(make, case)
+    before, ids = layer.run(case.lora_ids), case.lora_ids.clone()
+    ids.view(-1)[0] = bad
+    try:
+        layer.run(ids)
+    except (ValueError, TypeError) as error:
+        said = str(error)
+    else:
+        return [REFUSED.verdict(False, f"lora_ids with {bad}: accepted")]
+    stray = differing_rows(case, layer.run(case.lora_ids), before)
+    named = "lora_ids" in said and str(bad) in said
+    return [REFUSED.verdict(named and not stray, f"lora_ids with {bad}: said {said!r}; {stray} rows changed")]
+
+
+def judge_bad_adapter(bad: BadAdapter, case: LoraCase, make: Make) -> list[Verdict]:
+    """A refusal by ValueError or TypeError that names what is wrong; the output before and after it."""
+    layer = loaded(make, case)
+    before = layer.run(case.lora_ids)
+    try:
+        layer.load(bad.slot, bad.change(case.adapters[0]))
+    except (ValueError, TypeError) as error:
+        said = str(error)
+    except Exception as error:  # any other error is a finding, not the end of the run
+        return [REFUSED.verdict(False, f"{bad}: {type(error).__name__}: {error}")]
+    else:
+        return [REFUSED.verdict(False, f"{bad}: accepted")]
+    stray = differing_rows(case, layer.run(case.lora_ids), before)
+    named = bad.named.lower() in said.lower()
+    return [REFUSED.verdict(named and not stray, f"{bad}: said {said!r}, named {named}; {stray} rows changed")]

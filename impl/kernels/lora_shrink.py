@@ -1,0 +1,273 @@
+"""LoRA's first product: each row with an adapter times the A of its adapter and expert, in float32.
+
+`shrunk[s, row] = x[row] @ A[slot, expert]^T` over the s-th run of columns: the runs are added up where they are read.
+Rows without an adapter are neither read nor written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import path
+from ..lora.table import StackedLowRank
+from ..platform import Platform, Vendor
+from .lora_rows import slot_of_rows
+from .sizes import cdiv, next_power_of_2
+from .slabs import tokens_of_slab
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_pairs",
+        "num_slots",
+        "num_experts",
+        "stride_expert_ids",
+        "max_tokens",
+        "x_top_k",
+        "top_k",
+        "blocks_of_a_run",
+    ]
+)
+def lora_shrink_kernel(
+    x_ptr,
+    a_ptr,
+    rank_ptr,
+    out_ptr,
+    lora_ids_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_pairs,
+    K,
+    R,
+    num_slots,
+    num_experts,
+    blocks_of_a_run,
+    stride_out,
+    stride_x_slab,
+    stride_xm,
+    stride_expert_ids,
+    max_tokens,
+    x_top_k,
+    top_k,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_N columns of one run for the rows of one block that have one adapter.
+
+    ROWS says what a block is: `naive` is pair p alone, `aligned` a block of the alignment, `slabs` BLOCK_M rows of an
+    expert's slab, whose counts `expert_ids` then are. A program of the last two looks for one slot's rows, gathers them
+    and takes BLOCK_ROWS at a time; one that finds none returns after its loads of ids.
+    """
+    pid = tl.program_id(0)
+    run = tl.program_id(1)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_ROWS)
+    lane_m = tl.arange(0, BLOCK_M)
+    if ROWS == "naive":
+        expert = tl.load(expert_ids_ptr + (pid // top_k).to(tl.int64) * stride_expert_ids + pid % top_k).to(tl.int32)
+        if (expert < 0) | (expert >= num_experts):
+            return
+        slot = slot_of_rows(lora_ids_ptr, pid // top_k, True, rank_ptr, expert, num_slots, num_experts, PARTS)
+        if slot < 0:
+            return
+        count = 1
+    else:
+        slot = pid % num_slots
+        block = pid // num_slots
+        if ROWS == "aligned":
+            expert = tl.load(expert_ids_ptr + block)
+            if expert < 0:
+                return
+            rows = tl.load(sorted_token_ids_ptr + block.to(tl.int64) * BLOCK_M + lane_m)
+            real = rows < num_pairs
+            index = (rows // top_k).to(tl.int64)
+        else:
+            blocks_of_a_slab = tl.cdiv(max_tokens, BLOCK_M)
+            expert = block // blocks_of_a_slab
+            rows = block % blocks_of_a_slab * BLOCK_M + lane_m
+            real = rows < tokens_of_slab(expert_ids_ptr, expert, max_tokens)
+            index = expert.to(tl.int64) * max_tokens + rows
+        mine = slot_of_rows(lora_ids_ptr, index, real, rank_ptr, expert, num_slots, num_experts, PARTS) == slot
+        count = tl.sum(mine.to(tl.int32), axis=0)
+        if count == 0:
+            return
+        place = tl.cumsum(mine.to(tl.int32), 0) - 1
+
+    group = slot.to(tl.int64) * num_experts + expert
+    # A part's columns behind its rank are of nobody: the slot may hold an earlier adapter's there.
+    rank = tl.load(rank_ptr + group * PARTS)
+    if PARTS == 2:
+        rank = tl.where(n < R, rank, tl.load(rank_ptr + group * PARTS + 1))
+    live = (n < PARTS * R) & (n % R < rank)
+    if tl.sum(live.to(tl.int32), axis=0) == 0:
+        return
+    lane_k = tl.arange(0, BLOCK_K)
+    a_rows = a_ptr + (group * (PARTS * R) + n)[:, None] * K + lane_k[None, :]
+    first_k = run * blocks_of_a_run * BLOCK_K
+    end_k = tl.minimum(first_k + blocks_of_a_run * BLOCK_K, K)
+    for first in range(0, count, BLOCK_ROWS):
+        if ROWS == "naive":
+            row = tl.where(lane == 0, pid, 0)
+            some = lane == 0
+        else:
+            # The row that stands at each place of this round.
+            here = mine[None, :] & (place[None, :] == (first + lane)[:, None])
+            row = tl.sum(tl.where(here, rows[None, :], 0), axis=1)
+            some = first + lane < count
+        if ROWS == "slabs":
+            x_rows = expert.to(tl.int64) * stride_x_slab + row.to(tl.int64) * stride_xm
+            out_rows = expert.to(tl.int64) * max_tokens + row
+        else:
+            x_rows = (row // x_top_k).to(tl.int64) * stride_xm
+            out_rows = row.to(tl.int64)
+        x_ptrs = x_ptr + x_rows[:, None] + lane_k[None, :]
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+        for k in range(first_k, end_k, BLOCK_K):
+            if EVEN_K:
+                x = tl.load(x_ptrs + k, mask=some[:, None], other=0.0)
+                a = tl.load(a_rows + k, mask=live[:, None], other=0.0)
+            else:
+                inside = (lane_k < end_k - k)[None, :]
+                x = tl.load(x_ptrs + k, mask=some[:, None] & inside, other=0.0)
+                a = tl.load(a_rows + k, mask=live[:, None] & inside, other=0.0)
+            acc = tl.dot(x, tl.trans(a), acc, input_precision=INPUT_PRECISION)
+        out_ptrs = out_ptr + run.to(tl.int64) * stride_out + out_rows[:, None] * (PARTS * R) + n[None, :]
+        tl.store(out_ptrs, acc, mask=some[:, None] & live[None, :])
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterRows:
+    """The rows of one call, and the adapter of each; made once, handed to every LoRA kernel.
+
+    Attributes:
+        kind: `pairs` of the standard format or `slabs` of the batched one.
+        num_rows: pairs, or E_local * max_tokens.
+        lora_ids: int32, `[M]` or `[E_local * max_tokens]`, contiguous.
+        top_k: pairs of a token; 1 for slabs.
+        topk_ids: `[M, top_k]` of pairs.
+        sorted_token_ids, expert_ids: the alignment of pairs; None for naive blocks.
+        block_size: of the alignment, or of a slab's blocks.
+        expert_num_tokens: `[E_local]` int32 of slabs.
+        num_experts: E_local.
+    """
+
+    kind: str
+    num_rows: int
+    lora_ids: torch.Tensor
+    num_experts: int
+    block_size: int
+    top_k: int = 1
+    topk_ids: torch.Tensor | None = None
+    sorted_token_ids: torch.Tensor | None = None
+    expert_ids: torch.Tensor | None = None
+    expert_num_tokens: torch.Tensor | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Rows of a slab."""
+        return self.num_rows // self.num_experts
+
+
+@dataclass(frozen=True, eq=False)
+class Shrunk:
+    """What the first product left: `values [runs, num_rows, parts * R]` float32, to be added up over the runs."""
+
+    values: torch.Tensor
+    low_rank: StackedLowRank
+    rows: AdapterRows
+
+
+# Programs that keep a device's multiprocessors busy, two each of the largest.
+_BUSY = 264
+# Columns that one program takes at least: fewer would be launched faster than they are read.
+_LEAST_RUN = 256
+_ROWS = 16
+
+
+def lora_shrink(
+    x: torch.Tensor, low_rank: StackedLowRank, rows: AdapterRows, platform: Platform, *, allow_tf32: bool
+) -> Shrunk:
+    """Launch the kernel on checked arguments.
+
+    Args:
+        x: [M, K] or [M * top_k, K], or [E_local, max_tokens, K]; rows contiguous, in the adapters' dtype.
+        low_rank: the projection.
+        rows: of the call.
+        platform: where it runs.
+        allow_tf32: float32 operands may be rounded to TF32.
+    """
+    k, parts, width = x.shape[-1], low_rank.num_parts, low_rank.width
+    num_slots = low_rank.a.shape[0]
+    if rows.kind == "slabs":
+        kind, blocks = "slabs", rows.num_experts * cdiv(rows.max_tokens, rows.block_size) * num_slots
+        pointers = (None, rows.expert_num_tokens)
+        strides = (x.stride(0), x.stride(1), 0)
+    elif rows.sorted_token_ids is None or rows.expert_ids is None:
+        kind, blocks, pointers = "naive", rows.num_rows, (None, rows.topk_ids)
+        strides = (0, x.stride(0), 0 if rows.topk_ids is None else rows.topk_ids.stride(0))
+    else:
+        kind, blocks = "aligned", rows.expert_ids.shape[0] * num_slots
+        pointers = (rows.sorted_token_ids, rows.expert_ids)
+        strides = (0, x.stride(0), 0)
+    on_cpu = platform.vendor is Vendor.CPU
+    block_k = 32 if on_cpu or x.dtype.itemsize == 4 else 128
+    block_n = min(64, next_power_of_2(parts * width))
+    num_n = cdiv(parts * width, block_n)
+    # Few groups of rows: each run of columns is a program's.
+    groups = max(1, min(rows.num_rows, num_slots * rows.num_experts)) * num_n
+    least = block_k if on_cpu else _LEAST_RUN
+    runs = max(1, min(cdiv(8 if on_cpu else _BUSY, groups), k // least))
+    of_a_run = cdiv(cdiv(k, runs), block_k)
+    runs = cdiv(k, of_a_run * block_k)
+    values = torch.empty((runs, rows.num_rows, parts * width), dtype=torch.float32, device=x.device)
+    path.launch(
+        lora_shrink_kernel,
+        (blocks, runs, num_n),
+        x,
+        low_rank.a,
+        low_rank.ranks,
+        values,
+        rows.lora_ids,
+        *pointers,
+        rows.num_rows,
+        k,
+        width,
+        num_slots,
+        rows.num_experts,
+        of_a_run,
+        values.stride(0),
+        *strides,
+        rows.max_tokens,
+        1 if rows.kind == "slabs" else rows.num_rows // max(1, x.shape[0]),
+        rows.top_k,
+        **_options(kind, parts, block_n, block_k, k, rows, allow_tf32),
+    )
+    return Shrunk(values, low_rank, rows)
+
+
+def _options(
+    kind: str, parts: int, block_n: int, block_k: int, k: int, rows: AdapterRows, allow_tf32: bool
+) -> dict[str, Any]:
+    return {
+        "ROWS": kind,
+        "PARTS": parts,
+        "EVEN_K": k % block_k == 0,
+        "INPUT_PRECISION": "tf32" if allow_tf32 else "ieee",
+        "BLOCK_M": rows.block_size,
+        "BLOCK_ROWS": _ROWS,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": 4,
+        "num_stages": 4,
+    }
