@@ -15,8 +15,8 @@ from rich.console import Console
 from . import overlap_report
 from .formats import FORMATS
 from .layers import LAYERS, choose_layers
-from .overlap_runner import GPU_TOKENS, run_overlap
 from .lora import LoraOptions, extra_times
+from .overlap_runner import GPU_TOKENS, run_overlap
 from .report import as_json, run_table
 from .selection import choose_device, parse_counts, select_workloads, split_words
 from .session import EXIT_BAD_ARGUMENTS, EXIT_MEASURED, EXIT_NOTHING, EXIT_WRONG, LayerBench, run_workloads
