@@ -98,8 +98,15 @@ class RoutedExperts(nn.Module):
         topk_ids: torch.Tensor,
         expert_map: torch.Tensor | None = None,
         global_num_experts: int | None = None,
+        *,
+        dp_size: int = 1,
+        input_scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The experts' weighted sum, `[M, H]`; arguments and errors as `fused_experts`."""
+        """The experts' weighted sum, `[M, H]`; arguments and errors as `fused_experts`.
+
+        The last three are of calls that no compiler traces: an exchange between ranks makes them.
+        """
         kind, alpha, limit = self.function.kind, self.function.alpha, self.function.limit
         if torch.compiler.is_compiling():
             return fused_experts_op(
@@ -139,6 +146,9 @@ class RoutedExperts(nn.Module):
             global_num_experts=global_num_experts,
             backend=self.backend,
             allow_tf32=self.allow_tf32,
+            dp_size=dp_size,
+            input_scale=input_scale,
+            out=out,
         )
 
     def extra_repr(self) -> str:

@@ -62,6 +62,7 @@ class ExpertsCall:
         expert_map: [E] int32, global to local id, or None.
         global_num_experts: E.
         allow_tf32: float32 operands may be rounded to TF32.
+        input_scale: of hidden states that come quantised; None where they are of the activations' dtype.
     """
 
     hidden_states: torch.Tensor
@@ -73,6 +74,7 @@ class ExpertsCall:
     expert_map: torch.Tensor | None
     global_num_experts: int
     allow_tf32: bool
+    input_scale: torch.Tensor | None = None
 
 
 class StandardExperts(Experts):

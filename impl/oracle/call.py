@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import Activation, ActivationFormat, MoEConfig, QuantScheme
+from ..config import Activation, ActivationFormat, MoEConfig, ParallelConfig, QuantScheme
 from ..experts.base import Experts
 from ..platform import Platform
 from .backends import AUTO
@@ -22,7 +22,7 @@ def experts_of_call(backend: str, *layer: Any) -> Any:
     Args:
         backend: a backend's name; `auto` leaves it to `MOEGATE_BACKEND`, and to the oracle where that is not set.
         layer: platform, activation format, E, top_k, H, I, dtype, scheme, block shape, activation, whether the GEMMs
-            add biases, and whether routing weights multiply the input.
+            add biases, whether routing weights multiply the input, and how many ranks have tokens of their own.
 
     Raises:
         TypeError, ValueError: no name, an unknown one, or no backend that can serve, with the reasons.
@@ -48,6 +48,7 @@ def _decide(
     activation: Activation,
     has_bias: bool,
     apply_router_weight_on_input: bool,
+    dp_size: int,
 ) -> Experts:
     """The oracle's decision; `environment` is what the process asks for, and part of the question."""
     del environment
@@ -63,6 +64,7 @@ def _decide(
         has_bias=has_bias,
         activation_format=activation_format,
         apply_router_weight_on_input=apply_router_weight_on_input,
+        parallel=ParallelConfig(dp_size=dp_size),
     )
     decision = choose_backend(config, platform, request)
     if decision.experts is None:
