@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import configs, oracle, shared_order
 from .coverage import declared_pairs
 from .judge import PROPERTIES, Ledger, Property
-from .properties import align, api, batched, hygiene, meta, num, path, quant, route, route_laws, shared
+from .properties import align, api, batched, ep, hygiene, meta, num, path, quant, route, route_laws, shared
 from .subject import Subject
 
 # Importing a family declares its properties.
@@ -24,6 +24,7 @@ FAMILIES = (
     configs,
     shared_order,
     shared,
+    ep,
 )
 # A run that exercised fewer of the declared feature pairs than this proves too little to be called green.
 LEAST_PAIRS = 0.5

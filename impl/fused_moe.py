@@ -190,9 +190,7 @@ def _expect_quantized(
             shape = (num_tokens, -(-hidden_size // quant.group))
         case _:
             shape = (1,)
-    expect_tensor(
-        "input_scale", input_scale, shape=shape, dtypes=(torch.float32,), like=hidden_states, contiguous=True
-    )
+    expect_tensor("input_scale", input_scale, shape=shape, dtypes=(torch.float32,), like=hidden_states, contiguous=True)
     return torch.empty((0, hidden_size), dtype=out.dtype, device=hidden_states.device)
 
 

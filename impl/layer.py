@@ -156,9 +156,12 @@ class MoELayer(nn.Module):
                 "setting: expected dispatch_runs_shared_experts False, got True: nothing dispatches here, or not so"
             )
         if parallel is not None:
-            given = {"reduce": reduce, "expert_map": expert_map, "num_fused_shared_experts": num_fused_shared_experts}
-            for name, value in given.items():
-                if value:
+            for name, is_given in (
+                ("reduce", reduce is not None),
+                ("expert_map", expert_map is not None),
+                ("num_fused_shared_experts", num_fused_shared_experts > 0),
+            ):
+                if is_given:
                     raise ValueError(f"{name}: expected none beside parallel, which says who holds and adds what")
             if parallel.overlap and shared_experts is not None:
                 setting = replace(setting, dispatch_runs_shared_experts=True)

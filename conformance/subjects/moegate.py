@@ -19,12 +19,15 @@ from ...impl.quantize import quantize_activations
 from ...impl.routing import select_experts
 from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
 from ..numerics import Numerics
+from ..parallel_cases import ParallelCase
+from ..properties.ep import RankResult
 from ..properties.path import Launches
 from ..shared_cases import SharedCase
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
 from ..subject import ROUTING_METHODS, Capabilities, Subject
 from .moegate_configs import MoegateConfigs
 from .moegate_oracle import MoegateOracle
+from .moegate_parallel import run_rank
 from .moegate_shared import Hold, MoegateSharedOrder, run_shared, shared_layer
 
 _QUANT_SCHEMES = {
@@ -170,6 +173,10 @@ class MoegateSubject(Subject):
         """`MoELayer` with the routing that is given."""
         layer = shared_layer(case, variant, hold, _layer_arguments)
         return run_shared(layer, case.hidden_states, overlapped=overlapped)
+
+    def parallel(self, case: ParallelCase, links: Any, variant: str, *, fails: tuple[int, str] | None) -> RankResult:
+        """`MoELayer` with `ParallelExperts`, and the routing that is given."""
+        return run_rank(case, links, variant, _layer_arguments, fails)
 
     def trace(self) -> AbstractContextManager[PathRecord]:
         """`record_path`."""

@@ -55,9 +55,7 @@ class Group(ABC):
         self._note("all_reduce", x)
         return self._all_reduce(x)
 
-    def all_to_all(
-        self, out: torch.Tensor, x: torch.Tensor, received: Sequence[int], sent: Sequence[int]
-    ) -> Work:
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor, received: Sequence[int], sent: Sequence[int]) -> Work:
         """The r-th part of `x [sum(sent), ...]` goes to rank r; `out [sum(received), ...]` takes theirs, by rank."""
         self._expect("all_to_all", out, x, sum(received))
         if len(x) != sum(sent):

@@ -143,7 +143,9 @@ class ParallelExperts:
     def _check_experts(self, experts: RoutedExperts, num_experts: int) -> None:
         held = len(self.placement.experts_of_rank[self.ep_rank])
         if num_experts != self.placement.num_experts:
-            raise ValueError(f"placement: expected one of the gate's {num_experts} experts, got {self.placement.num_experts}")
+            raise ValueError(
+                f"placement: expected one of the gate's {num_experts} experts, got {self.placement.num_experts}"
+            )
         if experts.num_local_experts != held:
             raise ValueError(f"experts: expected the {held} of the placement, got {experts.num_local_experts}")
         quant = experts.quant
@@ -200,7 +202,8 @@ class ParallelExperts:
             if shared is not None and order is SharedExpertsOrder.EXTERNAL:
                 output = shared(hidden_states)
             topk_weights, topk_ids = select(hidden_states)
-            physical = choose_copies(topk_ids, self._tables, self.ranks.rank)
+            # Replicas have the same tokens, and must choose alike.
+            physical = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
             tokens = Tokens(hidden_states, topk_weights, physical, lora_ids)
         launched = exchange.dispatch(tokens, rows)
         with self._together():
@@ -220,9 +223,7 @@ class ParallelExperts:
             return exchange.combine(partial, received, output)
         return exchange.combine(partial, received).add_(output)
 
-    def _partial(
-        self, wait: Callable[[], Received], experts: RoutedExperts
-    ) -> tuple[Received, torch.Tensor]:
+    def _partial(self, wait: Callable[[], Received], experts: RoutedExperts) -> tuple[Received, torch.Tensor]:
         """What arrived, and what the experts here make of it: `[rows, H]`."""
         received = wait()
         tokens, dp_size = received.tokens, self.mesh.dp_size

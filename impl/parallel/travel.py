@@ -39,9 +39,7 @@ def ranks_of_tokens(physical_ids: torch.Tensor, tables: PlacementTables, num_ran
     return present[:, :num_ranks]
 
 
-def plan_travel(
-    physical_ids: torch.Tensor, present: torch.Tensor, tables: PlacementTables, num_rows: int
-) -> Travel:
+def plan_travel(physical_ids: torch.Tensor, present: torch.Tensor, tables: PlacementTables, num_rows: int) -> Travel:
     """The plan of a rank's tokens; nothing waits for the device.
 
     Args:

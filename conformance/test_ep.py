@@ -1,0 +1,94 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moegate.conformance.parallel_cases import build_parallel, parallel_specs, pinned_parallel
+from moegate.conformance.properties.ep import (
+    judge_again,
+    judge_meeting,
+    judge_memory,
+    judge_raised,
+    judge_shared,
+    judge_travel,
+    judge_values,
+)
+from moegate.conformance.properties.hygiene import poisoned_allocations
+from moegate.conformance.simulated_ranks import run_simulated
+
+# Exchanges are the same whatever computes the experts, so the fastest variant has most of the cases.
+EXAMPLES, FEWER, RUNS = 500, 40, 3  # each poisoned, again, and without routed weights
+pytestmark = pytest.mark.moegate_facets("parallel")
+
+
+def without_routed_weights(case):
+    """The same call, of which the shared output alone is left."""
+    return replace(case, routed=replace(case.routed, topk_weights=torch.zeros_like(case.routed.topk_weights)))
+
+
+def judge_of(subject, variant, run):
+    """Verdicts on a spec, of which `run(spec, case, fails)` gives the ranks' outcomes."""
+
+    def judge(spec):
+        case = build_parallel(spec)
+        with poisoned_allocations():
+            outcomes = run(case)
+        verdicts = judge_meeting(outcomes)
+        if any(outcome.error is not None for outcome in outcomes):
+            return verdicts
+        results = [outcome.result for outcome in outcomes]
+        verdicts += [judge_memory(case, results), *judge_travel(case, results)]
+        verdicts += judge_values(case, results, subject.numerics, subject.partial_sums[spec.exchange])
+        if subject.numerics.repeatable:
+            verdicts.append(judge_again(results, [outcome.result for outcome in run(case)]))
+        if spec.shared != "none":
+            zeroed = without_routed_weights(case)
+            verdicts += judge_shared(zeroed, [outcome.result for outcome in run(zeroed)], subject.numerics)
+        return verdicts
+
+    return judge
+
+
+@pytest.mark.moegate_executions(EXAMPLES, RUNS)
+def test_simulated_ranks_make_the_layer_of_one(moegate_session, moegate_variant):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+    batched = "batched" in subject.facets(variant)
+    is_last = variant == [v for v in subject.variants if not subject.unavailable(v, session.device)][-1]
+
+    def run(case):
+        return run_simulated(
+            case.spec.world_size, lambda rank, links: subject.parallel(case, links, variant, fails=None)
+        )
+
+    session.explore(
+        parallel_specs(session.device, subject.capabilities, batched=batched),
+        judge_of(subject, variant, run),
+        name=f"EP/{variant}",
+        variant=variant,
+        examples=EXAMPLES if is_last else FEWER,
+        pinned=pinned_parallel(session.device, subject.capabilities, batched=batched)[:: 1 if is_last else 4],
+        runs=RUNS,
+    )
+
+
+@pytest.mark.moegate_executions(10, 1)
+def test_where_one_simulated_rank_raises_every_rank_raises(moegate_session, moegate_variant):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+
+    def judge(spec):
+        case = build_parallel(spec)
+        failing, step = spec.seed % spec.world_size, ("routing", "experts")[spec.seed // 4 % 2]
+
+        def body(rank, links):
+            return subject.parallel(case, links, variant, fails=(failing, step))
+
+        outcomes = run_simulated(spec.world_size, body)
+        return [judge_raised(outcomes, f"made to raise in {step} on rank {failing}")]
+
+    session.explore(
+        parallel_specs(session.device, subject.capabilities, batched=False),
+        judge,
+        name=f"EP-RAISE/{variant}",
+        variant=variant,
+        examples=10,
+    )
