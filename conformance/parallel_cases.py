@@ -274,8 +274,9 @@ def is_possible(spec: ParallelSpec) -> bool:
     )
 
 
-def _sizes(device: str, scheme: str, tp: int) -> list[tuple[int, ...]]:
-    return [shape for shape in POOLS[device].shapes_of(scheme) if shape[1] % tp == 0]
+def _sizes(device: str, scheme: str, tp: int) -> list[tuple[int, int, int, int]]:
+    """H, I and blocks of which each shard has sizes of the pools, for which the limits were fitted."""
+    return [(h, i * tp, bn, bk) for h, i, bn, bk in POOLS[device].shapes_of(scheme)]
 
 
 def pinned_parallel(device: str, capabilities: Capabilities, *, batched: bool) -> tuple[ParallelSpec, ...]:
@@ -302,6 +303,9 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
         for seed, placement in enumerate(PLACEMENTS):
             for split in SPLITS:
                 yield replace(spread, placement=placement, split=split, slack=seed % 3, seed=seed, shared="whole")
+        # Replicas have the same tokens, and must send each pair to the same copy.
+        yield replace(plain, dp=1, ep=2, placement="everywhere", seed=1)
+        yield replace(plain, dp=2, ep=4, placement="everywhere", seed=2)
         for scheme in PARALLEL_SCHEMES[1:]:
             h, i, block_n, block_k = POOLS[device].shapes_of(scheme)[0]
             scaled = replace(spread, scheme=scheme, H=h, I=i, block_n=block_n, block_k=block_k, split="uneven")
@@ -313,13 +317,23 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
     yield replace(plain, tp=2, dp=2, ep=1, bias="both")
 
 
-def parallel_specs(device: str, capabilities: Capabilities, *, batched: bool) -> st.SearchStrategy[ParallelSpec]:
-    """Layers over two to four ranks, with any mesh, placement, split, scheme and part of shared experts."""
+def parallel_specs(
+    device: str, capabilities: Capabilities, *, batched: bool, world_size: int | None = None
+) -> st.SearchStrategy[ParallelSpec]:
+    """Layers over two to four ranks, with any mesh, placement, split, scheme and part of shared experts.
+
+    Args:
+        device: which pools.
+        capabilities: of the subject.
+        batched: the batched activation format is one of them.
+        world_size: restricts the ranks.
+    """
     pools = POOLS[device]
+    meshes = [(tp, dp, ep) for tp, dp, ep in MESHES if world_size in (None, tp * ep)]
 
     @st.composite
     def specs(draw: st.DrawFn) -> ParallelSpec:
-        tp, dp, ep = draw(st.sampled_from(MESHES))
+        tp, dp, ep = draw(st.sampled_from(meshes))
         own = dp == tp * ep and tp == 1
         dtype = draw(st.sampled_from(capabilities.dtypes))
         scheme = "none"

@@ -14,10 +14,12 @@ from moegate.conformance.properties.ep import (
     judge_values,
 )
 from moegate.conformance.properties.hygiene import poisoned_allocations
+from moegate.conformance.real_ranks import rank_processes
+from moegate.conformance.selection import SELECTION
 from moegate.conformance.simulated_ranks import run_simulated
 
 # Exchanges are the same whatever computes the experts, so the fastest variant has most of the cases.
-EXAMPLES, FEWER, RUNS = 500, 40, 3  # each poisoned, again, and without routed weights
+EXAMPLES, FEWER, RUNS = 300, 30, 3  # each poisoned, again, and without routed weights
 pytestmark = pytest.mark.moegate_facets("parallel")
 
 
@@ -92,3 +94,63 @@ def test_where_one_simulated_rank_raises_every_rank_raises(moegate_session, moeg
         variant=variant,
         examples=10,
     )
+
+
+def groups(device):
+    """(backend, ranks) of the process groups that this machine can start: NCCL wants a GPU for each rank."""
+    if device == "cuda":
+        return [("nccl", size) for size in (2, 3, 4) if size <= torch.cuda.device_count()]
+    return [("gloo", 4), ("gloo", 2)]
+
+
+REAL_EXAMPLES = 16
+
+
+@pytest.mark.moegate_executions(2 * REAL_EXAMPLES, 2)
+def test_processes_make_the_layer_of_one(moegate_session, moegate_variant):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+    backends = groups(session.device)
+    if not backends:
+        pytest.skip("one GPU: process groups of several ranks want one for each")
+    if variant == "triton" and session.device == "cpu":
+        pytest.skip("the processes and their collectives are the same whatever computes the experts")
+    capabilities = subject.capabilities
+    pinned = pinned_parallel(session.device, capabilities, batched=False)
+    for backend, size in backends:
+        with rank_processes(size, backend) as processes:
+
+            def run(case, fails=None, processes=processes):
+                spec = case.spec
+                return processes.run(
+                    "moegate.conformance.rank_body:run_case",
+                    SELECTION.subject,
+                    variant,
+                    repr(spec),
+                    session.device,
+                    fails,
+                )
+
+            def judge(spec, run=run):
+                case = build_parallel(spec)
+                outcomes = run(case)
+                verdicts = judge_meeting(outcomes)
+                if any(outcome.error is not None for outcome in outcomes):
+                    return verdicts
+                results = [outcome.result for outcome in outcomes]
+                verdicts += judge_travel(case, results)
+                verdicts += judge_values(case, results, subject.numerics, subject.partial_sums[spec.exchange])
+                if spec.seed % 4 == 0:
+                    failing = (spec.seed // 4 % spec.world_size, ("routing", "experts")[spec.seed // 16 % 2])
+                    raised = run(case, failing)
+                    verdicts.append(judge_raised(raised, f"made to raise in {failing[1]} on rank {failing[0]}"))
+                return verdicts
+
+            session.explore(
+                parallel_specs(session.device, capabilities, batched=False, world_size=size),
+                judge,
+                name=f"EP-REAL/{variant}/{backend}/{size}",
+                variant=variant,
+                examples=REAL_EXAMPLES,
+                pinned=tuple(spec for spec in pinned if spec.world_size == size)[::3],
+                runs=1,
+            )

@@ -255,14 +255,14 @@ def judge_values(case: ParallelCase, results: Sequence[RankResult], numerics: Nu
             used, place = float(over.max()), int(over.argmax())
             token, column = divmod(place, output.shape[1])
             worst = (
-                f"rank {rank}, token {token} of {len(tokens)} ({tokens.start + token} of all), column {column}: expected "
-                f"{float(output[rows][token, column]):.6g}, got {float(result.output[token, column]):.6g}; "
+                f"rank {rank}, token {token} of {len(tokens)} ({tokens.start + token} of all), column {column}: "
+                f"expected {float(output[rows][token, column]):.6g}, got {float(result.output[token, column]):.6g}; "
                 f"{int((over > 1).sum())} of {over.numel()} elements of the rank over"
             )
     return [*verdicts, WHOLE.verdict(used <= 1, worst, budget_used=used)]
 
 
-def _used(made: Tensor, trace, budget, w2) -> float:  # noqa: ANN001
+def _used(made: Tensor, trace, budget, w2) -> float:
     """The largest of a part's four statistics over its limit."""
     measured, limit = statistics(made, trace, budget, w2), limits(budget.is_quantized)
     shares = [
@@ -276,7 +276,8 @@ def _used(made: Tensor, trace, budget, w2) -> float:  # noqa: ANN001
 def judge_shared(case: ParallelCase, results: Sequence[RankResult], numerics: Numerics) -> list[Verdict]:
     """EP-12, of a call whose routing weights were all zero."""
     shared = case.shared_operands()
-    if shared is None or not case.spec.M:
+    # A bias behind a weight on the input is not weighted.
+    if shared is None or not case.spec.M or (case.spec.weight_on_input and case.spec.bias != "none"):
         return []
     trace = shared.trace()
     budget = experts_budget(trace, shared, numerics)

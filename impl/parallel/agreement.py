@@ -2,7 +2,8 @@
 
 A rank that raises while its peers wait for it hangs them all. So at set-up always, and in debug mode before each
 collective of a layer (`checks.debug_checks`), every rank says how it stands, and where one raised or they disagree, all
-raise the same error. Debug mode is on for all ranks or for none. Without it nothing is asked, and the process group's own timeout ends a wait.
+raise the same error. Debug mode is on for all ranks or for none. Without it nothing is asked, and the process group's
+own timeout ends a wait.
 """
 
 from __future__ import annotations

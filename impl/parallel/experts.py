@@ -19,7 +19,7 @@ from ..shared_experts import SharedExpertsOrder
 from .agreement import together
 from .all_gather import AllGather
 from .all_to_all import AllToAll
-from .exchange import Exchange, Received
+from .exchange import Exchange, Launched, Received
 from .placement import ExpertPlacement, choose_copies
 from .ranks import Ranks
 from .slabs import batched_partial
@@ -149,12 +149,11 @@ class ParallelExperts:
         if experts.num_local_experts != held:
             raise ValueError(f"experts: expected the {held} of the placement, got {experts.num_local_experts}")
         quant = experts.quant
-        if self.mesh.ep_size * self.mesh.dp_size > 1 and quant is not None:
-            if quant.activation_scale is ActivationScale.TENSOR:
-                raise ValueError(
-                    "quant: expected scales that a token has for itself, or a static one, got one of the whole tensor, "
-                    "which would depend on what other tokens a rank has"
-                )
+        if quant is not None and quant.activation_scale is ActivationScale.TENSOR and self.mesh.world_size > 1:
+            raise ValueError(
+                "quant: expected scales that a token has for itself, or a static one, got one of the whole tensor, "
+                "which would depend on what a rank has of it"
+            )
 
     @contextmanager
     def _together(self, padded_tokens: int | None = None) -> Iterator[None]:

@@ -1,9 +1,9 @@
 """Which rank is what: the sizes of tensor, data and expert parallelism over one group of ranks.
 
 Every rank of the layer holds some experts (expert parallelism) and of each of them some columns of I (tensor
-parallelism): `ep_size * tp_size` ranks in all, and no two hold the same. The tokens are spread over `dp_size` of the
-ranks' runs; the ranks of one run, its *replicas*, have the same tokens. So the sum over all ranks is what a token needs,
-whatever is meant by the sizes: over the runs (data parallelism), and over the replicas of one run.
+parallelism): `ep_size * tp_size` ranks in all. The tokens are spread over `dp_size` runs of consecutive ranks (data
+parallelism); the ranks of one run, its *replicas*, have the same tokens. So what a token needs is always the sum over
+all ranks: over the runs, and over the replicas of one run.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def round_robin_placement(num_experts: int, num_ranks: int) -> ExpertPlacement:
 
 
 def balanced_placement(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> ExpertPlacement:
-    """Redundant experts by load: the most loaded get copies, and ranks get loads as equal as a greedy choice makes them.
+    """Redundant experts by load: the most loaded get copies, and ranks loads as equal as a greedy choice makes them.
 
     A spare slot goes to the expert whose copies have most to do. Then experts, the most loaded copies first, go to the
     ranks with the fewest experts, and of those to the least loaded; so a rank without a copy of it is always left

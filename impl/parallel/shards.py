@@ -15,7 +15,6 @@ from ..checks import expect_int
 from ..quantization import ExpertsQuantization, WeightScale
 from ..weights import ExpertsWeights
 
-
 Cut = Callable[[torch.Tensor], torch.Tensor]
 
 
