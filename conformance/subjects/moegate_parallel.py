@@ -20,7 +20,7 @@ from ...impl.parallel.placement import ExpertPlacement, linear_placement, round_
 from ...impl.parallel.ranks import Ranks, connect
 from ...impl.parallel.shards import experts_of_rank, shard_of_experts
 from ...impl.weights import ExpertsWeights
-from ..parallel_cases import ParallelCase, ParallelSpec
+from ..parallel_cases import ParallelCase
 from ..properties.ep import RankResult
 
 Arguments = Callable[[Any], dict[str, Any]]
@@ -85,8 +85,8 @@ class _Observed(ParallelExperts):
         return received, partial
 
 
-def _ranks(spec: ParallelSpec, links: Any, device: str) -> Ranks:
-    mesh = Mesh(spec.tp, spec.dp, spec.ep)
+def ranks_of(mesh: Mesh, links: Any, device: str = "cpu") -> Ranks:
+    """The groups of a mesh on a rank's links."""
     if links.process_group is not None:
         return links.remembered(("ranks", mesh), lambda: connect(mesh, links.process_group))
 
@@ -130,7 +130,7 @@ def run_rank(
     device, dtype = x.device.type, x.dtype
     given = arguments(case.routed)
     parallel = _Observed(
-        _ranks(spec, links, device),
+        ranks_of(Mesh(spec.tp, spec.dp, spec.ep), links, device),
         _placement(case),
         max_tokens=spec.max_tokens + (_SPARE if spec.seed % 3 == 0 else 0),
         exchange=spec.exchange,
