@@ -28,24 +28,27 @@ def without_routed_weights(case):
     return replace(case, routed=replace(case.routed, topk_weights=torch.zeros_like(case.routed.topk_weights)))
 
 
-def judge_of(subject, variant, run):
-    """Verdicts on a spec, of which `run(spec, case, fails)` gives the ranks' outcomes."""
+def judge_of(session, run):
+    """Verdicts on a spec, of which `run(case)` gives the ranks' outcomes; they are judged on the CPU."""
+    subject = session.subject
+
+    def results_of(case):
+        return [outcome.result.on_cpu() for outcome in run(case)]
 
     def judge(spec):
-        case = build_parallel(spec)
+        case, judged = build_parallel(spec, session.device), build_parallel(spec)
         with poisoned_allocations():
             outcomes = run(case)
         verdicts = judge_meeting(outcomes)
         if any(outcome.error is not None for outcome in outcomes):
             return verdicts
-        results = [outcome.result for outcome in outcomes]
-        verdicts += [judge_memory(case, results), *judge_travel(case, results)]
-        verdicts += judge_values(case, results, subject.numerics, subject.partial_sums[spec.exchange])
+        results = [outcome.result.on_cpu() for outcome in outcomes]
+        verdicts += [judge_memory(case, results), *judge_travel(judged, results)]
+        verdicts += judge_values(judged, results, subject.numerics, subject.partial_sums[spec.exchange])
         if subject.numerics.repeatable:
-            verdicts.append(judge_again(results, [outcome.result for outcome in run(case)]))
+            verdicts.append(judge_again(results, results_of(case)))
         if spec.shared != "none":
-            zeroed = without_routed_weights(case)
-            verdicts += judge_shared(zeroed, [outcome.result for outcome in run(zeroed)], subject.numerics)
+            verdicts += judge_shared(judged, results_of(without_routed_weights(case)), subject.numerics)
         return verdicts
 
     return judge
@@ -64,7 +67,7 @@ def test_simulated_ranks_make_the_layer_of_one(moegate_session, moegate_variant)
 
     session.explore(
         parallel_specs(session.device, subject.capabilities, batched=batched),
-        judge_of(subject, variant, run),
+        judge_of(session, run),
         name=f"EP/{variant}",
         variant=variant,
         examples=EXAMPLES if is_last else FEWER,
@@ -78,7 +81,7 @@ def test_where_one_simulated_rank_raises_every_rank_raises(moegate_session, moeg
     session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
 
     def judge(spec):
-        case = build_parallel(spec)
+        case = build_parallel(spec, session.device)
         failing, step = spec.seed % spec.world_size, ("routing", "experts")[spec.seed // 4 % 2]
 
         def body(rank, links):

@@ -129,4 +129,3 @@ def replayed(links, device, counts):
     graph.replay()
     torch.cuda.synchronize()
     return output.cpu()
-

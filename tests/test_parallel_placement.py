@@ -71,9 +71,7 @@ def test_a_token_travels_once_to_each_rank_of_its_experts_and_every_sum_comes_ba
     physical = choose_copies(torch.randint(-1, 6, (num_tokens, top_k), generator=generator), tables)
     present = ranks_of_tokens(physical, tables, placement.num_ranks)
     travel = plan_travel(physical, present, tables, int(present.sum()))
-    rank_of, sent = {}, []
-    for physical_id, rank in enumerate(tables.rank_of.tolist()):
-        rank_of[physical_id] = rank
+    rank_of, sent = dict(enumerate(tables.rank_of.tolist())), []
     for rank, token in product(range(placement.num_ranks), range(num_tokens)):
         ids = physical[token].tolist()
         if any(rank_of.get(i) == rank for i in ids):
@@ -163,7 +161,9 @@ def test_a_shard_that_cuts_a_block_is_refused_by_name():
     w13, w2, quant = quantize_experts(
         torch.randn(1, 192, 64), torch.randn(1, 64, 96), "fp8_w8a8", weight_scale="block", block_shape=(32, 32)
     )
-    with pytest.raises(ValueError, match=r"tp_size: expected a divisor of I 96 into whole blocks or groups of \(32, 32"):
+    with pytest.raises(
+        ValueError, match=r"tp_size: expected a divisor of I 96 into whole blocks or groups of \(32, 32"
+    ):
         shard_of_experts(ExpertsWeights(w13, w2, quant=quant), 0, 2)
     with pytest.raises(ValueError, match="tp_size: expected a divisor of I 9, got 2"):
         shard_of_experts(ExpertsWeights(torch.randn(1, 18, 4), torch.randn(1, 4, 9)), 0, 2)

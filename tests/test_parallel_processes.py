@@ -30,10 +30,18 @@ def run(processes, name, *arguments):
     ("body", "kind", "text"),
     [
         ("world_of_another_size", ValueError, "rank 0: world size: expected the 3 ranks of tp 1, dp 3, ep 3, got 2"),
-        ("meshes_that_differ", ValueError, "mesh: expected the same on every rank, got ['tp 1, dp 1, ep 2', 'tp 1, dp 2"),
+        (
+            "meshes_that_differ",
+            ValueError,
+            "mesh: expected the same on every rank, got ['tp 1, dp 1, ep 2', 'tp 1, dp 2",
+        ),
         ("numbers_of_tokens_that_differ", ValueError, "max_tokens: expected the same on every rank, got [8, 9]"),
         ("placements_that_differ", ValueError, "placement: expected the same on every rank, got ["),
-        ("experts_of_another_number_on_one_rank", ValueError, "rank 1: experts: expected the 4 of the placement, got 3"),
+        (
+            "experts_of_another_number_on_one_rank",
+            ValueError,
+            "rank 1: experts: expected the 4 of the placement, got 3",
+        ),
         ("more_ranks_than_experts", ValueError, "num_ranks: expected at most num_experts 1"),
         ("tokens_beyond_the_agreed", ValueError, "rank 1: hidden_states: expected at most 8 tokens, as agreed, got 9"),
         ("padded_tokens_that_differ", ValueError, "padded_tokens: expected the same on every rank, got [4, 5]"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class RankResult:
     topk_weights: Tensor
     experts: tuple[int, ...]
     is_own: bool = True
+
+    def on_cpu(self) -> RankResult:
+        """The same, where it is judged."""
+        return replace(self, **{name: t.cpu() for name, t in vars(self).items() if isinstance(t, Tensor)})
 
 
 def judge_meeting(outcomes: Sequence[RankOutcome]) -> list[Verdict]:

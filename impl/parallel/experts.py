@@ -19,7 +19,7 @@ from ..shared_experts import SharedExpertsOrder
 from .agreement import together
 from .all_gather import AllGather
 from .all_to_all import AllToAll
-from .exchange import Exchange, Launched, Received
+from .exchange import Exchange, Received
 from .placement import ExpertPlacement, choose_copies
 from .ranks import Ranks
 from .slabs import batched_partial
