@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layers import H, TOP_K, experts_of, gate_of, layer_of, shared_of, tokens
+from layers import TOP_K, H, experts_of, gate_of, layer_of, shared_of, tokens
 from rank_bodies import shared_layer
 
 from moegate.conformance.simulated_ranks import Call, DeadlockError, MismatchError, disagreement, run_simulated

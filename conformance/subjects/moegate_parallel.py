@@ -14,6 +14,7 @@ from ...impl.config import ActivationFormat
 from ...impl.experts_module import RoutedExperts, SharedExperts
 from ...impl.layer import Gate, MoELayer, RoutingMethod
 from ...impl.parallel.collectives import Group, Work
+from ...impl.parallel.exchange import Received
 from ...impl.parallel.experts import ParallelExperts
 from ...impl.parallel.mesh import Mesh
 from ...impl.parallel.placement import ExpertPlacement, linear_placement, round_robin_placement
@@ -66,8 +67,8 @@ class _Observed(ParallelExperts):
     def run(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
         return super().run(hidden_states, *arguments, lora_ids=self.token_ids, **options)
 
-    def _partial(self, wait: Any, experts: RoutedExperts) -> Any:
-        received, partial = super()._partial(wait, experts)
+    def partial_sums(self, received: Received, experts: RoutedExperts) -> Tensor:
+        partial = super().partial_sums(received, experts)
         tokens = received.tokens
         ids = tokens.topk_ids.long()
         expert_map = (self._local_map if tokens.ids_are_local else self._expert_map).long()
@@ -82,7 +83,7 @@ class _Observed(ParallelExperts):
             topk_weights=tokens.topk_weights.clone(),
             experts=self.placement.experts_of_rank[self.ep_rank],
         )
-        return received, partial
+        return partial
 
 
 def ranks_of(mesh: Mesh, links: Any, device: str = "cpu") -> Ranks:

@@ -110,6 +110,17 @@ class ParallelExperts:
         """This rank's share of the experts."""
         return self.mesh.ep_rank(self.ranks.rank)
 
+    @property
+    def exchange(self) -> Exchange:
+        """How tokens travel.
+
+        Raises:
+            RuntimeError: no layer has joined.
+        """
+        if self._exchange is None:
+            raise RuntimeError("experts: expected a layer that has joined, got none")
+        return self._exchange
+
     def join(self, experts: RoutedExperts, num_experts: int, top_k: int) -> None:
         """Take the experts of a layer; every rank's layer calls this as it is made.
 
@@ -189,9 +200,7 @@ class ParallelExperts:
         Raises:
             ValueError: more tokens than `padded_tokens`, or more of them than `max_tokens`; in debug mode on all ranks.
         """
-        exchange = self._exchange
-        if exchange is None:
-            raise RuntimeError("experts: expected a layer that has joined, got none")
+        exchange = self.exchange
         rows = self.max_tokens if padded_tokens is None else padded_tokens
         output = None
         with self._together(rows):
@@ -208,12 +217,14 @@ class ParallelExperts:
         with self._together():
             if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:
                 with beside(lambda: shared(hidden_states), stream, hidden_states) as side:
-                    received, partial = self._partial(launched.wait, experts)
+                    received = launched.wait()
+                    partial = self.partial_sums(received, experts)
                 output = side.joined()
             else:
                 if shared is not None and order is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED:
                     output = shared(hidden_states)  # while the tokens travel
-                received, partial = self._partial(launched.wait, experts)
+                received = launched.wait()
+                partial = self.partial_sums(received, experts)
                 if shared is not None and output is None:
                     output = shared(hidden_states)
         if output is None:
@@ -222,19 +233,18 @@ class ParallelExperts:
             return exchange.combine(partial, received, output)
         return exchange.combine(partial, received).add_(output)
 
-    def _partial(self, wait: Callable[[], Received], experts: RoutedExperts) -> tuple[Received, torch.Tensor]:
-        """What arrived, and what the experts here make of it: `[rows, H]`."""
-        received = wait()
+    def partial_sums(self, received: Received, experts: RoutedExperts) -> torch.Tensor:
+        """What the experts here make of what arrived: `[rows, H]`, a part of each token's sum."""
         tokens, dp_size = received.tokens, self.mesh.dp_size
         expert_map = self._local_map if tokens.ids_are_local else self._expert_map
         if self.activation_format is ActivationFormat.BATCHED:
             ids = tokens.topk_ids.long()
             local_ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
-            return received, batched_partial(experts, tokens, local_ids, dp_size)
+            return batched_partial(experts, tokens, local_ids, dp_size)
         out = None
         if tokens.input_scale is not None:
             out = torch.empty(tokens.hidden_states.shape, dtype=experts.dtype, device=tokens.hidden_states.device)
-        return received, experts(
+        return experts(
             tokens.hidden_states,
             tokens.topk_weights,
             tokens.topk_ids,
