@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch.multiprocessing.spawn import spawn as start_processes
 
 from ..conformance.subjects.moegate import MoegateSubject
 from ..conformance.verify import verify_experts
@@ -231,7 +232,7 @@ def measure(size: int, options: dict[str, Any]) -> dict[str, Any]:
     """Start the ranks, and give what rank 0 wrote."""
     with tempfile.TemporaryDirectory(prefix="moegate-bench-") as folder:
         store, result = f"{folder}/store", f"{folder}/result.json"
-        torch.multiprocessing.spawn(_rank, (size, store, options, result), nprocs=size)
+        start_processes(_rank, (size, store, options, result), nprocs=size)
         return json.loads(Path(result).read_text())
 
 

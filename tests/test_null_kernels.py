@@ -67,6 +67,9 @@ def test_the_value_properties_judged_here_are_all_that_there_are():
         "ROUTE-11",
         "SHARED-13",  # test_shared_values.py rejects null kernels by these
         "SHARED-14",
+        "EP-01",  # test_parallel_values.py by these
+        "EP-02",
+        "EP-12",
         *(law.property.id for law in ROUTING_LAWS),
         *laws,
     }

@@ -41,7 +41,7 @@ def test_an_exchange_without_a_dispatch_or_a_combine_cannot_be_made():
         name = "nothing"
 
     with pytest.raises(TypeError, match="abstract"):
-        Nothing()
+        Nothing()  # pyright: ignore[reportAbstractUsage]
 
 
 def test_an_all_to_all_is_refused_by_name_under_the_capture_of_a_graph(monkeypatch):

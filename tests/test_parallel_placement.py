@@ -142,7 +142,8 @@ SCHEMES = [
 def test_shards_of_stored_weights_are_the_columns_of_what_they_mean(scheme, options):
     torch.manual_seed(3)
     w13, w2, quant = quantize_experts(torch.randn(3, 256, 64), torch.randn(3, 64, 128), scheme, **options)
-    whole = ExpertsWeights(w13, w2, torch.randn(3, 256), torch.randn(3, 64), quant)
+    w13_bias, w2_bias = torch.randn(3, 256), torch.randn(3, 64)
+    whole = ExpertsWeights(w13, w2, w13_bias, w2_bias, quant)
     w13, w2 = _dequantised(whole)
     for rank in range(2):
         shard = shard_of_experts(whole, rank, 2)
@@ -150,8 +151,8 @@ def test_shards_of_stored_weights_are_the_columns_of_what_they_mean(scheme, opti
         of_w13, of_w2 = _dequantised(shard)
         assert torch.equal(of_w13, w13.unflatten(1, (2, 128))[:, :, columns].flatten(1, 2))
         assert torch.equal(of_w2, w2[:, :, columns])
-        assert torch.equal(shard.w13_bias, whole.w13_bias.unflatten(1, (2, 128))[:, :, columns].flatten(1, 2))
-        assert torch.equal(shard.w2_bias, whole.w2_bias * (rank == 0))
+        assert torch.equal(shard.w13_bias, w13_bias.unflatten(1, (2, 128))[:, :, columns].flatten(1, 2))
+        assert torch.equal(shard.w2_bias, w2_bias * (rank == 0))
     some = experts_of_rank(whole, (2, 0))
     assert all(torch.equal(a, b[[2, 0]]) for a, b in zip(_dequantised(some), (w13, w2), strict=True))
     assert len(experts_of_rank(whole, ()).w2) == 0

@@ -98,6 +98,12 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def _launched(work: Any) -> Work:
+    if work is None:
+        raise RuntimeError("group: expected one that this rank is in")
+    return work
+
+
 class ProcessGroup(Group):
     """A torch.distributed process group: NCCL on GPUs, gloo on CPUs.
 
@@ -112,13 +118,13 @@ class ProcessGroup(Group):
         self._group = group
 
     def _all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Work:
-        return _ALL_GATHER(out, x, group=self._group, async_op=True)
+        return _launched(_ALL_GATHER(out, x, group=self._group, async_op=True))
 
     def _reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Work:
-        return _REDUCE_SCATTER(out, x, group=self._group, async_op=True)
+        return _launched(_REDUCE_SCATTER(out, x, group=self._group, async_op=True))
 
     def _all_reduce(self, x: torch.Tensor) -> Work:
-        return dist.all_reduce(x, group=self._group, async_op=True)
+        return _launched(dist.all_reduce(x, group=self._group, async_op=True))
 
     def _all_to_all(self, out: torch.Tensor, x: torch.Tensor, received: list[int], sent: list[int]) -> Work:
-        return dist.all_to_all_single(out, x, received, sent, group=self._group, async_op=True)
+        return _launched(dist.all_to_all_single(out, x, received, sent, group=self._group, async_op=True))
