@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from rich.console import Console
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn as start_processes
 
-from ..conformance.subjects.moegate import MoegateSubject
-from ..conformance.verify import verify_experts
 from ..impl.experts_module import RoutedExperts
 from ..impl.fused_moe import fused_experts
 from ..impl.parallel.collectives import ProcessGroup
@@ -35,13 +32,13 @@ from ..impl.parallel.ranks import Ranks, connect
 from ..impl.parallel.wire import Tokens
 from .formats import find_format
 from .operands import Operands, WeightBank, make_operands
+from .verification import verify_reduced
 from .workloads import Workload, find_model
 
 SCHEMA = "moegate-bench-parallel/1"
 MEGABYTES = (4, 8, 16, 32, 64)
 EXCHANGES = ("all_gather", "all_to_all")
 ROUNDS, CALLS, WARM_UP = 20, 5, 3
-JUDGED_TOKENS = 64
 # Communication and permutation may take so much more than the bytes alone.
 FACTOR, FIXED = 1.5, 60e-6
 
@@ -156,10 +153,7 @@ class SharedLayer:
             RuntimeError: it is not within budget.
         """
         whole = self.whole
-        # The ranks' parts of a sum are added in the activations' dtype.
-        numerics = replace(MoegateSubject.numerics, combine="storage")
-        operands = (self.x, whole.w13, whole.w2, self.weights, self.ids)
-        verdict = verify_experts(self.run(), *operands, numerics=numerics, max_tokens=JUDGED_TOKENS)
+        verdict = verify_reduced(self.run(), self.x, whole.w13, whole.w2, self.weights, self.ids)
         if not verdict.holds:
             raise RuntimeError(f"{self.parallel.exchange_name}: {verdict.detail}")
 

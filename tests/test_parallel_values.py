@@ -14,7 +14,7 @@ from moegate.conformance.subjects.null import NULL_KERNELS
 SUBJECT = load_subject("moegate")
 SPECS = [
     spec
-    for spec in pinned_parallel("cpu", SUBJECT.capabilities, batched=False)[::5]
+    for spec in pinned_parallel("cpu", SUBJECT.capabilities, batched=False)[::9]
     if spec.M and spec.routing == "uniform"
 ]
 
@@ -50,7 +50,7 @@ def test_ranks_that_compute_nothing_are_rejected_on_every_case(null_kernel, hone
         judged += 1
         if case.shared is not None:
             assert not any(v.holds for v in judge_shared(case, outputs, SUBJECT.numerics)), case.spec
-    assert judged > 10
+    assert judged > 5
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.03, -1.0, 2.0])
@@ -68,7 +68,7 @@ def test_one_rank_that_is_off_cannot_hide_behind_the_others(factor, honest):
             off[rank] = replace(result, partial=(result.partial.float() * factor).to(result.partial.dtype))
             assert not verdicts_of(case, off)["EP-02"], (case.spec, rank)
             judged += 1
-    assert judged > 20
+    assert judged > 10
 
 
 def test_shared_experts_that_are_counted_twice_are_rejected(honest):
@@ -82,7 +82,7 @@ def test_shared_experts_that_are_counted_twice_are_rejected(honest):
         twice = [replace(result, output=2 * result.output) for result in results]
         assert not any(v.holds for v in judge_shared(zeroed, twice, SUBJECT.numerics))
         judged += 1
-    assert judged > 5
+    assert judged > 3
 
 
 def test_a_pair_that_nobody_or_everybody_computes_is_rejected(honest):
