@@ -19,7 +19,7 @@ from moegate.conformance.selection import SELECTION
 from moegate.conformance.simulated_ranks import run_simulated
 
 # Exchanges are the same whatever computes the experts, so the fastest variant has most of the cases.
-EXAMPLES, FEWER, RUNS = 300, 30, 3  # each poisoned, again, and without routed weights
+EXAMPLES, FEWER, RUNS = 240, 20, 3  # each poisoned, again, and without routed weights
 pytestmark = pytest.mark.moegate_facets("parallel")
 
 
@@ -71,7 +71,7 @@ def test_simulated_ranks_make_the_layer_of_one(moegate_session, moegate_variant)
         name=f"EP/{variant}",
         variant=variant,
         examples=EXAMPLES if is_last else FEWER,
-        pinned=pinned_parallel(session.device, subject.capabilities, batched=batched)[:: 1 if is_last else 4],
+        pinned=pinned_parallel(session.device, subject.capabilities, batched=batched)[:: 1 if is_last else 6],
         runs=RUNS,
     )
 
@@ -106,7 +106,7 @@ def groups(device):
     return [("gloo", 4), ("gloo", 2)]
 
 
-REAL_EXAMPLES = 16
+REAL_EXAMPLES = 12
 
 
 @pytest.mark.moegate_executions(2 * REAL_EXAMPLES, 2)
