@@ -130,6 +130,15 @@ def test_a_call_may_be_padded_to_fewer_rows_than_the_most_and_to_no_more():
         layer_of()(tokens(3), 4)
 
 
+def test_ranks_with_the_same_tokens_must_have_as_many():
+    def body(ranks):
+        return shared_layer(ranks)(tokens(3 + ranks.rank))
+
+    text = r"num_tokens of ranks with the same tokens: expected the same on every rank, got \[3, 4\]"
+    with debug_checks(), pytest.raises(ValueError, match=text):
+        on_ranks(Mesh(ep_size=2), body)
+
+
 @pytest.mark.parametrize(
     ("mesh", "options", "error"),
     [

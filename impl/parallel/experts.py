@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..checks import expect_bool, expect_int
+from ..checks import debugging, expect_bool, expect_int
 from ..config import ActivationFormat
 from ..experts_module import RoutedExperts
 from ..overlap import beside
 from ..quantization import ActivationScale
 from ..shared_experts import SharedExpertsOrder
-from .agreement import together
+from .agreement import agree, together
 from .all_gather import AllGather
 from .all_to_all import AllToAll
 from .exchange import Exchange, Received
@@ -203,6 +203,8 @@ class ParallelExperts:
         exchange = self.exchange
         rows = self.max_tokens if padded_tokens is None else padded_tokens
         output = None
+        if self.ranks.replicas is not None and debugging():
+            agree(self.ranks.replicas, {"num_tokens of ranks with the same tokens": len(hidden_states)})
         with self._together(rows):
             expect_int("padded_tokens", rows, low=0, high=self.max_tokens)
             if len(hidden_states) > rows:
