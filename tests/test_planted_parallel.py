@@ -37,29 +37,13 @@ FAULTS = (
         TESTS,
         ("EP-01", "EP-12"),
     ),
-    Fault(
-        "replicas-choose-other-copies",
-        "parallel/experts.py",
-        "self.mesh.dp_rank(self.ranks.rank))",
-        "self.ranks.rank)",
-        TESTS,
-        ("EP-03",),
-    ),
-    Fault(
-        "padding-has-an-expert",
-        "parallel/all_gather.py",
-        "        padding[:, :top_k] = -1\n",
-        "        padding[:, :top_k] = 0\n",
-        TESTS,
-        ("EP-04",),
-    ),
 )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_a_planted_fault_is_caught_by_its_property(fault, tmp_path):
     outcome = run_suite(
-        plant(fault, tmp_path), fault.tests, tmp_path, scale=0.1, keyword="cpu and simulated_ranks_make"
+        plant(fault, tmp_path), fault.tests, tmp_path, scale=0.02, keyword="cpu and simulated_ranks_make"
     )
     assert outcome.status == 1, outcome.output
     assert set(outcome.violated) & set(fault.properties), (outcome.violated, outcome.output)
