@@ -13,13 +13,16 @@ import torch
 from rich.console import Console
 
 from . import overlap_report
+from .ep_model import ASSUMPTIONS, Link, as_table, estimate, parse_ranks, share_of_rank, whole_layer
+from .ep_model import as_json as model_as_json
 from .formats import FORMATS
 from .layers import LAYERS, choose_layers
 from .lora import LoraOptions, extra_times
 from .overlap_runner import GPU_TOKENS, run_overlap
 from .report import as_json, run_table
 from .selection import choose_device, parse_counts, select_workloads, split_words
-from .session import EXIT_BAD_ARGUMENTS, EXIT_MEASURED, EXIT_NOTHING, EXIT_WRONG, LayerBench, run_workloads
+from .session import EXIT_BAD_ARGUMENTS, EXIT_MEASURED, EXIT_NOTHING, EXIT_WRONG, OURS, LayerBench, run_workloads
+from .workloads import Workload
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--lora", type=int, metavar="RANK", help="also time the layer with LoRA adapters of this rank")
     parser.add_argument("--adapters", type=int, default=8, help="adapters over the batch, with --lora; default: 8")
+    parser.add_argument("--simulate-ep", metavar="N,N", help="model layers over N ranks (2 to 256) of this device")
+    parser.add_argument(
+        "--link-bandwidth", type=float, metavar="GB/s", help="of each rank and direction, for the model"
+    )
+    parser.add_argument("--link-latency", type=float, metavar="us", help="of one step, for the model")
     parser.add_argument("--json", metavar="FILE", help="write the records; - is standard output")
     options = parser.parse_args(arguments)
     to_stdout = options.json == "-"
@@ -60,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workloads = select_workloads(
             device, models=options.models, tokens=options.tokens, routings=options.routing, dtype=options.dtype
         )
+        simulation = _simulation(options)
         bench = LayerBench(
             device,
             peers=options.peer,
@@ -69,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
+    if simulation is not None:
+        try:
+            return simulate(bench, workloads, *simulation, console, options.json)
+        except ValueError as error:
+            parser.error(str(error))
     run = run_workloads(bench, workloads, Console(stderr=True))
     if run.records:
         console.print(run_table(run))
@@ -85,6 +99,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for workload, reason in run.skipped:
         console.print(f"skipped: {workload}: {reason}", markup=False, soft_wrap=True)
     _write(options.json, as_json(run))
+    return run.exit_code
+
+
+def _simulation(options: argparse.Namespace) -> tuple[list[int], Link] | None:
+    """The numbers of ranks and the link of the model; None where none is asked for."""
+    stated = (options.link_bandwidth, options.link_latency)
+    if options.simulate_ep is None:
+        if stated != (None, None):
+            raise ValueError("link-bandwidth, link-latency: expected beside simulate-ep alone")
+        return None
+    if None in stated:
+        raise ValueError(
+            "simulate-ep: expected link-bandwidth and link-latency beside it: a model has to know the link"
+        )
+    return parse_ranks(options.simulate_ep), Link(options.link_bandwidth * 1e9, options.link_latency * 1e-6)
+
+
+def simulate(
+    bench: LayerBench,
+    workloads: Sequence[Workload],
+    ranks: Sequence[int],
+    link: Link,
+    console: Console,
+    file: str | None,
+) -> int:
+    """Measure one device's layers and one rank's shares, and print what the model makes of them.
+
+    Raises:
+        ValueError: more ranks than experts.
+    """
+    shares = {(w, n): share_of_rank(w, n) for w in workloads for n in ranks}
+    wholes = {w: whole_layer(w) for w in workloads}
+    run = run_workloads(bench, list(dict.fromkeys([*wholes.values(), *shares.values()])), Console(stderr=True))
+    seconds = {record.workload: record.timing.median for record in run.records if record.subject == OURS}
+    estimates = []
+    for (workload, n), share in shares.items():
+        if share.id in seconds and wholes[workload].id in seconds:
+            times = {"share": seconds[share.id], "one_device": seconds[wholes[workload].id]}
+            estimates += estimate(wholes[workload], n, link, **times)
+    if estimates:
+        console.print(as_table(estimates, link))
+        for assumption in ASSUMPTIONS:
+            console.print(f"assumed: {assumption}", markup=False, soft_wrap=True)
+    for workload, subject, reason in run.failures:
+        console.print(f"not timed: {subject} on {workload}: {reason}", markup=False, soft_wrap=True)
+    for workload, reason in run.skipped:
+        console.print(f"skipped: {workload}: {reason}", markup=False, soft_wrap=True)
+    _write(file, model_as_json(estimates, link))
     return run.exit_code
 
 

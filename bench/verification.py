@@ -6,7 +6,7 @@ This is the one place where benchmarks meet conformance.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -86,6 +86,24 @@ def verify_by_budget(experts: ExpertsCall, operands: Operands) -> ExpertsVerdict
         max_tokens=_BUDGET_TOKENS,
         **words,
     )
+
+
+def verify_reduced(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> ExpertsVerdict:
+    """Judge the output of a layer that ranks share, for tokens of one of them, with the weights of all.
+
+    The ranks' parts of a token's sum are added in the activations' dtype, at most as often as it has experts. At most
+    `_BUDGET_TOKENS` tokens are judged.
+    """
+    numerics = replace(MoegateSubject.numerics, combine="storage")
+    operands = (output, hidden_states, w13, w2, topk_weights, topk_ids)
+    return verify_experts(*operands, numerics=numerics, max_tokens=_BUDGET_TOKENS)
 
 
 def verify_rows(experts: ExpertsCall, operands: Operands) -> RowErrorVerdict:

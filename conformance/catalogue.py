@@ -9,6 +9,7 @@ from .properties import (
     align,
     api,
     batched,
+    ep,
     graph,
     hygiene,
     lora,
@@ -40,6 +41,7 @@ FAMILIES = (
     shared,
     graph,
     lora,
+    ep,
 )
 # A run that exercised fewer of the declared feature pairs than this proves too little to be called green.
 LEAST_PAIRS = 0.5

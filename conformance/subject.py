@@ -40,11 +40,13 @@ from .spec import (
 if TYPE_CHECKING:
     from .lora_cases import LoraCase
     from .properties.lora import LoraLayer
+    from .parallel_cases import ParallelCase
+    from .properties.ep import RankResult
     from .shared_cases import SharedCase
 
 FACETS = (
     *("route", "align", "experts", "batched", "quantize", "trace", "launches"),
-    *("api", "oracle", "configs", "shared_order", "shared", "capture", "lora"),
+    *("api", "oracle", "configs", "shared_order", "shared", "capture", "lora", "parallel"),
 )
 
 
@@ -124,6 +126,8 @@ class Subject:
         numerics: its rounding points, by which its error budget is derived.
         deviations: for each rounding point that is looser than the default declaration, the reason.
         launches: by variant, the kernels that each path launches; judged where declared (needs `trace`).
+        partial_sums: by the names of exchanges, in what the ranks' parts of a token's sum are added: the activations'
+            dtype (`storage`), or float32 and rounded once.
     """
 
     name: ClassVar[str] = ""
@@ -132,6 +136,7 @@ class Subject:
     numerics: ClassVar[Numerics] = Numerics()
     deviations: ClassVar[dict[str, str]] = {}
     launches: ClassVar[Mapping[str, Launches]] = {}
+    partial_sums: ClassVar[Mapping[str, str]] = {"all_gather": "storage", "all_to_all": "float32"}
 
     def unavailable(self, variant: str, device: str) -> str | None:
         """Why `variant` cannot run on `device` in this process (not installed, say); None where it can."""
@@ -225,6 +230,20 @@ class Subject:
 
     def lora(self, case: LoraCase, num_slots: int, variant: str) -> LoraLayer:
         """The case's layer with slots for adapters of at most its largest rank, all of them empty."""
+        raise NotImplementedError
+
+    def parallel(self, case: ParallelCase, links: Any, variant: str, *, fails: tuple[int, str] | None) -> RankResult:
+        """One rank's part of a layer that ranks share; every rank is asked for its own, at the same time.
+
+        Args:
+            case: the operands of all ranks, of which a rank may read its own tokens, and the weights that it holds.
+            links: to the other ranks: `rank`, `size`, and `channel(ranks)`, which has `all_gather`, `reduce_scatter`,
+                `all_reduce` and `all_to_all` (see `simulated_ranks.Channel`); with real processes `process_group`,
+                which is None otherwise, and `remembered(key, make)` for what is made once.
+            variant: of the subject.
+            fails: the rank that raises a ValueError, and in which step of its layer: `routing` or `experts`. All ranks
+                are told, and then run in debug mode. None: nobody.
+        """
         raise NotImplementedError
 
 

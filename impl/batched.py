@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import path
-from .checks import FLOATS, debug_expect_counts, expect_activation, expect_apart, expect_bool, expect_tensor
+from .checks import FLOATS, debug_expect_counts, expect_activation, expect_apart, expect_bool, expect_int, expect_tensor
 from .config import Activation, ActivationFormat, QuantScheme
 from .experts.base import BatchedCall
 from .kernels.device import current_device
@@ -38,6 +38,7 @@ def batched_experts(
     lora_ids: torch.Tensor | None = None,
     backend: str | None = None,
     allow_tf32: bool = False,
+    dp_size: int = 1,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each token through its expert: `out[e, r] = w2[e] @ act(gate, up) + b2[e]` for r < expert_num_tokens[e].
@@ -68,6 +69,7 @@ def batched_experts(
         backend: a backend's name, honoured or refused; None or "auto" leaves it to `MOEGATE_BACKEND`, and to the
             oracle where that is not set (`moegate explain --batched`).
         allow_tf32: float32 operands may be rounded to TF32; without it they are multiplied as they are.
+        dp_size: ranks with their own tokens, whose tokens may be among these: the oracle asks.
         out: [E_local, max_tokens, H] of the same dtype to write into; None allocates it, with zeros behind each
             expert's count. It may not overlap an input.
 
@@ -81,6 +83,7 @@ def batched_experts(
     """
     function = expect_activation(activation, swiglu_alpha, swiglu_limit, interleaved)
     expect_bool("allow_tf32", allow_tf32)
+    expect_int("dp_size", dp_size, low=1)
     expect_tensor("hidden_states", hidden_states, shape=("E_local", "max_tokens", "H"), dtypes=FLOATS)
     num_experts, max_tokens, hidden_size = hidden_states.shape
     dtypes = (hidden_states.dtype,)
@@ -120,6 +123,7 @@ def batched_experts(
         weights.has_bias,
         False,
         adapters is not None,
+        dp_size,
     )
     if out is not None:
         expect_tensor("out", out, shape=hidden_states.shape, dtypes=dtypes, like=hidden_states)

@@ -101,10 +101,15 @@ class RoutedExperts(nn.Module):
         global_num_experts: int | None = None,
         adapters: AdapterTable | None = None,
         lora_ids: torch.Tensor | None = None,
+        *,
+        dp_size: int = 1,
+        input_scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The experts' weighted sum, `[M, H]`; arguments and errors as `fused_experts`.
 
-        With adapters `torch.compile` does not take it apart: `MoELayer` is compiled whole.
+        With adapters `torch.compile` does not take it apart: `MoELayer` is compiled whole. The last three are of calls
+        that no compiler traces: an exchange between ranks makes them.
         """
         kind, alpha, limit = self.function.kind, self.function.alpha, self.function.limit
         if torch.compiler.is_compiling():
@@ -149,6 +154,9 @@ class RoutedExperts(nn.Module):
             lora_ids=lora_ids,
             backend=self.backend,
             allow_tf32=self.allow_tf32,
+            dp_size=dp_size,
+            input_scale=input_scale,
+            out=out,
         )
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ from .kernels.device import current_device
 from .lora.table import AdapterTable, expect_token_adapters
 from .oracle.call import experts_of_call
 from .platform import Platform
-from .quantization import ExpertsQuantization
+from .quantization import ActivationScale, ExpertsQuantization
 from .weights import debug_expect_scales, expect_experts_weights
 
 
@@ -48,6 +48,8 @@ def fused_experts(
     lora_ids: torch.Tensor | None = None,
     backend: str = "auto",
     allow_tf32: bool = False,
+    dp_size: int = 1,
+    input_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The routed experts' weighted sum: `out[t] = sum_j weight[t, j] * (w2[e] @ act(gate, up) + b2[e])`, e = ids[t, j].
@@ -81,10 +83,13 @@ def fused_experts(
         backend: a backend's name, honoured or refused; "auto" leaves it to `MOEGATE_BACKEND`, and to the oracle where
             that is not set (`moegate explain`).
         allow_tf32: float32 operands may be rounded to TF32; without it they are multiplied as they are.
+        dp_size: ranks with their own tokens, whose tokens may be among these: the oracle asks.
+        input_scale: of hidden states that come quantised, as `quantize_activations` gives them with the scales that
+            `quant` says, dense; the activations' dtype is then that of `out`, which must be given.
         out: [M, H] of the same dtype to write into; None allocates it. It may not overlap an input.
 
     Returns:
-        [M, H] in the dtype of `hidden_states`; `out` where given.
+        [M, H] in the dtype of the activations; `out` where given.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape, device, layout or range, by name, before
@@ -95,10 +100,15 @@ def fused_experts(
     function = expect_activation(activation, swiglu_alpha, swiglu_limit, interleaved)
     expect_bool("apply_router_weight_on_input", apply_router_weight_on_input)
     expect_bool("allow_tf32", allow_tf32)
-    expect_tensor("hidden_states", hidden_states, shape=("M", "H"), dtypes=FLOATS)
+    expect_int("dp_size", dp_size, low=1)
+    if input_scale is not None and adapters is not None:
+        raise ValueError("input_scale: expected None beside adapters, which see activations before they are quantised")
+    like = hidden_states if input_scale is None else _expect_quantized(hidden_states, input_scale, quant, out)
+    if input_scale is None:
+        expect_tensor("hidden_states", hidden_states, shape=("M", "H"), dtypes=FLOATS)
     num_tokens, hidden_size = hidden_states.shape
-    dtypes = (hidden_states.dtype,)
-    weights = expect_experts_weights(hidden_states, "E_local", w13, w2, w13_bias, w2_bias, quant, function)
+    dtypes = (like.dtype,)
+    weights = expect_experts_weights(like, "E_local", w13, w2, w13_bias, w2_bias, quant, function)
     num_local_experts = weights.num_local_experts
     expect_tensor("topk_ids", topk_ids, shape=(num_tokens, "top_k"), dtypes=IDS, like=hidden_states)
     top_k = topk_ids.shape[1]
@@ -122,13 +132,14 @@ def fused_experts(
         top_k,
         hidden_size,
         weights.intermediate_size,
-        hidden_states.dtype,
+        like.dtype,
         weights.scheme,
         weights.block_shape,
         function.kind,
         weights.has_bias,
         apply_router_weight_on_input,
         adapters is not None,
+        dp_size,
     )
     if out is None:
         out = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype, device=hidden_states.device)
@@ -142,6 +153,7 @@ def fused_experts(
             topk_ids=topk_ids,
             expert_map=expert_map,
             lora_ids=lora_ids,
+            input_scale=input_scale,
             **weights.tensors(),
         )
     debug_expect_ids("topk_ids", topk_ids, num_experts)
@@ -168,10 +180,35 @@ def fused_experts(
         num_experts,
         allow_tf32,
         lora,
+        input_scale,
     )
     with current_device(hidden_states):
         experts.apply(out, call)
     return out
+
+
+def _expect_quantized(
+    hidden_states: torch.Tensor,
+    input_scale: torch.Tensor,
+    quant: ExpertsQuantization | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Check hidden states that come quantised; returns [0, H] of the activations' dtype."""
+    if not isinstance(quant, ExpertsQuantization) or quant.activation_dtype is None:
+        raise ValueError("input_scale: expected None where quant quantises no activations, got a tensor")
+    if out is None:
+        raise ValueError("out: expected a tensor of the activations' dtype beside input_scale, got None")
+    expect_tensor("hidden_states", hidden_states, shape=("M", "H"), dtypes=(quant.activation_dtype,), contiguous=True)
+    num_tokens, hidden_size = hidden_states.shape
+    match quant.activation_scale:
+        case ActivationScale.TOKEN:
+            shape: tuple[int, ...] = (num_tokens, 1)
+        case ActivationScale.GROUP:
+            shape = (num_tokens, -(-hidden_size // quant.group))
+        case _:
+            shape = (1,)
+    expect_tensor("input_scale", input_scale, shape=shape, dtypes=(torch.float32,), like=hidden_states, contiguous=True)
+    return torch.empty((0, hidden_size), dtype=out.dtype, device=hidden_states.device)
 
 
 def _check_num_experts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .experts_module import RoutedExperts
 from .fused_shared import append_shared_experts
 from .lora.table import AdapterTable
 from .overlap import auxiliary_stream, beside, expect_stream
+from .parallel.experts import ParallelExperts
 from .platform import Platform
 from .routing import RoutingFunction, select_experts
 from .shared_experts import SharedExpertsOrder, SharedExpertsSetting, order_of_call
@@ -102,8 +103,10 @@ class MoELayer(nn.Module):
         expert_map: `[E]` int32, global to local id, -1 on another rank; None where all are here.
         aux_stream: of the experts' device; None takes the device's own, where it has one.
         max_captured_tokens: the most tokens that a CUDA graph may be captured with; None: any.
-        reduce: the sum over ranks; None: there is one rank.
+        reduce: the sum over ranks; None: there is one rank, or `parallel` says how they share the layer.
         adapters: LoRA adapters of the routed experts, whose slots tokens name in `lora_ids`; None without.
+        parallel: how ranks exchange tokens, and who holds which experts. Its ranks all make the layer, and all call it,
+            also without tokens.
 
     Raises:
         TypeError, ValueError: parts that do not go together, by name.
@@ -125,6 +128,7 @@ class MoELayer(nn.Module):
         max_captured_tokens: int | None = None,
         reduce: Reduce | None = None,
         adapters: AdapterTable | None = None,
+        parallel: ParallelExperts | None = None,
     ) -> None:
         super().__init__()
         num_experts, hidden_size = gate.weight.shape
@@ -139,7 +143,7 @@ class MoELayer(nn.Module):
                     "rank would add the whole of them"
                 )
             expect_tensor("expert_map", expert_map, shape=(num_experts,), dtypes=(torch.int32,), like=like)
-        elif experts.num_local_experts != num_experts + num_fused_shared_experts:
+        elif parallel is None and experts.num_local_experts != num_experts + num_fused_shared_experts:
             raise ValueError(
                 f"experts: expected the gate's {num_experts} and {num_fused_shared_experts} fused shared ones without "
                 f"an expert_map, got {experts.num_local_experts}"
@@ -150,8 +154,23 @@ class MoELayer(nn.Module):
                 f"setting: expected has_shared_experts {shared_experts is not None} as shared_experts is "
                 f"{type(shared_experts).__name__}, got {setting.has_shared_experts}"
             )
-        if setting.dispatch_runs_shared_experts:
-            raise ValueError("setting: expected dispatch_runs_shared_experts False, got True: nothing dispatches here")
+        if setting.dispatch_runs_shared_experts and (parallel is None or not parallel.overlap):
+            raise ValueError(
+                "setting: expected dispatch_runs_shared_experts False, got True: nothing dispatches here, or not so"
+            )
+        if parallel is not None:
+            for name, is_given in (
+                ("reduce", reduce is not None),
+                ("expert_map", expert_map is not None),
+                ("num_fused_shared_experts", num_fused_shared_experts > 0),
+            ):
+                if is_given:
+                    raise ValueError(f"{name}: expected none beside parallel, which says who holds and adds what")
+            if parallel.overlap and shared_experts is not None:
+                setting = replace(setting, dispatch_runs_shared_experts=True)
+            parallel.join(experts, num_experts, routing.top_k)
+            if adapters is not None:
+                raise ValueError("adapters: expected None beside parallel, whose ranks exchange no adapters yet")
         if max_captured_tokens is not None:
             expect_int("max_captured_tokens", max_captured_tokens, low=1)
         if aux_stream is not None:
@@ -167,6 +186,7 @@ class MoELayer(nn.Module):
         self.max_captured_tokens = max_captured_tokens
         self.reduce = reduce
         self.adapters = adapters
+        self.parallel = parallel
         # What loading it changed, in words for the user.
         self.loading_notes: tuple[str, ...] = ()
         self._aux_stream = aux_stream
@@ -182,12 +202,16 @@ class MoELayer(nn.Module):
         super().__setstate__(state)
         self._enroll()  # a copy is a layer of its own
 
-    def forward(self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None = None, padded_tokens: int | None = None
+    ) -> torch.Tensor:
         """The layer's output.
 
         Args:
             hidden_states: `[..., H]` in the experts' dtype, with any leading dimensions.
             lora_ids: `[...]` int32, the slot of each token's adapter, -1 for none; None where no token has one.
+            padded_tokens: of a layer that ranks share, the rows that each of them has with its padding, at least M and
+                the same on all; None: the most that were agreed.
 
         Returns:
             As `hidden_states`, in memory of its own.
@@ -202,8 +226,9 @@ class MoELayer(nn.Module):
             lora_ids = lora_ids.reshape(-1)
         if torch.compiler.is_compiling():
             # The parameters stand among the arguments so that the compiler knows what is read.
-            return moe_layer_op(rows, [*self.parameters(), *self.buffers()], self._handle, lora_ids).view(shape)
-        return self._run(rows, lora_ids).view(shape)
+            parameters = [*self.parameters(), *self.buffers()]
+            return moe_layer_op(rows, parameters, self._handle, lora_ids, padded_tokens).view(shape)
+        return self._run(rows, lora_ids, padded_tokens).view(shape)
 
     def prepare(self, num_tokens: Sequence[int] = (1,)) -> MoELayer:
         """Run the layer once for each M, so that kernels are compiled and weights laid out before a graph is captured.
@@ -221,7 +246,9 @@ class MoELayer(nn.Module):
         return self
 
     @torch.no_grad()
-    def _run(self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def _run(
+        self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None = None, padded_tokens: int | None = None
+    ) -> torch.Tensor:
         dtype = self.experts.dtype
         shape = ("M", self.hidden_size)
         expect_tensor("hidden_states", hidden_states, shape=shape, dtypes=(dtype,), like=self.experts.w2)
@@ -232,6 +259,21 @@ class MoELayer(nn.Module):
         path.note("shared_experts_order", str(decision.order))
         if path.is_recording():
             path.note("shared_experts_reasons", tuple(reason.as_dict() for reason in decision.reasons))
+        if lora_ids is not None and self.adapters is None:
+            raise ValueError("lora_ids: expected None without adapters, got ids")
+        if self.parallel is not None:
+            return self.parallel.run(
+                hidden_states,
+                self.experts,
+                self._select,
+                None if self.shared_experts is None else self._shared,
+                order=decision.order,
+                stream=stream,
+                shared_is_reduced=self.setting.uses_external_experts,
+                padded_tokens=padded_tokens,
+            )
+        if padded_tokens is not None:
+            raise ValueError(f"padded_tokens: expected None for a layer of one rank, got {padded_tokens}")
         match decision.order:
             case SharedExpertsOrder.NONE:
                 return self._reduced(self._routed(hidden_states, lora_ids))
@@ -250,9 +292,10 @@ class MoELayer(nn.Module):
         # The routed output is this call's own: the input and the shared output stay as they are.
         return self._reduced(routed.add_(shared))
 
-    def _routed(self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None) -> torch.Tensor:
+    def _select(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Routing weights and ids, `[M, top_k]` each."""
         routing = self.routing
-        topk_weights, topk_ids = select_experts(
+        return select_experts(
             self.gate(hidden_states),
             routing.top_k,
             scoring_func=routing.scoring_func,
@@ -265,6 +308,9 @@ class MoELayer(nn.Module):
             custom_routing_function=routing.custom_routing_function,
             hidden_states=hidden_states,
         )
+
+    def _routed(self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None) -> torch.Tensor:
+        topk_weights, topk_ids = self._select(hidden_states)
         num_experts = self.num_experts
         if self.num_fused_shared_experts:
             topk_weights, topk_ids = append_shared_experts(
@@ -273,8 +319,6 @@ class MoELayer(nn.Module):
             num_experts += self.num_fused_shared_experts
         arguments = (hidden_states, topk_weights, topk_ids, self.expert_map, num_experts)
         if self.adapters is None:
-            if lora_ids is not None:
-                raise ValueError("lora_ids: expected None without adapters, got ids")
             return self.experts(*arguments)
         return self.experts(*arguments, self.adapters, lora_ids)
 
@@ -304,7 +348,11 @@ class MoELayer(nn.Module):
 
 @torch.library.custom_op("moegate::moe_layer", mutates_args=())
 def moe_layer_op(
-    hidden_states: torch.Tensor, parameters: Sequence[torch.Tensor], handle: int, lora_ids: torch.Tensor | None = None
+    hidden_states: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    handle: int,
+    lora_ids: torch.Tensor | None = None,
+    padded_tokens: int | None = None,
 ) -> torch.Tensor:
     """A layer as one operator: streams and their events are nothing that a compiler should take apart.
 
@@ -313,17 +361,22 @@ def moe_layer_op(
         parameters: the layer's own, which the operator reads.
         handle: the layer's number in this process.
         lora_ids: `[M]` int32, or None.
+        padded_tokens: of a layer that ranks share.
     """
     del parameters
     layer = _layers.get(handle)
     if layer is None:
         raise ValueError(f"handle: expected a layer that is alive, got {handle}")
-    return layer._run(hidden_states, lora_ids)
+    return layer._run(hidden_states, lora_ids, padded_tokens)
 
 
 @moe_layer_op.register_fake
 def _moe_layer_fake(
-    hidden_states: torch.Tensor, parameters: Sequence[torch.Tensor], handle: int, lora_ids: torch.Tensor | None = None
+    hidden_states: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    handle: int,
+    lora_ids: torch.Tensor | None = None,
+    padded_tokens: int | None = None,
 ) -> torch.Tensor:
-    del parameters, handle, lora_ids
+    del parameters, handle, lora_ids, padded_tokens
     return hidden_states.new_empty(hidden_states.shape)

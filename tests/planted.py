@@ -90,13 +90,15 @@ class Outcome:
     output: str
 
 
-def run_suite(planted: Path, tests: tuple[str, ...], folder: Path, scale: float = 0.5) -> Outcome:
-    """Run some of the suite's files on a planted copy under Triton's interpreter."""
+def run_suite(
+    planted: Path, tests: tuple[str, ...], folder: Path, scale: float = 0.5, keyword: str = "triton"
+) -> Outcome:
+    """Run some of the suite's files on a planted copy under Triton's interpreter, the tests that `keyword` selects."""
     report = folder / "report.json"
     suite = IMPL.parent / "conformance"
     files = [str(suite / name) for name in tests]
     options = [f"--moegate-report={report}", "--moegate-device=cpu", f"--moegate-scale={scale}", "-c", os.devnull]
-    options += ["--import-mode=importlib", "--rootdir", str(folder), "-k", "triton"]
+    options += ["--import-mode=importlib", "--rootdir", str(folder), "-k", keyword]
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(planted), json.dumps(files), json.dumps(options)],
         env={**os.environ, "TRITON_INTERPRET": "1"},

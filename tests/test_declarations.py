@@ -43,6 +43,13 @@ def test_every_point_that_is_looser_than_float32_has_a_written_reason(name):
     assert set(DECLARED[name]["reasons"]) == loose
 
 
+def test_how_ranks_add_their_parts_of_a_sum_is_declared_with_a_reason_where_it_is_loose():
+    declared = DECLARED["moegate"]
+    assert dict(load_subject("moegate").partial_sums) == declared["partial_sums"]
+    loose = {exchange for exchange, at in declared["partial_sums"].items() if at == "storage"}
+    assert set(declared["partial_sums_reasons"]) == loose
+
+
 def _violations(numerics, claimed, *, cases=24):
     """How many honest emulations of `numerics` violate a NUM property under the `claimed` declaration."""
     count = 0

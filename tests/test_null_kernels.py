@@ -70,6 +70,9 @@ def test_the_value_properties_judged_here_are_all_that_there_are():
         "SHARED-14",
         "GRAPH-04",  # so does test_graph_properties.py
         "LORA-02",  # and test_lora.py
+        "EP-01",  # test_parallel_values.py by these
+        "EP-02",
+        "EP-12",
         *(law.property.id for law in ROUTING_LAWS),
         *laws,
     }

@@ -143,10 +143,10 @@ FAULTS = (
     Fault(
         "dequantised-fallback-for-w8a8",
         "fused_moe.py",
-        '    weights = expect_experts_weights(hidden_states, "E_local", w13, w2, w13_bias, w2_bias, quant, function)',
+        '    weights = expect_experts_weights(like, "E_local", w13, w2, w13_bias, w2_bias, quant, function)',
         "    import dataclasses; quant_ = quant if quant is None or str(quant.scheme) != 'int8_w8a8' "
         "else dataclasses.replace(quant, scheme='int8_w8a16', per_act_token_quant=False); weights = "
-        'expect_experts_weights(hidden_states, "E_local", w13, w2, w13_bias, w2_bias, quant_, '
+        'expect_experts_weights(like, "E_local", w13, w2, w13_bias, w2_bias, quant_, '
         "function)",
         EXPERTS,
         ("PATH-03",),

@@ -21,6 +21,8 @@ from ...impl.routing import select_experts
 from ..cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
 from ..lora_cases import LoraCase
 from ..numerics import Numerics
+from ..parallel_cases import ParallelCase
+from ..properties.ep import RankResult
 from ..properties.path import Launches
 from ..shared_cases import SharedCase
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
@@ -28,6 +30,7 @@ from ..subject import ROUTING_METHODS, Capabilities, Subject
 from .moegate_configs import MoegateConfigs
 from .moegate_lora import MoegateLoraLayer
 from .moegate_oracle import MoegateOracle
+from .moegate_parallel import run_rank
 from .moegate_shared import Hold, MoegateSharedOrder, run_shared, shared_layer
 
 _QUANT_SCHEMES = {
@@ -182,6 +185,10 @@ class MoegateSubject(Subject):
     def lora(self, case: LoraCase, num_slots: int, variant: str) -> MoegateLoraLayer:
         """`fused_experts` or `batched_experts` with an `AdapterTable`."""
         return MoegateLoraLayer(case, variant, num_slots, _layer_arguments)
+
+    def parallel(self, case: ParallelCase, links: Any, variant: str, *, fails: tuple[int, str] | None) -> RankResult:
+        """`MoELayer` with `ParallelExperts`, and the routing that is given."""
+        return run_rank(case, links, variant, _layer_arguments, fails)
 
     def trace(self) -> AbstractContextManager[PathRecord]:
         """`record_path`."""

@@ -57,6 +57,7 @@ class ExpertsCall:
         global_num_experts: E.
         allow_tf32: float32 operands may be rounded to TF32.
         lora: each token's adapter, ids `[M]`; None where the host knows of none.
+        input_scale: of hidden states that come quantised; None where they are of the activations' dtype.
     """
 
     hidden_states: torch.Tensor
@@ -69,6 +70,7 @@ class ExpertsCall:
     global_num_experts: int
     allow_tf32: bool
     lora: TokenAdapters | None = None
+    input_scale: torch.Tensor | None = None
 
 
 class StandardExperts(Experts):

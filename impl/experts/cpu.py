@@ -47,7 +47,7 @@ class CpuExperts(StandardExperts):
         routing_weights = call.topk_weights.reshape(-1, 1)
 
         w13 = _Weight(weights.w13, quant, is_first=True, parts=call.activation.rows_a_column)
-        x = _Rows(call.hidden_states, quant, is_first=True)
+        x = _Rows(call.hidden_states, quant, is_first=True, scales=call.input_scale)
         hidden = torch.empty((len(held), weights.intermediate_size), dtype=dtype)
         start = 0
         for e, pairs in runs:
@@ -131,8 +131,18 @@ class _Rows:
         scales: `[rows, 1]` or `[rows, ceil(K / bk)]` float32; None where there are none.
     """
 
-    def __init__(self, x: torch.Tensor, quant: ExpertsQuantization | None, *, is_first: bool) -> None:
+    def __init__(
+        self,
+        x: torch.Tensor,
+        quant: ExpertsQuantization | None,
+        *,
+        is_first: bool,
+        scales: torch.Tensor | None = None,
+    ) -> None:
         self.values, self.scales = x, None
+        if scales is not None:  # x is quantised already
+            self.scales = scales.expand(len(x), 1) if scales.ndim == 1 else scales
+            return
         dtype = None if quant is None else quant.activation_dtype
         if quant is None or dtype is None:
             return

@@ -42,7 +42,11 @@ class LayerWorkspace:
 
 
 def quantize_input(
-    hidden_states: torch.Tensor, weights: ExpertsWeights, rows: Rows | None = None
+    hidden_states: torch.Tensor,
+    weights: ExpertsWeights,
+    rows: Rows | None = None,
+    *,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The first GEMM's operand and its scales: the hidden states, quantised where the scheme says so.
 
@@ -50,7 +54,10 @@ def quantize_input(
         hidden_states: [M, H], or [E_local, max_tokens, H] with `rows`.
         weights: of the layer.
         rows: which rows hold something; None for all.
+        scale: of hidden states that are quantised already.
     """
+    if scale is not None:
+        return hidden_states, scale
     quant = weights.quant
     dtype = None if quant is None else quant.activation_dtype
     if quant is None or dtype is None:

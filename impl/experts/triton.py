@@ -118,7 +118,7 @@ class TritonExperts(StandardExperts):
             )
             lora = LayerAdapters(call.lora.table, rows, platform, allow_tf32=call.allow_tf32)
 
-        x, x_scale = quantize_input(call.hidden_states, weights)
+        x, x_scale = quantize_input(call.hidden_states, weights, scale=call.input_scale)
         grouped_gemm(
             workspace.gate_up,
             x,

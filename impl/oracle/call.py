@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import Activation, ActivationFormat, MoEConfig, QuantScheme
+from ..config import Activation, ActivationFormat, MoEConfig, ParallelConfig, QuantScheme
 from ..experts.base import Experts
 from ..platform import Platform
 from .backends import AUTO
@@ -22,7 +22,8 @@ def experts_of_call(backend: str, *layer: Any) -> Any:
     Args:
         backend: a backend's name; `auto` leaves it to `MOEGATE_BACKEND`, and to the oracle where that is not set.
         layer: platform, activation format, E, top_k, H, I, dtype, scheme, block shape, activation, whether the GEMMs
-            add biases, whether routing weights multiply the input, and whether adapters may be applied.
+            add biases, whether routing weights multiply the input, whether adapters may be applied, and how many ranks
+            have tokens of their own.
 
     Raises:
         TypeError, ValueError: no name, an unknown one, or no backend that can serve, with the reasons.
@@ -49,6 +50,7 @@ def _decide(
     has_bias: bool,
     apply_router_weight_on_input: bool,
     is_lora_enabled: bool,
+    dp_size: int,
 ) -> Experts:
     """The oracle's decision; `environment` is what the process asks for, and part of the question."""
     del environment
@@ -65,6 +67,7 @@ def _decide(
         activation_format=activation_format,
         apply_router_weight_on_input=apply_router_weight_on_input,
         is_lora_enabled=is_lora_enabled,
+        parallel=ParallelConfig(dp_size=dp_size),
     )
     decision = choose_backend(config, platform, request)
     if decision.experts is None:

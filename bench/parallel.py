@@ -1,0 +1,293 @@
+"""`python -m moegate.bench.parallel`: collectives and a layer that all GPUs of this machine share, beside one GPU.
+
+Each rank is a process. A sample is several calls back to back between two barriers, and counts as long as its slowest
+rank takes. Every output is judged before its time counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.multiprocessing.spawn import spawn as start_processes
+
+from ..impl.experts_module import RoutedExperts
+from ..impl.fused_moe import fused_experts
+from ..impl.parallel.collectives import ProcessGroup
+from ..impl.parallel.experts import ParallelExperts
+from ..impl.parallel.mesh import Mesh
+from ..impl.parallel.placement import linear_placement
+from ..impl.parallel.ranks import Ranks, connect
+from ..impl.parallel.wire import Tokens
+from .formats import find_format
+from .operands import Operands, WeightBank, make_operands
+from .verification import verify_reduced
+from .workloads import Workload, find_model
+
+SCHEMA = "moegate-bench-parallel/1"
+MEGABYTES = (4, 8, 16, 32, 64)
+EXCHANGES = ("all_gather", "all_to_all")
+ROUNDS, CALLS, WARM_UP = 20, 5, 3
+# Communication and permutation may take so much more than the bytes alone.
+FACTOR, FIXED = 1.5, 60e-6
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of a call on the slowest rank."""
+    for _ in range(WARM_UP):
+        run()
+    samples = []
+    for _ in range(ROUNDS):
+        _synchronise(device)
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            run()
+        _synchronise(device)
+        samples.append((time.perf_counter() - start) / CALLS)
+    slowest = torch.tensor(samples, dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return statistics.median(slowest.tolist())
+
+
+def measure_collectives(group: ProcessGroup, device: torch.device, megabytes: Sequence[int]) -> list[dict[str, Any]]:
+    """Each collective by what a rank receives from the others in all: bytes, seconds and bytes a second."""
+    return [row for size in megabytes for row in _collectives_of_size(group, device, size * 2**20)]
+
+
+def _collectives_of_size(group: ProcessGroup, device: torch.device, size: int) -> list[dict[str, Any]]:
+    # Rows of 2 KB, and of each rank so many that it receives `size` bytes from the others.
+    n = group.size
+    each = max(1, size // 2048 // max(1, n - 1))
+    part = torch.randn(each, 1024, device=device).bfloat16()
+    whole = torch.randn(each * n, 1024, device=device).bfloat16()
+    other, splits, received = torch.empty_like(whole), [each] * n, each * 2048 * (n - 1)
+    calls = {
+        "all_gather": lambda: group.all_gather(whole, part).wait(),
+        "reduce_scatter": lambda: group.reduce_scatter(part, whole).wait(),
+        "all_to_all": lambda: group.all_to_all(other, whole, splits, splits).wait(),
+    }
+    rows = []
+    for name, call in calls.items():
+        seconds = timed(call, device)
+        rows.append({"collective": name, "bytes": received, "seconds": seconds, "bandwidth": received / seconds})
+    return rows
+
+
+def bandwidth_at(measured: Sequence[dict[str, Any]], name: str, size: float) -> float:
+    """Measured bytes a second of a collective, at the size nearest to `size`."""
+    rows = [row for row in measured if row["collective"] == name]
+    return min(rows, key=lambda row: abs(row["bytes"] - size))["bandwidth"]
+
+
+class SharedLayer:
+    """A workload's layer over all ranks, of which this one has every N-th part of tokens and experts."""
+
+    def __init__(self, ranks: Ranks, whole: Operands, exchange: str) -> None:
+        n, rank, num_tokens = ranks.world.size, ranks.world.rank, len(whole.hidden_states)
+        ends = [num_tokens * r // n for r in range(n + 1)]
+        self.rows = slice(ends[rank], ends[rank + 1])
+        self.padded = -(-num_tokens // n)
+        placement = linear_placement(whole.global_num_experts, n)
+        self.parallel = ParallelExperts(ranks, placement, max_tokens=self.padded, exchange=exchange)
+        mine = placement.experts_of_rank[rank]
+        part = slice(mine[0], mine[-1] + 1)
+        self.experts = RoutedExperts(
+            whole.w13[part], whole.w2[part], dtype=whole.hidden_states.dtype, activation=whole.activation
+        )
+        self.parallel.join(self.experts, whole.global_num_experts, whole.topk_ids.shape[1])
+        self.whole = whole
+        self.x = whole.hidden_states[self.rows].contiguous()
+        self.weights, self.ids = whole.topk_weights[self.rows], whole.topk_ids[self.rows]
+
+    def run(self) -> torch.Tensor:
+        """The rank's own tokens through the layer."""
+        return self.parallel.run(
+            self.x, self.experts, lambda _: (self.weights, self.ids), None, padded_tokens=self.padded
+        )
+
+    def stages(self, device: torch.device) -> dict[str, float]:
+        """Median seconds of each step on the slowest rank, each one waited for: their sum is more than `run` takes."""
+        tokens = Tokens(self.x, self.weights, self.ids)
+        exchange = self.parallel.exchange
+        received = exchange.dispatch(tokens, self.padded).wait()
+        partial = self.parallel.partial_sums(received, self.experts)
+        return {
+            "dispatch": timed(lambda: exchange.dispatch(tokens, self.padded).wait(), device),
+            "experts": timed(lambda: self.parallel.partial_sums(received, self.experts), device),
+            "combine": timed(lambda: exchange.combine(partial.clone(), received), device),
+        }
+
+    def travelling(self) -> tuple[float, float]:
+        """Bytes that this rank receives from the others on the way there, and on the way back."""
+        row = self.x.shape[1] * self.x.element_size()
+        top_k, others = self.ids.shape[1], self.parallel.mesh.world_size - 1
+        if self.parallel.exchange_name == "all_gather":
+            rows = there = self.padded * others
+        else:
+            ticket = self.parallel.exchange.dispatch(Tokens(self.x, self.weights, self.ids), self.padded).wait().ticket
+            rank = self.parallel.ranks.rank
+            there, rows = sum(ticket.received) - ticket.received[rank], sum(ticket.sent) - ticket.sent[rank]
+        return there * (row + 8 * top_k), rows * row
+
+    def judge(self) -> None:
+        """Check the rank's output.
+
+        Raises:
+            RuntimeError: it is not within budget.
+        """
+        whole = self.whole
+        verdict = verify_reduced(self.run(), self.x, whole.w13, whole.w2, self.weights, self.ids)
+        if not verdict.holds:
+            raise RuntimeError(f"{self.parallel.exchange_name}: {verdict.detail}")
+
+
+def measure_layer(
+    ranks: Ranks, workload: Workload, device: torch.device, collectives: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One device's layer, and both exchanges over all ranks."""
+    bank = WeightBank(workload.model, workload.format, device)
+    whole = make_operands(workload, bank, call=0, weight_copy=0)
+    one = timed(lambda: whole.pass_to(fused_experts), device)
+    rows = []
+    for exchange in EXCHANGES:
+        layer = SharedLayer(ranks, whole, exchange)
+        layer.judge()
+        seconds, stages = timed(layer.run, device), layer.stages(device)
+        there, back = layer.travelling()
+        names = ("all_gather", "reduce_scatter") if exchange == "all_gather" else ("all_to_all", "all_to_all")
+        wire = sum(
+            size / bandwidth_at(collectives, name, size) for name, size in zip(names, (there, back), strict=True)
+        )
+        moved = stages["dispatch"] + stages["combine"]
+        rows.append(
+            {
+                "exchange": exchange,
+                "one_device": one,
+                "seconds": seconds,
+                "speedup": one / seconds,
+                "stages": stages,
+                "bytes": {"dispatch": there, "combine": back},
+                "wire": wire,
+                "communication": moved,
+                "allowed_communication": FACTOR * wire + FIXED,
+            }
+        )
+    return rows
+
+
+def _rank(rank: int, size: int, store: str, options: dict[str, Any], result: str) -> None:
+    on_gpu = options["backend"] == "nccl"
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group(options["backend"], init_method=f"file://{store}", rank=rank, world_size=size)
+    ranks = connect(Mesh(dp_size=size, ep_size=size))
+    group = ProcessGroup("world")
+    collectives = measure_collectives(group, device, options["megabytes"])
+    model = find_model(options["model"])
+    workload = Workload(model, options["tokens"], dtype=options["dtype"], cache_state="warm")
+    layers = measure_layer(ranks, workload, device, collectives)
+    if rank == 0:
+        name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+        report = {
+            "schema": SCHEMA,
+            "device": f"{size} x {name}",
+            "backend": options["backend"],
+            "torch": torch.__version__,
+            "workload": workload.id,
+            "collectives": collectives,
+            "layers": layers,
+        }
+        Path(result).write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Start the ranks, and give what rank 0 wrote."""
+    with tempfile.TemporaryDirectory(prefix="moegate-bench-") as folder:
+        store, result = f"{folder}/store", f"{folder}/result.json"
+        start_processes(_rank, (size, store, options, result), nprocs=size)
+        return json.loads(Path(result).read_text())
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The report as tables."""
+    console.print(f"{report['device']}, {report['backend']}, torch {report['torch']}: {report['workload']}")
+    table = Table("collective", "MB received", "us", "GB/s")
+    for row in report["collectives"]:
+        cells = (row["bytes"] / 2**20, row["seconds"] * 1e6, row["bandwidth"] / 1e9)
+        table.add_row(row["collective"], *(f"{cell:.1f}" for cell in cells))
+    console.print(table)
+    names = ("exchange", "one device, us", "layer, us", "speedup", "dispatch", "experts", "combine", "wire", "allowed")
+    table = Table(*names)
+    for row in report["layers"]:
+        stages = row["stages"]
+        times = (*stages.values(), row["wire"], row["allowed_communication"])
+        table.add_row(
+            row["exchange"],
+            f"{row['one_device'] * 1e6:.1f}",
+            f"{row['seconds'] * 1e6:.1f}",
+            f"{row['speedup']:.2f}",
+            *(f"{seconds * 1e6:.1f}" for seconds in times),
+        )
+    console.print(table)
+    console.print(
+        f"wire: bytes over the measured bandwidth; allowed for dispatch and combine together: {FACTOR} x wire + "
+        f"{FIXED * 1e6:.0f} us"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; exit codes as `moegate bench`: 0 measured, 3 nothing to measure on, 4 bad arguments."""
+    parser = argparse.ArgumentParser(prog="python -m moegate.bench.parallel", description=__doc__)
+    parser.add_argument("--ranks", type=int, help="default: one for each GPU")
+    parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl")
+    parser.add_argument("--model", default="qwen3-30b-a3b")
+    parser.add_argument("--tokens", type=int, default=8192, help="M, of all ranks together (default: 8192)")
+    parser.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=list(MEGABYTES))
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    size = torch.cuda.device_count() if options.ranks is None else options.ranks
+    try:
+        find_model(options.model)
+        if find_format(options.dtype).is_quantized:
+            raise ValueError(f"dtype: expected bf16, fp16 or fp32, got {options.dtype!r}")
+        if options.backend == "nccl" and size > torch.cuda.device_count():
+            raise ValueError(f"ranks: expected at most {torch.cuda.device_count()} GPUs, got {size}")
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 4
+    if size < 2:
+        print(f"{parser.prog}: needs two ranks, and a GPU for each with nccl; there are {size}", file=sys.stderr)
+        return 3
+    names = ("backend", "model", "tokens", "dtype", "megabytes")
+    report = measure(size, {name: getattr(options, name) for name in names})
+    show(report, Console(width=160))
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,374 @@
+"""Cases of a layer that ranks share: how experts, columns of I and tokens are spread, and what each rank should hold.
+
+Nothing here is taken from an implementation: who holds what is said anew, from the rules in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from .cases import ExpertsCase, build_experts
+from .operands import ExpertsOperands
+from .spec import SCHEMES, ExpertsSpec, Spec
+from .strategies import POOLS, SEEDS
+from .subject import Capabilities
+from .values import integers
+
+EXCHANGES = ("all_gather", "all_to_all")
+PLACEMENTS = (
+    "linear",
+    "round_robin",
+    "shuffled",  # a hashed permutation, cut in runs of hashed lengths, of which some may be empty
+    "one_rank",  # one rank holds everything, and the others nothing
+    "copies",  # a hashed half of the experts has a second copy on the next rank
+    "everywhere",  # every rank holds every expert
+)
+SPLITS = (
+    "even",
+    "uneven",  # hashed counts
+    "one_empty",  # a rank has no token
+    "all_on_one",  # one rank has them all
+)
+SHARED_PARTS = ("none", "whole", "shard")
+# (tp, dp, ep) of up to four ranks, every way to share tokens among them.
+MESHES = (
+    (1, 2, 2),
+    (1, 3, 3),
+    (1, 4, 4),
+    (1, 1, 2),
+    (2, 1, 1),
+    (2, 2, 1),
+    (2, 2, 2),
+    (2, 4, 2),
+    (2, 1, 2),
+    (1, 2, 4),
+    (4, 2, 1),
+)
+# Scales that a token has for itself: what others a rank has must not matter. int8 and int4 weights travel as they are.
+PARALLEL_SCHEMES = ("none", "fp8_channel_token", "fp8_tensor_static", "fp8_block", "int8_channel_token", "int4_group")
+SHARED_SIZE = 32
+
+
+@dataclass(frozen=True)
+class ParallelSpec(Spec):
+    """One call of a layer that ranks share.
+
+    Attributes:
+        M: tokens of all ranks, replicas counted once.
+        I: of an expert, before tensor parallelism cuts it.
+        tp, dp, ep: sizes; `ep * tp` ranks, tp innermost.
+        slack: rows of padding that even the rank with most tokens has.
+        shared: what of the shared experts each rank holds.
+        overlap: shared experts run while tokens travel.
+        batched: the experts get the batched activation format.
+    """
+
+    facet: ClassVar[str] = "parallel"
+    SIZES: ClassVar[frozenset[str]] = Spec.SIZES | {"tp", "dp", "ep", "slack"}
+
+    M: int
+    H: int
+    I: int
+    E: int
+    top_k: int
+    tp: int = 1
+    dp: int = 2
+    ep: int = 2
+    exchange: str = "all_gather"
+    placement: str = "linear"
+    split: str = "even"
+    slack: int = 0
+    dtype: str = "bfloat16"
+    routing: str = "uniform"
+    weights: str = "softmax"
+    scheme: str = "none"
+    block_n: int = 0
+    block_k: int = 0
+    bias: str = "none"
+    shared: str = "none"
+    overlap: bool = False
+    batched: bool = False
+    weight_on_input: bool = False
+    seed: int = 0
+
+    def features(self) -> dict[str, Any]:
+        """None: the coverage of feature pairs counts what experts alone computed."""
+        return {}
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.tp * self.ep
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same tokens."""
+        return self.world_size // self.dp
+
+    def routed(self) -> ExpertsSpec:
+        """The layer as one rank would run it."""
+        names = ("M", "H", "I", "E", "top_k", "dtype", "routing", "weights", "scheme", "block_n", "block_k", "bias")
+        own = {name: getattr(self, name) for name in names}
+        return ExpertsSpec(**own, weight_on_input=self.weight_on_input, seed=self.seed)
+
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each of the `dp` runs of ranks."""
+        one = self.seed % self.dp
+        others = [rank for rank in range(self.dp) if rank != one]
+        counts = [0] * self.dp
+        if self.split == "all_on_one" or self.dp == 1:
+            counts[one] = self.M
+            return tuple(counts)
+        if self.split == "uneven":
+            cuts = integers(self.seed, "cuts", (self.dp - 1,), 0, self.M + 1).sort().values.tolist()
+            return tuple(b - a for a, b in zip([0, *cuts], [*cuts, self.M], strict=True))
+        takers = others if self.split == "one_empty" else range(self.dp)
+        for number, rank in enumerate(takers):
+            counts[rank] = self.M // len(takers) + (number < self.M % len(takers))
+        return tuple(counts)
+
+    def tokens_of(self, rank: int) -> range:
+        """The tokens of a rank, by their numbers among all."""
+        counts, run = self.counts(), rank // self.replicas
+        start = [0, *accumulate(counts)][run]
+        return range(start, start + counts[run])
+
+    @property
+    def max_tokens(self) -> int:
+        """Rows of each rank with its padding."""
+        return max(1, max(self.counts()) + self.slack)
+
+    def experts_of_rank(self) -> tuple[tuple[int, ...], ...]:
+        """The experts of each of the `ep` shares, by the rules in words."""
+        e, ranks = self.E, range(self.ep)
+        if self.placement == "linear":
+            # The first E mod ep ranks hold one more than the others.
+            share, more = divmod(e, self.ep)
+            return tuple(tuple(range(share * r + min(r, more), share * (r + 1) + min(r + 1, more))) for r in ranks)
+        if self.placement == "round_robin":
+            return tuple(tuple(x for x in range(e) if x % self.ep == r) for r in ranks)
+        if self.placement == "one_rank":
+            return tuple(tuple(range(e)) if r == self.seed % self.ep else () for r in ranks)
+        if self.placement == "everywhere":
+            order = integers(self.seed, "order", (self.ep, e), 0, 1 << 40).argsort(dim=1)
+            return tuple(map(tuple, order.tolist()))
+        order = integers(self.seed, "order", (e,), 0, 1 << 40).argsort().tolist()
+        cuts = integers(self.seed, "experts", (self.ep - 1,), 0, e + 1).sort().values.tolist()
+        held = [order[a:b] for a, b in zip([0, *cuts], [*cuts, e], strict=True)]
+        if self.placement == "copies" and self.ep > 1:
+            first = [list(experts) for experts in held]
+            for r in ranks:
+                held[(r + 1) % self.ep] = held[(r + 1) % self.ep] + first[r][::2]
+        return tuple(map(tuple, held))
+
+
+@dataclass(frozen=True)
+class ParallelCase:
+    """The operands of all ranks.
+
+    Attributes:
+        spec: who has what.
+        routed: the layer as one rank would run it, all tokens in their order.
+        shared: the shared experts as one expert of every token, whole; or None.
+    """
+
+    spec: ParallelSpec
+    routed: ExpertsCase
+    shared: ExpertsCase | None
+
+    @cached_property
+    def experts_of_rank(self) -> tuple[tuple[int, ...], ...]:
+        """As the spec says."""
+        return self.spec.experts_of_rank()
+
+    def hidden_states(self, rank: int) -> Tensor:
+        """`[M_r, H]` of one rank."""
+        tokens = self.spec.tokens_of(rank)
+        return self.routed.hidden_states[tokens.start : tokens.stop]
+
+    def routing(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Weights and logical ids of a rank's tokens, `[M_r, top_k]`."""
+        tokens = self.spec.tokens_of(rank)
+        rows = slice(tokens.start, tokens.stop)
+        return self.routed.topk_weights[rows], self.routed.topk_ids[rows]
+
+    def token_ids(self, rank: int) -> Tensor:
+        """`[M_r]` int32: the number of each token among all, as something that must stay with its token."""
+        tokens = self.spec.tokens_of(rank)
+        return torch.arange(tokens.start, tokens.stop, dtype=torch.int32, device=self.routed.hidden_states.device)
+
+    def changed(self) -> list[str]:
+        """The operands that no longer hold what they were given."""
+        shared = [] if self.shared is None else [f"shared {name}" for name in self.shared.arena.changed()]
+        return [*self.routed.arena.changed(), *shared]
+
+    def shard(self, rank: int, local_ids: Tensor) -> ExpertsOperands | None:
+        """What the reference says of one rank's part; None where it holds no expert.
+
+        Args:
+            rank: of the mesh.
+            local_ids: `[M, top_k]`, which pairs it computes, by its own numbers of the experts, -1 elsewhere.
+        """
+        spec, case = self.spec, self.routed
+        experts = self.experts_of_rank[rank // spec.tp]
+        if not experts:
+            return None
+        which = torch.tensor(experts, device=local_ids.device)
+        part = replace(case, **case.layer_of_experts(which), topk_ids=local_ids.to(torch.int32))
+        return _columns(part.operands(), rank % spec.tp, spec.tp)
+
+    def shared_operands(self) -> ExpertsOperands | None:
+        """The shared experts, whole."""
+        return None if self.shared is None else self.shared.operands()
+
+
+def _columns(call: ExpertsOperands, rank: int, size: int) -> ExpertsOperands:
+    """One shard of I of plain weights: gate and up rows alike, and the second bias in the first shard alone."""
+    if size == 1:
+        return call
+    if not isinstance(call.w13, Tensor) or not isinstance(call.w2, Tensor):
+        raise TypeError("w13: expected plain weights for shards of I")
+    gated = call.activation.is_gated
+    rows = torch.arange(call.w13.shape[1]).view(2 if gated else 1, size, -1)[:, rank].reshape(-1)
+    columns = torch.arange(call.w2.shape[2]).view(size, -1)[rank]
+    return replace(
+        call,
+        w13=call.w13[:, rows],
+        w2=call.w2[:, :, columns],
+        w13_bias=None if call.w13_bias is None else call.w13_bias[:, rows],
+        w2_bias=call.w2_bias if rank == 0 else None,
+    )
+
+
+def build_parallel(spec: ParallelSpec, device: torch.device | str = "cpu") -> ParallelCase:
+    """The operands of a spec."""
+    routed = build_experts(spec.routed(), device)
+    shared = None
+    if spec.shared != "none":
+        plain = ExpertsSpec(M=spec.M, H=spec.H, I=SHARED_SIZE, E=1, top_k=1, dtype=spec.dtype, seed=spec.seed + 256)
+        ones = torch.ones((spec.M, 1), dtype=torch.float32, device=device)
+        shared = replace(build_experts(plain, device), hidden_states=routed.hidden_states, topk_weights=ones)
+    return ParallelCase(spec, routed, shared)
+
+
+def is_possible(spec: ParallelSpec) -> bool:
+    """Whether what a spec says goes together."""
+    quantized = SCHEMES[spec.scheme].weight is not None
+    return (
+        spec.world_size % spec.dp == 0
+        and (spec.exchange == "all_gather" or (spec.tp == 1 and spec.replicas == 1))
+        and (spec.placement not in ("linear", "round_robin") or spec.ep <= spec.E)
+        and (spec.shared != "shard" or spec.replicas > 1)
+        and not (spec.tp > 1 and (quantized or spec.I % spec.tp))
+        and not (quantized and spec.dtype == "float32")
+        and not (spec.batched and (spec.weight_on_input or SCHEMES[spec.scheme].weight not in (None, "fp8")))
+        and not (spec.weight_on_input and spec.top_k > 1)
+    )
+
+
+def _sizes(device: str, scheme: str, tp: int) -> list[tuple[int, int, int, int]]:
+    """H, I and blocks of which each shard has sizes of the pools, for which the limits were fitted."""
+    return [(h, i * tp, bn, bk) for h, i, bn, bk in POOLS[device].shapes_of(scheme)]
+
+
+def pinned_parallel(device: str, capabilities: Capabilities, *, batched: bool) -> tuple[ParallelSpec, ...]:
+    """Every mesh with each exchange and part of shared experts; every placement, split and scheme."""
+    specs = list(_pinned(device, capabilities))
+    if batched:
+        specs += [replace(spec, batched=True) for spec in specs[:: len(specs) // 12]]
+    return tuple(spec for spec in specs if is_possible(spec) and spec.scheme in capabilities.schemes)
+
+
+def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
+    hidden, intermediate, _, _ = _sizes(device, "none", 4)[0]
+    dtype = capabilities.dtypes[0]
+    plain = ParallelSpec(M=13, H=hidden, I=intermediate, E=5, top_k=3, dtype=dtype)
+    for exchange in EXCHANGES:
+        for number, (tp, dp, ep) in enumerate(MESHES):
+            for shared in SHARED_PARTS:
+                placement = PLACEMENTS[(number + len(shared)) % len(PLACEMENTS)]
+                overlap = shared != "none" and bool(number % 2)
+                yield replace(
+                    plain, exchange=exchange, tp=tp, dp=dp, ep=ep, shared=shared, placement=placement, overlap=overlap
+                )
+        spread = replace(plain, exchange=exchange, dp=3, ep=3)
+        for seed, placement in enumerate(PLACEMENTS):
+            for split in SPLITS:
+                yield replace(spread, placement=placement, split=split, slack=seed % 3, seed=seed, shared="whole")
+        # Replicas have the same tokens, and must send each pair to the same copy.
+        yield replace(plain, dp=1, ep=2, placement="everywhere", seed=1)
+        yield replace(plain, dp=2, ep=4, placement="everywhere", seed=2)
+        for scheme in PARALLEL_SCHEMES[1:]:
+            h, i, block_n, block_k = POOLS[device].shapes_of(scheme)[0]
+            scaled = replace(spread, scheme=scheme, H=h, I=i, block_n=block_n, block_k=block_k, split="uneven")
+            yield replace(scaled, dtype="bfloat16", slack=1)
+        yield replace(spread, routing="all_invalid")
+        yield replace(spread, routing="some_invalid", split="one_empty")
+        yield replace(spread, M=0)
+        yield replace(spread, top_k=1, weight_on_input=True)
+    yield replace(plain, tp=2, dp=2, ep=1, bias="both")
+
+
+def parallel_specs(
+    device: str, capabilities: Capabilities, *, batched: bool, world_size: int | None = None
+) -> st.SearchStrategy[ParallelSpec]:
+    """Layers over two to four ranks, with any mesh, placement, split, scheme and part of shared experts.
+
+    Args:
+        device: which pools.
+        capabilities: of the subject.
+        batched: the batched activation format is one of them.
+        world_size: restricts the ranks.
+    """
+    pools = POOLS[device]
+    meshes = [(tp, dp, ep) for tp, dp, ep in MESHES if world_size in (None, tp * ep)]
+
+    @st.composite
+    def specs(draw: st.DrawFn) -> ParallelSpec:
+        tp, dp, ep = draw(st.sampled_from(meshes))
+        own = dp == tp * ep and tp == 1
+        dtype = draw(st.sampled_from(capabilities.dtypes))
+        scheme = "none"
+        if tp == 1 and dtype in pools.scaled_dtypes and draw(st.booleans()):
+            scheme = draw(st.sampled_from([s for s in PARALLEL_SCHEMES if s in capabilities.schemes]))
+        hidden, intermediate, block_n, block_k = draw(st.sampled_from(_sizes(device, scheme, tp)))
+        experts = draw(st.sampled_from((4, 5, 8)))
+        top_k = draw(st.integers(1, 4))
+        shared = draw(st.sampled_from(SHARED_PARTS if tp * ep > dp else SHARED_PARTS[:2]))
+        slabs = batched and SCHEMES[scheme].weight in (None, "fp8") and draw(st.integers(0, 3)) == 0
+        return ParallelSpec(
+            M=draw(st.integers(0 if capabilities.empty else 1, 20)),
+            H=hidden,
+            I=intermediate,
+            E=experts,
+            top_k=top_k,
+            tp=tp,
+            dp=dp,
+            ep=ep,
+            exchange=draw(st.sampled_from(EXCHANGES)) if own else "all_gather",
+            placement=draw(st.sampled_from(PLACEMENTS)),
+            split=draw(st.sampled_from(SPLITS)),
+            slack=draw(st.integers(0, 2)),
+            dtype=dtype,
+            routing=draw(st.sampled_from(("uniform", "one_expert", "skewed", "repeated", "some_invalid"))),
+            weights=draw(st.sampled_from(capabilities.weights)),
+            scheme=scheme,
+            block_n=block_n,
+            block_k=block_k,
+            bias=draw(st.sampled_from(("none", "none", "both"))) if "both" in capabilities.biases else "none",
+            shared=shared,
+            overlap=shared != "none" and draw(st.booleans()),
+            batched=slabs,
+            weight_on_input=top_k == 1 and not slabs and capabilities.weight_on_input and draw(st.booleans()),
+            seed=draw(SEEDS),
+        )
+
+    return specs()

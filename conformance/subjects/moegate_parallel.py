@@ -1,0 +1,192 @@
+"""moegate's layers that ranks share: `MoELayer` with `ParallelExperts`, on the suite's links or on process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...impl.checks import debug_checks
+from ...impl.config import ActivationFormat
+from ...impl.experts_module import RoutedExperts, SharedExperts
+from ...impl.layer import Gate, MoELayer, RoutingMethod
+from ...impl.parallel.collectives import Group, Work
+from ...impl.parallel.exchange import Received
+from ...impl.parallel.experts import ParallelExperts
+from ...impl.parallel.mesh import Mesh
+from ...impl.parallel.placement import ExpertPlacement, linear_placement, round_robin_placement
+from ...impl.parallel.ranks import Ranks, connect
+from ...impl.parallel.shards import experts_of_rank, shard_of_experts
+from ...impl.weights import ExpertsWeights
+from ..parallel_cases import ParallelCase
+from ..properties.ep import RankResult
+
+Arguments = Callable[[Any], dict[str, Any]]
+# Set-up and calls beyond the agreed number of tokens: more rows than a call needs.
+_SPARE = 5
+
+
+class _Done:
+    def wait(self) -> None:
+        """It is done already."""
+
+
+class _Linked(Group):
+    """A channel of the suite's as a group."""
+
+    def __init__(self, name: str, channel: Any, device: str) -> None:
+        super().__init__(name, channel.rank, channel.size, device)
+        self._channel = channel
+
+    def _all_gather(self, out: Tensor, x: Tensor) -> Work:
+        self._channel.all_gather(out, x)
+        return _Done()
+
+    def _reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
+        self._channel.reduce_scatter(out, x)
+        return _Done()
+
+    def _all_reduce(self, x: Tensor) -> Work:
+        self._channel.all_reduce(x)
+        return _Done()
+
+    def _all_to_all(self, out: Tensor, x: Tensor, received: list[int], sent: list[int]) -> Work:
+        self._channel.all_to_all(out, x, received, sent)
+        return _Done()
+
+
+class _Observed(ParallelExperts):
+    """Keeps what arrived and what was made of it, and gives every token its number to take along."""
+
+    token_ids: Tensor
+    seen: RankResult
+
+    def run(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return super().run(hidden_states, *arguments, lora_ids=self.token_ids, **options)
+
+    def partial_sums(self, received: Received, experts: RoutedExperts) -> Tensor:
+        partial = super().partial_sums(received, experts)
+        tokens = received.tokens
+        ids = tokens.topk_ids.long()
+        expert_map = (self._local_map if tokens.ids_are_local else self._expert_map).long()
+        if tokens.lora_ids is None:
+            raise ValueError("lora_ids: expected them to arrive with their tokens, got None")
+        self.seen = RankResult(
+            output=partial,
+            partial=partial.clone(),
+            hidden_states=None if tokens.input_scale is not None else tokens.hidden_states.clone(),
+            token_ids=tokens.lora_ids.clone(),
+            local_ids=torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1),
+            topk_weights=tokens.topk_weights.clone(),
+            experts=self.placement.experts_of_rank[self.ep_rank],
+        )
+        return partial
+
+
+def ranks_of(mesh: Mesh, links: Any, device: str = "cpu") -> Ranks:
+    """The groups of a mesh on a rank's links."""
+    if links.process_group is not None:
+        return links.remembered(("ranks", mesh), lambda: connect(mesh, links.process_group))
+
+    def group(name: str, ranks: tuple[int, ...]) -> Group | None:
+        return _Linked(name, links.channel(ranks), device) if len(ranks) > 1 else None
+
+    world = _Linked("world", links.channel(tuple(range(links.size))), device)
+    rank = links.rank
+    return Ranks(mesh, world, group("peers", mesh.data_peers(rank)), group("replicas", mesh.replicas(rank)))
+
+
+def _placement(case: ParallelCase) -> ExpertPlacement:
+    spec = case.spec
+    made = {"linear": linear_placement, "round_robin": round_robin_placement}.get(spec.placement)
+    return ExpertPlacement(spec.E, case.experts_of_rank) if made is None else made(spec.E, spec.ep)
+
+
+def _weights(arguments: dict[str, Any]) -> ExpertsWeights:
+    return ExpertsWeights(*(arguments[name] for name in ("w13", "w2", "w13_bias", "w2_bias", "quant")))
+
+
+def _as_arguments(weights: ExpertsWeights) -> dict[str, Any]:
+    return {name: getattr(weights, name) for name in ("w13", "w2", "w13_bias", "w2_bias", "quant")}
+
+
+def run_rank(
+    case: ParallelCase, links: Any, variant: str, arguments: Arguments, fails: tuple[int, str] | None
+) -> RankResult:
+    """One rank's part of a case.
+
+    Args:
+        case: of all ranks.
+        links: to the others: `rank`, `size`, `channel(ranks)`, and a process group or None.
+        variant: the experts' backend.
+        arguments: of the experts of a case, by the names of `RoutedExperts`.
+        fails: the rank that raises, and in which step of its layer (`routing`, `experts`); None: nobody.
+    """
+    spec, rank = case.spec, links.rank
+    fails_in = fails[1] if fails is not None and fails[0] == rank else None
+    x = case.hidden_states(rank)
+    device, dtype = x.device.type, x.dtype
+    given = arguments(case.routed)
+    parallel = _Observed(
+        ranks_of(Mesh(spec.tp, spec.dp, spec.ep), links, device),
+        _placement(case),
+        max_tokens=spec.max_tokens + (_SPARE if spec.seed % 3 == 0 else 0),
+        exchange=spec.exchange,
+        shared_part="whole" if spec.shared == "none" else spec.shared,
+        overlap=spec.overlap,
+        activation_format=ActivationFormat.BATCHED if spec.batched else ActivationFormat.STANDARD,
+    )
+    parallel.token_ids = case.token_ids(rank)
+    place = parallel.mesh.place(rank)
+    mine = experts_of_rank(_weights(given), parallel.placement.experts_of_rank[place.ep_rank])
+    interleaved, gated = given["interleaved"], case.routed.activation.is_gated
+    mine = shard_of_experts(mine, place.tp_rank, place.tp_size, is_gated=gated, interleaved=interleaved)
+    experts = RoutedExperts(
+        **{**given, **_as_arguments(mine)},
+        dtype=dtype,
+        backend=variant,
+        apply_router_weight_on_input=spec.weight_on_input,
+    )
+    shared = None
+    if case.shared is not None:
+        of_shared = _weights(arguments(case.shared))
+        if spec.shared == "shard":
+            replicas = parallel.mesh.replicas(rank)
+            of_shared = shard_of_experts(of_shared, replicas.index(rank), len(replicas))
+        shared = SharedExperts(of_shared.w13[0], of_shared.w2[0], dtype=dtype, backend=variant)
+
+    def select(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        del hidden_states
+        if fails_in == "routing":
+            raise ValueError(f"made to raise in routing on rank {rank}")
+        return case.routing(rank)
+
+    if fails_in == "experts":
+
+        def fail(*arguments: Any) -> None:
+            raise ValueError(f"made to raise in experts on rank {rank}")
+
+        experts.register_forward_pre_hook(fail)
+    gate = Gate(torch.zeros((spec.E, spec.H), dtype=dtype, device=device))
+    layer = MoELayer(gate, experts, RoutingMethod(spec.top_k), shared_experts=shared, parallel=parallel)
+    # No routing of ours gives every id that experts take: -1, or one twice.
+    layer._select = select
+    with debug_checks() if spec.seed % 2 or fails is not None else nullcontext():
+        output = layer(x, spec.max_tokens)
+    place_of = output.untyped_storage().data_ptr() if output.numel() else None
+    operands = [t for part in (case.routed, case.shared) if part is not None for t in part.tensors().values()]
+    is_own = all(t.untyped_storage().data_ptr() != place_of for t in operands if t.numel())
+    seen = parallel.seen
+    return RankResult(
+        output.clone(),
+        seen.partial,
+        seen.hidden_states,
+        seen.token_ids,
+        seen.local_ids,
+        seen.topk_weights,
+        seen.experts,
+        is_own,
+    )

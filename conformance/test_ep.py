@@ -1,0 +1,159 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moegate.conformance.parallel_cases import build_parallel, parallel_specs, pinned_parallel
+from moegate.conformance.properties.ep import (
+    judge_again,
+    judge_meeting,
+    judge_memory,
+    judge_raised,
+    judge_shared,
+    judge_travel,
+    judge_values,
+)
+from moegate.conformance.properties.hygiene import poisoned_allocations
+from moegate.conformance.real_ranks import rank_processes
+from moegate.conformance.selection import SELECTION
+from moegate.conformance.simulated_ranks import run_simulated
+
+# Exchanges are the same whatever computes the experts, so the fastest variant has most of the cases.
+EXAMPLES, FEWER, RUNS = 240, 20, 3  # each poisoned, again, and without routed weights
+pytestmark = pytest.mark.moegate_facets("parallel")
+
+
+def without_routed_weights(case):
+    """The same call, of which the shared output alone is left."""
+    return replace(case, routed=replace(case.routed, topk_weights=torch.zeros_like(case.routed.topk_weights)))
+
+
+def judge_of(session, run):
+    """Verdicts on a spec, of which `run(case)` gives the ranks' outcomes; they are judged on the CPU."""
+    subject = session.subject
+
+    def results_of(case):
+        return [outcome.result.on_cpu() for outcome in run(case)]
+
+    def judge(spec):
+        case, judged = build_parallel(spec, session.device), build_parallel(spec)
+        with poisoned_allocations():
+            outcomes = run(case)
+        verdicts = judge_meeting(outcomes)
+        if any(outcome.error is not None for outcome in outcomes):
+            return verdicts
+        results = [outcome.result.on_cpu() for outcome in outcomes]
+        verdicts += [judge_memory(case, results), *judge_travel(judged, results)]
+        verdicts += judge_values(judged, results, subject.numerics, subject.partial_sums[spec.exchange])
+        if subject.numerics.repeatable:
+            verdicts.append(judge_again(results, results_of(case)))
+        if spec.shared != "none":
+            verdicts += judge_shared(judged, results_of(without_routed_weights(case)), subject.numerics)
+        return verdicts
+
+    return judge
+
+
+@pytest.mark.moegate_executions(EXAMPLES, RUNS)
+def test_simulated_ranks_make_the_layer_of_one(moegate_session, moegate_variant):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+    batched = "batched" in subject.facets(variant)
+    is_last = variant == [v for v in subject.variants if not subject.unavailable(v, session.device)][-1]
+
+    def run(case):
+        return run_simulated(
+            case.spec.world_size, lambda rank, links: subject.parallel(case, links, variant, fails=None)
+        )
+
+    session.explore(
+        parallel_specs(session.device, subject.capabilities, batched=batched),
+        judge_of(session, run),
+        name=f"EP/{variant}",
+        variant=variant,
+        examples=EXAMPLES if is_last else FEWER,
+        pinned=pinned_parallel(session.device, subject.capabilities, batched=batched)[:: 1 if is_last else 6],
+        runs=RUNS,
+    )
+
+
+@pytest.mark.moegate_executions(10, 1)
+def test_where_one_simulated_rank_raises_every_rank_raises(moegate_session, moegate_variant):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+
+    def judge(spec):
+        case = build_parallel(spec, session.device)
+        failing, step = spec.seed % spec.world_size, ("routing", "experts")[spec.seed // 4 % 2]
+
+        def body(rank, links):
+            return subject.parallel(case, links, variant, fails=(failing, step))
+
+        outcomes = run_simulated(spec.world_size, body)
+        return [judge_raised(outcomes, f"made to raise in {step} on rank {failing}")]
+
+    session.explore(
+        parallel_specs(session.device, subject.capabilities, batched=False),
+        judge,
+        name=f"EP-RAISE/{variant}",
+        variant=variant,
+        examples=10,
+    )
+
+
+def groups(device):
+    """(backend, ranks) of the process groups that this machine can start: NCCL wants a GPU for each rank."""
+    if device == "cuda":
+        return [("nccl", size) for size in (2, 3, 4) if size <= torch.cuda.device_count()]
+    return [("gloo", 4), ("gloo", 2)]
+
+
+REAL_EXAMPLES = 12
+
+
+@pytest.mark.moegate_executions(2 * REAL_EXAMPLES, 2)
+def test_processes_make_the_layer_of_one(moegate_session, moegate_variant):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+    backends = groups(session.device)
+    if not backends:
+        pytest.skip("one GPU: process groups of several ranks want one for each")
+    if variant == "triton" and session.device == "cpu":
+        pytest.skip("the processes and their collectives are the same whatever computes the experts")
+    capabilities = subject.capabilities
+    pinned = pinned_parallel(session.device, capabilities, batched=False)
+    for backend, size in backends:
+        with rank_processes(size, backend) as processes:
+
+            def run(case, fails=None, processes=processes):
+                spec = case.spec
+                return processes.run(
+                    "moegate.conformance.rank_body:run_case",
+                    SELECTION.subject,
+                    variant,
+                    repr(spec),
+                    session.device,
+                    fails,
+                )
+
+            def judge(spec, run=run):
+                case = build_parallel(spec)
+                outcomes = run(case)
+                verdicts = judge_meeting(outcomes)
+                if any(outcome.error is not None for outcome in outcomes):
+                    return verdicts
+                results = [outcome.result for outcome in outcomes]
+                verdicts += judge_travel(case, results)
+                verdicts += judge_values(case, results, subject.numerics, subject.partial_sums[spec.exchange])
+                if spec.seed % 4 == 0:
+                    failing = (spec.seed // 4 % spec.world_size, ("routing", "experts")[spec.seed // 16 % 2])
+                    raised = run(case, failing)
+                    verdicts.append(judge_raised(raised, f"made to raise in {failing[1]} on rank {failing[0]}"))
+                return verdicts
+
+            session.explore(
+                parallel_specs(session.device, capabilities, batched=False, world_size=size),
+                judge,
+                name=f"EP-REAL/{variant}/{backend}/{size}",
+                variant=variant,
+                examples=REAL_EXAMPLES,
+                pinned=tuple(spec for spec in pinned if spec.world_size == size)[::3],
+                runs=1,
+            )

@@ -1,0 +1,130 @@
+"""The collectives that the exchanges are made of, on torch.distributed process groups alone.
+
+Each call checks its sizes and notes itself in the path's record: which collectives a rank called, in which order and
+with which sizes, is what its peers must have called too.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from .. import path
+
+
+class Work(Protocol):
+    """Something under way."""
+
+    def wait(self) -> Any:
+        """Go on once it is done: the caller's stream on a GPU, the caller itself on a CPU."""
+        ...
+
+
+class Group(ABC):
+    """Some ranks that exchange tensors.
+
+    Attributes:
+        name: how records call it.
+        rank: this one's number in it.
+        size: how many there are.
+        device: where its tensors are, as a torch device type.
+    """
+
+    def __init__(self, name: str, rank: int, size: int, device: str) -> None:
+        self.name, self.rank, self.size, self.device = name, rank, size, device
+
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Work:
+        """`x [n, ...]` of every rank, one after the other, into `out [size * n, ...]`."""
+        self._expect("all_gather", out, x, len(x) * self.size)
+        self._note("all_gather", x)
+        return self._all_gather(_transport(out), _transport(x))
+
+    def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Work:
+        """The sum over the ranks of the r-th part of `x [size * n, ...]`, into `out [n, ...]` of rank r."""
+        self._expect("reduce_scatter", x, out, len(out) * self.size)
+        self._note("reduce_scatter", x)
+        return self._reduce_scatter(out, x)
+
+    def all_reduce(self, x: torch.Tensor) -> Work:
+        """The sum of `x` over the ranks, in place."""
+        self._expect("all_reduce", x, x, len(x))
+        self._note("all_reduce", x)
+        return self._all_reduce(x)
+
+    def all_to_all(self, out: torch.Tensor, x: torch.Tensor, received: Sequence[int], sent: Sequence[int]) -> Work:
+        """The r-th part of `x [sum(sent), ...]` goes to rank r; `out [sum(received), ...]` takes theirs, by rank."""
+        self._expect("all_to_all", out, x, sum(received))
+        if len(x) != sum(sent):
+            raise ValueError(f"all_to_all: expected {sum(sent)} rows to send, got {len(x)}")
+        self._note("all_to_all", x[:0], sent=tuple(sent), received=tuple(received))
+        return self._all_to_all(_transport(out), _transport(x), list(received), list(sent))
+
+    def _expect(self, name: str, larger: torch.Tensor, smaller: torch.Tensor, rows: int) -> None:
+        alike = larger.shape[1:] == smaller.shape[1:] and larger.dtype == smaller.dtype
+        if not alike or len(larger) != rows or not (larger.is_contiguous() and smaller.is_contiguous()):
+            raise ValueError(
+                f"{name}: expected contiguous tensors of one dtype, the larger one with {rows} rows, got "
+                f"{list(larger.shape)} {larger.dtype} and {list(smaller.shape)} {smaller.dtype}"
+            )
+
+    def _note(self, name: str, x: torch.Tensor, **splits: tuple[int, ...]) -> None:
+        if path.is_recording():
+            path.note("collective", (name, self.name, tuple(x.shape), str(x.dtype), splits))
+
+    @abstractmethod
+    def _all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Work: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Work: ...
+
+    @abstractmethod
+    def _all_reduce(self, x: torch.Tensor) -> Work: ...
+
+    @abstractmethod
+    def _all_to_all(self, out: torch.Tensor, x: torch.Tensor, received: list[int], sent: list[int]) -> Work: ...
+
+
+def _transport(x: torch.Tensor) -> torch.Tensor:
+    """What only travels, as bytes where a backend may not know the dtype: gloo refuses fp8."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 and x.dtype.is_floating_point else x
+
+
+# torch 2.13 gave these two other names, and calls the old ones deprecated.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _launched(work: Any) -> Work:
+    if work is None:
+        raise RuntimeError("group: expected one that this rank is in")
+    return work
+
+
+class ProcessGroup(Group):
+    """A torch.distributed process group: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        name: how records call it.
+        group: the process group; None: the default one.
+    """
+
+    def __init__(self, name: str, group: dist.ProcessGroup | None = None) -> None:
+        device = "cuda" if "nccl" in str(dist.get_backend(group)) else "cpu"
+        super().__init__(name, dist.get_rank(group), dist.get_world_size(group), device)
+        self._group = group
+
+    def _all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Work:
+        return _launched(_ALL_GATHER(out, x, group=self._group, async_op=True))
+
+    def _reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Work:
+        return _launched(_REDUCE_SCATTER(out, x, group=self._group, async_op=True))
+
+    def _all_reduce(self, x: torch.Tensor) -> Work:
+        return _launched(dist.all_reduce(x, group=self._group, async_op=True))
+
+    def _all_to_all(self, out: torch.Tensor, x: torch.Tensor, received: list[int], sent: list[int]) -> Work:
+        return _launched(dist.all_to_all_single(out, x, received, sent, group=self._group, async_op=True))

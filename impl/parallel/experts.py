@@ -1,0 +1,258 @@
+"""The experts of a layer that several ranks share: placement, exchange, and the layer's steps between the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from ..checks import debugging, expect_bool, expect_int
+from ..config import ActivationFormat
+from ..experts_module import RoutedExperts
+from ..overlap import beside
+from ..quantization import ActivationScale
+from ..shared_experts import SharedExpertsOrder
+from .agreement import agree, together
+from .all_gather import AllGather
+from .all_to_all import AllToAll
+from .exchange import Exchange, Received
+from .placement import ExpertPlacement, choose_copies
+from .ranks import Ranks
+from .slabs import batched_partial
+from .wire import Tokens, Wire
+
+Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Shared = Callable[[torch.Tensor], torch.Tensor]
+
+
+class SharedPart(StrEnum):
+    """What of the shared experts a rank holds, and so where their output joins the sum."""
+
+    WHOLE = "whole"  # all of them: added to the rank's own tokens once everything else is reduced
+    SHARD = "shard"  # columns of I, over the replicas: added before their one reduction
+
+
+class ParallelExperts:
+    """What a layer needs to know of the other ranks; one for each layer.
+
+    Args:
+        ranks: from `connect`.
+        placement: of the experts over the ranks of `ranks.mesh.ep_size`.
+        max_tokens: the most tokens that a rank may bring to a call; the same on every rank.
+        exchange: `all_gather`, which can be captured in a CUDA graph, or `all_to_all`, for eager calls of ranks that
+            all have tokens of their own and whole experts.
+        shared_part: what of the shared experts each rank holds; `shard` needs replicas.
+        overlap: shared experts run inside dispatch and combine: while the tokens travel.
+        activation_format: in which the experts get what was received.
+
+    Raises:
+        TypeError, ValueError: parts that do not go together, by name; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        placement: ExpertPlacement,
+        *,
+        max_tokens: int,
+        exchange: str = AllGather.name,
+        shared_part: SharedPart | str = SharedPart.WHOLE,
+        overlap: bool = False,
+        activation_format: ActivationFormat | str = ActivationFormat.STANDARD,
+    ) -> None:
+        self.ranks, self.placement = ranks, placement
+        self.mesh = ranks.mesh
+        self.max_tokens, self.exchange_name, self.overlap = max_tokens, exchange, overlap
+        facts = {
+            "placement": hashlib.sha256(repr(placement).encode()).hexdigest()[:16],
+            "max_tokens": max_tokens if isinstance(max_tokens, int) else repr(max_tokens),
+            "exchange": str(exchange),
+            "shared_part": str(shared_part),
+            "activation_format": str(activation_format),
+        }
+        with together(ranks.world, facts, always=True):
+            self._check(shared_part, activation_format)
+        self.shared_part = SharedPart(shared_part)
+        self.activation_format = ActivationFormat(activation_format)
+        self._exchange: Exchange | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelExperts:
+        """The ranks are there once, whoever speaks of them."""
+        return self
+
+    def _check(self, shared_part: str, activation_format: str) -> None:
+        mesh, placement = self.mesh, self.placement
+        expect_int("max_tokens", self.max_tokens, low=1)
+        expect_bool("overlap", self.overlap)
+        if placement.num_ranks != mesh.ep_size:
+            raise ValueError(f"placement: expected one of ep_size {mesh.ep_size} ranks, got {placement.num_ranks}")
+        for name, value, known in (
+            ("exchange", self.exchange_name, (AllGather.name, AllToAll.name)),
+            ("shared_part", shared_part, tuple(map(str, SharedPart))),
+            ("activation_format", activation_format, tuple(map(str, ActivationFormat))),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+        if self.exchange_name == AllToAll.name and (mesh.num_replicas > 1 or mesh.tp_size > 1):
+            raise ValueError(
+                f"exchange: expected all_gather where ranks have the same tokens or parts of experts, got all_to_all "
+                f"with {mesh}"
+            )
+        if shared_part == SharedPart.SHARD and mesh.num_replicas == 1:
+            raise ValueError(f"shared_part: expected whole where no ranks have the same tokens, got shard with {mesh}")
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's share of the experts."""
+        return self.mesh.ep_rank(self.ranks.rank)
+
+    @property
+    def exchange(self) -> Exchange:
+        """How tokens travel.
+
+        Raises:
+            RuntimeError: no layer has joined.
+        """
+        if self._exchange is None:
+            raise RuntimeError("experts: expected a layer that has joined, got none")
+        return self._exchange
+
+    def join(self, experts: RoutedExperts, num_experts: int, top_k: int) -> None:
+        """Take the experts of a layer; every rank's layer calls this as it is made.
+
+        Raises:
+            ValueError: experts that are not those of the placement, or ranks whose layers differ; the same everywhere.
+        """
+        quant = experts.quant
+        facts = {
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "hidden_size": experts.hidden_size,
+            "intermediate_size": experts.intermediate_size,
+            "dtype": str(experts.dtype),
+            "scheme": "none" if quant is None else f"{quant.scheme} {quant.activation_scale}",
+        }
+        with together(self.ranks.world, facts, always=True):
+            self._check_experts(experts, num_experts)
+        device = experts.w2.device
+        tables = self.placement.tables(device)
+        local = self.placement.expert_map(self.ep_rank)
+        numbers = torch.arange(self.placement.num_physical, dtype=torch.int32)
+        by_local = torch.where(numbers < experts.num_local_experts, numbers, -1)
+        self._tables, self._expert_map, self._local_map = tables, local.to(device), by_local.to(device)
+        wire = Wire(quant if self.activation_format is ActivationFormat.STANDARD else None)
+        if self.exchange_name == AllToAll.name:
+            peers = self.ranks.world if self.ranks.peers is None else self.ranks.peers
+            self._exchange = AllToAll(peers, tables, wire)
+        else:
+            self._exchange = AllGather(self.ranks.peers, self.ranks.replicas, wire)
+
+    def _check_experts(self, experts: RoutedExperts, num_experts: int) -> None:
+        held = len(self.placement.experts_of_rank[self.ep_rank])
+        if num_experts != self.placement.num_experts:
+            raise ValueError(
+                f"placement: expected one of the gate's {num_experts} experts, got {self.placement.num_experts}"
+            )
+        if experts.num_local_experts != held:
+            raise ValueError(f"experts: expected the {held} of the placement, got {experts.num_local_experts}")
+        quant = experts.quant
+        if quant is not None and quant.activation_scale is ActivationScale.TENSOR and self.mesh.world_size > 1:
+            raise ValueError(
+                "quant: expected scales that a token has for itself, or a static one, got one of the whole tensor, "
+                "which would depend on what a rank has of it"
+            )
+
+    @contextmanager
+    def _together(self, padded_tokens: int | None = None) -> Iterator[None]:
+        with together(self.ranks.world, {} if padded_tokens is None else {"padded_tokens": padded_tokens}):
+            yield
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        experts: RoutedExperts,
+        select: Select,
+        shared: Shared | None,
+        *,
+        order: SharedExpertsOrder = SharedExpertsOrder.NONE,
+        stream: torch.cuda.Stream | None = None,
+        shared_is_reduced: bool = False,
+        padded_tokens: int | None = None,
+        lora_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A layer's output for this rank's tokens; every rank calls it, also one without tokens.
+
+        Args:
+            hidden_states: `[M, H]`.
+            experts: of this rank.
+            select: routing weights and logical ids, `[M, top_k]` each, of hidden states.
+            shared: the shared experts, or None.
+            order: when they run.
+            stream: of `multi_stream_overlapped`.
+            shared_is_reduced: their output is summed over the ranks already.
+            padded_tokens: rows that each rank has with its padding; None: `max_tokens`.
+            lora_ids: `[M]` int32, which travel with their tokens.
+
+        Raises:
+            ValueError: more tokens than `padded_tokens`, or more of them than `max_tokens`; in debug mode on all ranks.
+        """
+        exchange = self.exchange
+        rows = self.max_tokens if padded_tokens is None else padded_tokens
+        output = None
+        if self.ranks.replicas is not None and debugging():
+            agree(self.ranks.replicas, {"num_tokens of ranks with the same tokens": len(hidden_states)})
+        with self._together(rows):
+            expect_int("padded_tokens", rows, low=0, high=self.max_tokens)
+            if len(hidden_states) > rows:
+                raise ValueError(f"hidden_states: expected at most {rows} tokens, as agreed, got {len(hidden_states)}")
+            if shared is not None and order is SharedExpertsOrder.EXTERNAL:
+                output = shared(hidden_states)
+            topk_weights, topk_ids = select(hidden_states)
+            # Replicas have the same tokens, and must choose alike.
+            physical = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
+            tokens = Tokens(hidden_states, topk_weights, physical, lora_ids)
+        launched = exchange.dispatch(tokens, rows)
+        with self._together():
+            if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:
+                with beside(lambda: shared(hidden_states), stream, hidden_states) as side:
+                    received = launched.wait()
+                    partial = self.partial_sums(received, experts)
+                output = side.joined()
+            else:
+                if shared is not None and order is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED:
+                    output = shared(hidden_states)  # while the tokens travel
+                received = launched.wait()
+                partial = self.partial_sums(received, experts)
+                if shared is not None and output is None:
+                    output = shared(hidden_states)
+        if output is None:
+            return exchange.combine(partial, received)
+        if self.shared_part is SharedPart.SHARD and not shared_is_reduced:
+            return exchange.combine(partial, received, output)
+        return exchange.combine(partial, received).add_(output)
+
+    def partial_sums(self, received: Received, experts: RoutedExperts) -> torch.Tensor:
+        """What the experts here make of what arrived: `[rows, H]`, a part of each token's sum."""
+        tokens, dp_size = received.tokens, self.mesh.dp_size
+        expert_map = self._local_map if tokens.ids_are_local else self._expert_map
+        if self.activation_format is ActivationFormat.BATCHED:
+            ids = tokens.topk_ids.long()
+            local_ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
+            return batched_partial(experts, tokens, local_ids, dp_size)
+        out = None
+        if tokens.input_scale is not None:
+            out = torch.empty(tokens.hidden_states.shape, dtype=experts.dtype, device=tokens.hidden_states.device)
+        return experts(
+            tokens.hidden_states,
+            tokens.topk_weights,
+            tokens.topk_ids,
+            expert_map,
+            self.placement.num_physical,
+            dp_size=dp_size,
+            input_scale=tokens.input_scale,
+            out=out,
+        )

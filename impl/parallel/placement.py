@@ -1,0 +1,220 @@
+"""Where each expert lives: logical experts, as the router numbers them, and their physical copies on the ranks.
+
+Physical ids count the slots of all ranks, rank by rank. A logical expert has one copy or several (redundant experts,
+DeepSeek-V3, arXiv 2412.19437, section 3.4); a routed pair goes to exactly one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from ..checks import expect_int
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """The experts of every rank.
+
+    Attributes:
+        num_experts: E, logical experts.
+        experts_of_rank: for each rank of the expert parallelism the logical ids that it holds, in the order of its
+            weights; it may be empty, and an id may stand on several ranks.
+
+    Raises:
+        TypeError, ValueError: an id outside [0, E), one that stands twice on a rank, or an expert that is nowhere.
+    """
+
+    num_experts: int
+    experts_of_rank: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        expect_int("num_experts", self.num_experts, low=1)
+        if not self.experts_of_rank:
+            raise ValueError("experts_of_rank: expected at least one rank, got none")
+        for rank, experts in enumerate(self.experts_of_rank):
+            for expert in experts:
+                expect_int(f"experts_of_rank[{rank}]", expert, low=0, high=self.num_experts - 1)
+            if len(set(experts)) != len(experts):
+                raise ValueError(f"experts_of_rank[{rank}]: expected each expert once, got {list(experts)}")
+        missing = set(range(self.num_experts)).difference(*self.experts_of_rank)
+        if missing:
+            raise ValueError(f"experts_of_rank: expected every expert on some rank, got none with {sorted(missing)}")
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the expert parallelism."""
+        return len(self.experts_of_rank)
+
+    @cached_property
+    def physical_to_logical(self) -> tuple[int, ...]:
+        """The logical id of each physical one."""
+        return tuple(expert for experts in self.experts_of_rank for expert in experts)
+
+    @cached_property
+    def copies(self) -> tuple[tuple[int, ...], ...]:
+        """The physical ids of each logical expert, ascending."""
+        copies: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for physical, logical in enumerate(self.physical_to_logical):
+            copies[logical].append(physical)
+        return tuple(map(tuple, copies))
+
+    @property
+    def num_physical(self) -> int:
+        """Slots of all ranks."""
+        return len(self.physical_to_logical)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether some expert has more than one copy."""
+        return self.num_physical > self.num_experts
+
+    def first_physical(self, rank: int) -> int:
+        """The physical id of a rank's first slot."""
+        return [0, *accumulate(map(len, self.experts_of_rank))][rank]
+
+    def expert_map(self, rank: int) -> torch.Tensor:
+        """`[P]` int32 on the CPU: physical to local id on `rank`, -1 elsewhere."""
+        local = torch.full((self.num_physical,), -1, dtype=torch.int32)
+        first, size = self.first_physical(rank), len(self.experts_of_rank[rank])
+        local[first : first + size] = torch.arange(size, dtype=torch.int32)
+        return local
+
+    def tables(self, device: torch.device | str) -> PlacementTables:
+        """The same as tensors on a device."""
+        most = max(map(len, self.copies))
+        padded = [(*copies, *(-1,) * (most - len(copies))) for copies in self.copies]
+        ranks = [rank for rank, experts in enumerate(self.experts_of_rank) for _ in experts]
+        local = [slot for experts in self.experts_of_rank for slot in range(len(experts))]
+
+        def tensor(values: Any) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        return PlacementTables(tensor(padded), tensor([len(c) for c in self.copies]), tensor(ranks), tensor(local))
+
+
+@dataclass(frozen=True, eq=False)
+class PlacementTables:
+    """A placement as tensors, int32.
+
+    Attributes:
+        copies: `[E, most copies]`, physical ids, -1 behind the last.
+        num_copies: `[E]`.
+        rank_of: `[P]`, the rank of each physical expert.
+        local_of: `[P]`, its local id there.
+    """
+
+    copies: torch.Tensor
+    num_copies: torch.Tensor
+    rank_of: torch.Tensor
+    local_of: torch.Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.copies.shape[0]
+
+
+def _expect_ranks(num_experts: int, num_ranks: int) -> None:
+    expect_int("num_experts", num_experts, low=1)
+    expect_int("num_ranks", num_ranks, low=1)
+    if num_ranks > num_experts:
+        raise ValueError(
+            f"num_ranks: expected at most num_experts {num_experts} where no explicit placement says which rank stays "
+            f"empty, got {num_ranks}"
+        )
+
+
+def linear_placement(num_experts: int, num_ranks: int) -> ExpertPlacement:
+    """Rank r holds the r-th run of experts; the first ranks take the remainder, one each.
+
+    Raises:
+        TypeError, ValueError: more ranks than experts, or a number under 1.
+    """
+    _expect_ranks(num_experts, num_ranks)
+    share, remainder = divmod(num_experts, num_ranks)
+    ends = list(accumulate(share + (rank < remainder) for rank in range(num_ranks)))
+    return ExpertPlacement(
+        num_experts, tuple(tuple(range(start, end)) for start, end in zip([0, *ends], ends, strict=False))
+    )
+
+
+def round_robin_placement(num_experts: int, num_ranks: int) -> ExpertPlacement:
+    """Expert e on rank e mod `num_ranks`.
+
+    Raises:
+        TypeError, ValueError: more ranks than experts, or a number under 1.
+    """
+    _expect_ranks(num_experts, num_ranks)
+    return ExpertPlacement(num_experts, tuple(tuple(range(r, num_experts, num_ranks)) for r in range(num_ranks)))
+
+
+def balanced_placement(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> ExpertPlacement:
+    """Redundant experts by load: the most loaded get copies, and ranks loads as equal as a greedy choice makes them.
+
+    A spare slot goes to the expert whose copies have most to do. Then experts, the most loaded copies first, go to the
+    ranks with the fewest experts, and of those to the least loaded; so a rank without a copy of it is always left
+    (after DeepSeek's EPLB, https://github.com/deepseek-ai/EPLB).
+
+    Args:
+        load: of each logical expert, its pairs in some past, say.
+        num_ranks: of the expert parallelism.
+        slots_per_rank: experts that each rank holds.
+
+    Raises:
+        TypeError, ValueError: loads that are no numbers of at least 0, or fewer slots than experts.
+    """
+    num_experts = len(load)
+    expect_int("num_ranks", num_ranks, low=1)
+    expect_int("slots_per_rank", slots_per_rank, low=1, high=max(1, num_experts))
+    if any(not each >= 0 for each in load):
+        raise ValueError(f"load: expected numbers of at least 0, got {list(load)}")
+    spare = num_ranks * slots_per_rank - num_experts
+    if spare < 0:
+        raise ValueError(f"slots_per_rank: expected {num_ranks} ranks to hold {num_experts} experts, lacking {-spare}")
+    copies = [1] * num_experts
+    for _ in range(spare):
+        fewer = [expert for expert in range(num_experts) if copies[expert] < num_ranks]
+        copies[max(fewer, key=lambda expert: (load[expert] / copies[expert], -expert))] += 1
+    held: list[list[int]] = [[] for _ in range(num_ranks)]
+    total = [0.0] * num_ranks
+    for expert in sorted(range(num_experts), key=lambda expert: (-load[expert] / copies[expert], expert)):
+        ranks = sorted(range(num_ranks), key=lambda rank: (len(held[rank]), total[rank], rank))
+        for rank in ranks[: copies[expert]]:
+            held[rank].append(expert)
+            total[rank] += load[expert] / copies[expert]
+    return ExpertPlacement(num_experts, tuple(tuple(sorted(experts)) for experts in held))
+
+
+def choose_copies(topk_ids: torch.Tensor, tables: PlacementTables, offset: int = 0) -> torch.Tensor:
+    """Which copy each routed pair goes to: an expert's pairs take its copies in turn, in the order of the tokens.
+
+    So on each rank the copies of an expert get numbers of pairs that differ by one at most, whatever the routing, and
+    the same call chooses the same again. Nothing waits for the device.
+
+    Args:
+        topk_ids: `[M, top_k]` int32 or int64, logical ids; -1 stays -1.
+        tables: of the placement.
+        offset: the copy of each expert's first pair; ranks take their own number, so that not all begin with the first.
+
+    Returns:
+        `[M, top_k]` int32, physical ids.
+    """
+    ids = topk_ids.reshape(-1).long()
+    known = ids.clamp(min=0)
+    if tables.copies.shape[1] == 1:
+        physical = tables.copies[:, 0][known]
+    else:
+        order = torch.argsort(ids, stable=True)
+        ordered = ids[order]
+        first_of_run = torch.searchsorted(ordered, ordered)
+        in_turn = torch.arange(len(ids), device=ids.device) - first_of_run
+        turn = torch.empty_like(ids)
+        turn[order] = in_turn
+        physical = tables.copies[known, (turn + offset) % tables.num_copies[known]]
+    return torch.where(ids >= 0, physical, -1).to(torch.int32).view(topk_ids.shape)

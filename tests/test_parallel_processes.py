@@ -1,0 +1,114 @@
+"""Real process groups: what ranks agree on, errors that all of them raise, and a report of who waits where."""
+
+import pytest
+import torch
+from layers import layer_of, tokens
+
+from moegate.conformance.real_ranks import rank_processes
+from moegate.conformance.simulated_ranks import DeadlockError
+
+
+def _gpus():
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@pytest.fixture(scope="module")
+def two():
+    with rank_processes(2) as processes:
+        yield processes
+
+
+def largest(x):
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def run(processes, name, *arguments):
+    return processes.run(f"rank_bodies:{name}", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "text"),
+    [
+        ("world_of_another_size", ValueError, "rank 0: world size: expected the 3 ranks of tp 1, dp 3, ep 3, got 2"),
+        (
+            "meshes_that_differ",
+            ValueError,
+            "mesh: expected the same on every rank, got ['tp 1, dp 1, ep 2', 'tp 1, dp 2",
+        ),
+        ("numbers_of_tokens_that_differ", ValueError, "max_tokens: expected the same on every rank, got [8, 9]"),
+        ("placements_that_differ", ValueError, "placement: expected the same on every rank, got ["),
+        (
+            "experts_of_another_number_on_one_rank",
+            ValueError,
+            "rank 1: experts: expected the 4 of the placement, got 3",
+        ),
+        ("more_ranks_than_experts", ValueError, "num_ranks: expected at most num_experts 1"),
+        ("tokens_beyond_the_agreed", ValueError, "rank 1: hidden_states: expected at most 8 tokens, as agreed, got 9"),
+        ("padded_tokens_that_differ", ValueError, "padded_tokens: expected the same on every rank, got [4, 5]"),
+    ],
+)
+def test_every_rank_raises_the_same_error(two, body, kind, text):
+    errors = [outcome.error for outcome in run(two, body)]
+    assert [type(error) for error in errors] == [kind, kind]
+    assert str(errors[0]) == str(errors[1])
+    assert text in str(errors[0])
+
+
+def test_collectives_carry_every_dtype_and_split(two):
+    assert [outcome.error for outcome in run(two, "collectives", "cpu")] == [None, None]
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("counts", [(5, 3), (0, 4), (1, 0), (0, 0)])
+def test_two_processes_give_the_layer_of_one(two, exchange, counts):
+    expected = layer_of(shared=False)(tokens(sum(counts)))
+    outcomes = run(two, "outputs", "cpu", exchange, counts)
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    output = torch.cat([outcome.result for outcome in outcomes])
+    # The parts of two ranks are rounded each, and then their sum is.
+    torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
+
+
+def test_who_waits_where_is_reported_in_time():
+    with rank_processes(2, limit=1.5) as processes:
+        first, second = run(processes, "a_collective_that_one_rank_leaves_out")
+    assert first.error is None
+    assert isinstance(second.error, DeadlockError)
+    assert "no end within 1.5 s" in str(second.error)
+    assert "rank 0 ended after 0 collectives" in str(second.error)
+    assert "rank 1 in its collective 1: all_reduce of ranks [0, 1] with [3] torch.float32" in str(second.error)
+
+
+def test_a_process_that_dies_is_reported():
+    with rank_processes(2, limit=5.0) as processes:
+        first, second = run(processes, "death")
+    assert "the process of rank 0 died" in str(first.error)
+    assert second.error is None
+
+
+@pytest.mark.skipif(not _gpus(), reason="needs a GPU")
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_nccl_gives_the_layer_of_one_on_every_gpu(exchange):
+    size = _gpus()
+    counts = tuple(5 - rank for rank in range(size)) if size < 5 else (3,) * size
+    expected = layer_of(shared=False, device="cuda")(tokens(sum(counts), device="cuda")).cpu()
+    with rank_processes(size, "nccl") as processes:
+        outcomes = run(processes, "outputs", "cuda", exchange, counts)
+        assert [outcome.error for outcome in outcomes] == [None] * size
+        again = run(processes, "outputs", "cuda", exchange, counts)
+        checked = run(processes, "collectives", "cuda")
+    output = torch.cat([outcome.result for outcome in outcomes])
+    torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
+    assert torch.equal(output, torch.cat([outcome.result for outcome in again]))
+    assert [outcome.error for outcome in checked] == [None] * size
+
+
+@pytest.mark.skipif(not _gpus(), reason="needs a GPU")
+def test_all_gather_is_captured_and_replayed_on_every_gpu():
+    size = _gpus()
+    counts = (4,) * (size - 1) + (1,)
+    with rank_processes(size, "nccl") as processes:
+        eager = run(processes, "outputs", "cuda", "all_gather", counts)
+        replayed = run(processes, "replayed", "cuda", counts)
+    assert [outcome.error for outcome in (*eager, *replayed)] == [None] * (2 * size)
+    assert all(torch.equal(a.result, b.result) for a, b in zip(eager, replayed, strict=True))
