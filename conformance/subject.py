@@ -39,9 +39,9 @@ from .spec import (
 
 if TYPE_CHECKING:
     from .lora_cases import LoraCase
-    from .properties.lora import LoraLayer
     from .parallel_cases import ParallelCase
     from .properties.ep import RankResult
+    from .properties.lora import LoraLayer
     from .shared_cases import SharedCase
 
 FACETS = (
