@@ -181,7 +181,7 @@ def shared_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[S
     @st.composite
     def specs(draw: st.DrawFn) -> SharedSpec:
         dtype = draw(st.sampled_from(capabilities.dtypes))
-        hidden, intermediate, _, _ = draw(st.sampled_from(pools.shapes_of(dtype)))
+        hidden, intermediate, _, _ = draw(st.sampled_from(pools.shapes_of()))
         experts = draw(st.sampled_from(pools.experts))
         routings = [r for r in capabilities.routings if not r.startswith("tile")]
         return SharedSpec(
