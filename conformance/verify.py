@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.activations import SILU, Activation
+from ..reference.lora import TokenAdapters
 from ..reference.quantization import ActivationQuantization, QuantizedWeight
 from .budget import experts_budget
 from .judge import first_violated
@@ -50,6 +51,7 @@ def verify_experts(
     quantize_hidden: ActivationQuantization | None = None,
     expert_map: Tensor | None = None,
     apply_router_weight_on_input: bool = False,
+    adapters: TokenAdapters | None = None,
     numerics: Numerics | None = None,
     max_tokens: int | None = None,
 ) -> ExpertsVerdict:
@@ -69,6 +71,7 @@ def verify_experts(
         quantize_hidden: how the second GEMM's is, or None.
         expert_map: `[E]` or None.
         apply_router_weight_on_input: the routing weight multiplies the experts' input.
+        adapters: of the tokens, or None.
         numerics: what it declares; the default declaration where None.
         max_tokens: judge this many tokens, spread evenly over the batch; None judges all. Where all tokens share one
             dynamic scale, all are judged, and at once.
@@ -86,6 +89,7 @@ def verify_experts(
         apply_router_weight_on_input,
         quantize_input,
         quantize_hidden,
+        adapters,
     )
     num_tokens = hidden_states.shape[0]
     if output.shape != hidden_states.shape or output.dtype != hidden_states.dtype:

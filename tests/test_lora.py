@@ -272,7 +272,7 @@ def test_a_table_makes_the_oracle_take_triton_on_a_gpu_where_flashinfer_would_be
     config = MoEConfig(E, 2, H, I, is_lora_enabled=True)
     decided = experts_of_call(
         *("auto", Platform.parse("cuda:10.0"), config.activation_format, E, 2, H, I, config.dtype, config.scheme),
-        *(None, config.activation, False, False, True),
+        *(None, config.activation, False, False, True, 1),
     )
     assert decided.backend == "triton"
 
