@@ -69,7 +69,7 @@ def tokens_beyond_the_agreed(links):
 def padded_tokens_that_differ(links):
     layer = shared_layer(_ranks(links))
     with debug_checks():
-        layer(tokens(2), 4 + links.rank)
+        layer(tokens(2), padded_tokens=4 + links.rank)
 
 
 def a_collective_that_one_rank_leaves_out(links):

@@ -119,7 +119,7 @@ def test_a_call_may_be_padded_to_fewer_rows_than_the_most_and_to_no_more():
     def body(ranks, padded):
         layer = shared_layer(ranks, max_tokens=64)
         with record_path() as path:
-            layer(tokens(3), padded)
+            layer(tokens(3), padded_tokens=padded)
         return [entry[2][0] for entry in path.all("collective")]
 
     assert on_ranks(TWO, lambda ranks: body(ranks, 4)) == [[4, 4, 8]] * 2
@@ -127,7 +127,7 @@ def test_a_call_may_be_padded_to_fewer_rows_than_the_most_and_to_no_more():
     with debug_checks(), pytest.raises(ValueError, match=r"padded_tokens: expected a number in \[0, 64\], got 65"):
         on_ranks(TWO, lambda ranks: body(ranks, 65))
     with pytest.raises(ValueError, match="padded_tokens: expected None for a layer of one rank, got 4"):
-        layer_of()(tokens(3), 4)
+        layer_of()(tokens(3), padded_tokens=4)
 
 
 def test_ranks_with_the_same_tokens_must_have_as_many():

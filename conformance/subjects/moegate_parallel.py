@@ -175,7 +175,7 @@ def run_rank(
     # No routing of ours gives every id that experts take: -1, or one twice.
     layer._select = select
     with debug_checks() if spec.seed % 2 or fails is not None else nullcontext():
-        output = layer(x, spec.max_tokens)
+        output = layer(x, padded_tokens=spec.max_tokens)
     place_of = output.untyped_storage().data_ptr() if output.numel() else None
     operands = [t for part in (case.routed, case.shared) if part is not None for t in part.tensors().values()]
     is_own = all(t.untyped_storage().data_ptr() != place_of for t in operands if t.numel())
