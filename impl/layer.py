@@ -163,14 +163,13 @@ class MoELayer(nn.Module):
                 ("reduce", reduce is not None),
                 ("expert_map", expert_map is not None),
                 ("num_fused_shared_experts", num_fused_shared_experts > 0),
+                ("adapters", adapters is not None),  # whose table no exchange knows yet
             ):
                 if is_given:
                     raise ValueError(f"{name}: expected none beside parallel, which says who holds and adds what")
             if parallel.overlap and shared_experts is not None:
                 setting = replace(setting, dispatch_runs_shared_experts=True)
             parallel.join(experts, num_experts, routing.top_k)
-            if adapters is not None:
-                raise ValueError("adapters: expected None beside parallel, whose ranks exchange no adapters yet")
         if max_captured_tokens is not None:
             expect_int("max_captured_tokens", max_captured_tokens, low=1)
         if aux_stream is not None:
@@ -317,10 +316,9 @@ class MoELayer(nn.Module):
                 topk_weights, topk_ids, num_experts, self.num_fused_shared_experts
             )
             num_experts += self.num_fused_shared_experts
-        arguments = (hidden_states, topk_weights, topk_ids, self.expert_map, num_experts)
-        if self.adapters is None:
-            return self.experts(*arguments)
-        return self.experts(*arguments, self.adapters, lora_ids)
+        return self.experts(
+            hidden_states, topk_weights, topk_ids, self.expert_map, num_experts, self.adapters, lora_ids
+        )
 
     def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor:
         result = self.shared_experts(hidden_states)

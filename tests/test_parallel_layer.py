@@ -13,6 +13,7 @@ from moegate.impl.checks import debug_checks
 from moegate.impl.experts_module import RoutedExperts
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.layer import MoELayer, RoutingMethod
+from moegate.impl.lora.table import AdapterTable
 from moegate.impl.oracle import call as oracle_call
 from moegate.impl.parallel import all_to_all
 from moegate.impl.parallel.exchange import Exchange, Launched
@@ -25,6 +26,7 @@ from moegate.impl.quantize import quantize_activations, quantize_experts
 from moegate.impl.shared_experts import SharedExpertsSetting
 
 TWO = Mesh(dp_size=2, ep_size=2)
+ADAPTERS = AdapterTable(1, 16, num_experts=8, hidden_size=H, intermediate_size=32, device="cpu")
 
 
 def on_ranks(mesh, body):
@@ -163,6 +165,7 @@ def test_what_does_not_go_together_is_refused_by_name(mesh, options, error):
         ({"reduce": lambda x: x}, "reduce: expected none beside parallel"),
         ({"expert_map": torch.arange(8, dtype=torch.int32)}, "expert_map: expected none beside parallel"),
         ({"num_fused_shared_experts": 1}, "num_fused_shared_experts: expected none beside parallel"),
+        ({"adapters": ADAPTERS}, "adapters: expected none beside parallel"),
     ],
 )
 def test_a_layer_has_one_way_to_be_shared(options, error):
@@ -230,6 +233,8 @@ def test_rows_that_come_quantised_give_the_bits_of_rows_that_do_not(weight_scale
         fused_experts(rows, w13, w2, weights, ids, quant=quant, input_scale=input_scale)
     with pytest.raises(ValueError, match=r"input_scale: expected shape \[5, "):
         fused_experts(rows, w13, w2, weights, ids, quant=quant, input_scale=input_scale[:4], out=out)
+    with pytest.raises(ValueError, match="input_scale: expected None beside adapters"):
+        fused_experts(rows, w13, w2, weights, ids, quant=quant, input_scale=input_scale, out=out, adapters=ADAPTERS)
     with pytest.raises(ValueError, match="input_scale: expected None where quant quantises no activations"):
         fused_experts(x, experts_of().w13, experts_of().w2, weights, ids, input_scale=input_scale, out=out)
 

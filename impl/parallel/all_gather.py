@@ -13,6 +13,7 @@ import torch
 
 from .collectives import Group
 from .exchange import Exchange, Launched, Received
+from .rows import as_bytes
 from .wire import Tokens, Wire
 
 # A scale of 1 in the words of a token that is not there.
@@ -86,8 +87,5 @@ def _padded(rows: torch.Tensor, padded_tokens: int) -> torch.Tensor:
     if len(rows) == padded_tokens:
         return rows.contiguous()
     padded = torch.zeros((padded_tokens, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    if rows.dtype.itemsize == 1:
-        padded.view(torch.uint8)[: len(rows)] = rows.view(torch.uint8)
-    else:
-        padded[: len(rows)] = rows
+    as_bytes(padded)[: len(rows)] = as_bytes(rows)
     return padded

@@ -15,6 +15,7 @@ import torch
 from .collectives import Group
 from .exchange import Exchange, Launched, Received
 from .placement import PlacementTables
+from .rows import take_rows
 from .travel import Travel, plan_travel, ranks_of_tokens, sum_over_ranks
 from .wire import Tokens, Wire
 
@@ -69,7 +70,7 @@ class AllToAll(Exchange):
             lora_ids=None if tokens.lora_ids is None else tokens.lora_ids[travel.tokens],
             input_scale=going.input_scale[travel.tokens] if self._wire.scale_travels else going.input_scale,
         )
-        rows, words = _rows(going.hidden_states, travel.tokens), self._wire.words(carried)
+        rows, words = take_rows(going.hidden_states, travel.tokens), self._wire.words(carried)
         here = sum(received)
         all_rows, all_words = (t.new_empty((here, *t.shape[1:])) for t in (rows, words))
         works = [
@@ -102,8 +103,3 @@ class AllToAll(Exchange):
         back = partial.new_empty((len(ticket.travel.tokens), partial.shape[1]))
         self._peers.all_to_all(back, partial.contiguous(), ticket.sent, ticket.received).wait()
         return sum_over_ranks(back, ticket.travel.slots)
-
-
-def _rows(x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """`x[which]`, also of 8-bit floats, which indexing does not know everywhere."""
-    return x.view(torch.uint8)[which].view(x.dtype) if x.dtype.itemsize == 1 else x[which]

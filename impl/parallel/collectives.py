@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .. import path
+from .rows import as_bytes
 
 
 class Work(Protocol):
@@ -41,7 +42,8 @@ class Group(ABC):
         """`x [n, ...]` of every rank, one after the other, into `out [size * n, ...]`."""
         self._expect("all_gather", out, x, len(x) * self.size)
         self._note("all_gather", x)
-        return self._all_gather(_transport(out), _transport(x))
+        # What only travels does so as bytes where a backend may not know the dtype: gloo refuses fp8.
+        return self._all_gather(as_bytes(out), as_bytes(x))
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Work:
         """The sum over the ranks of the r-th part of `x [size * n, ...]`, into `out [n, ...]` of rank r."""
@@ -61,7 +63,7 @@ class Group(ABC):
         if len(x) != sum(sent):
             raise ValueError(f"all_to_all: expected {sum(sent)} rows to send, got {len(x)}")
         self._note("all_to_all", x[:0], sent=tuple(sent), received=tuple(received))
-        return self._all_to_all(_transport(out), _transport(x), list(received), list(sent))
+        return self._all_to_all(as_bytes(out), as_bytes(x), list(received), list(sent))
 
     def _expect(self, name: str, larger: torch.Tensor, smaller: torch.Tensor, rows: int) -> None:
         alike = larger.shape[1:] == smaller.shape[1:] and larger.dtype == smaller.dtype
@@ -86,11 +88,6 @@ class Group(ABC):
 
     @abstractmethod
     def _all_to_all(self, out: torch.Tensor, x: torch.Tensor, received: list[int], sent: list[int]) -> Work: ...
-
-
-def _transport(x: torch.Tensor) -> torch.Tensor:
-    """What only travels, as bytes where a backend may not know the dtype: gloo refuses fp8."""
-    return x.view(torch.uint8) if x.dtype.itemsize == 1 and x.dtype.is_floating_point else x
 
 
 # torch 2.13 gave these two other names, and calls the old ones deprecated.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..checks import expect_int
+from .rows import turns
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,6 @@ class ExpertPlacement:
     def num_physical(self) -> int:
         """Slots of all ranks."""
         return len(self.physical_to_logical)
-
-    @property
-    def has_copies(self) -> bool:
-        """Whether some expert has more than one copy."""
-        return self.num_physical > self.num_experts
 
     def first_physical(self, rank: int) -> int:
         """The physical id of a rank's first slot."""
@@ -210,11 +206,5 @@ def choose_copies(topk_ids: torch.Tensor, tables: PlacementTables, offset: int =
     if tables.copies.shape[1] == 1:
         physical = tables.copies[:, 0][known]
     else:
-        order = torch.argsort(ids, stable=True)
-        ordered = ids[order]
-        first_of_run = torch.searchsorted(ordered, ordered)
-        in_turn = torch.arange(len(ids), device=ids.device) - first_of_run
-        turn = torch.empty_like(ids)
-        turn[order] = in_turn
-        physical = tables.copies[known, (turn + offset) % tables.num_copies[known]]
+        physical = tables.copies[known, (turns(ids) + offset) % tables.num_copies[known]]
     return torch.where(ids >= 0, physical, -1).to(torch.int32).view(topk_ids.shape)

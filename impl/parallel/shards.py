@@ -14,6 +14,7 @@ import torch
 from ..checks import expect_int
 from ..quantization import ExpertsQuantization, WeightScale
 from ..weights import ExpertsWeights
+from .rows import take_rows
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,19 +43,13 @@ def experts_of_rank(weights: ExpertsWeights, experts: Sequence[int]) -> ExpertsW
     which = torch.tensor(list(experts), dtype=torch.int64, device=weights.w2.device)
 
     def some(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        # 8-bit floats have no index_select everywhere.
-        stored = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-        return stored.index_select(0, which).view(tensor.dtype)
+        return None if tensor is None else take_rows(tensor, which)
 
     quant = weights.quant
     if quant is not None:
         names = ("w13_scale", "w2_scale", "w13_zero_point", "w2_zero_point")
         quant = replace(quant, **{name: some(getattr(quant, name)) for name in names})
-    w13, w2 = some(weights.w13), some(weights.w2)
-    if w13 is None or w2 is None:
-        raise TypeError("weights: expected w13 and w2, got None")
+    w13, w2 = take_rows(weights.w13, which), take_rows(weights.w2, which)
     return ExpertsWeights(w13, w2, some(weights.w13_bias), some(weights.w2_bias), quant)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from ..batched import batched_experts
 from ..experts_module import RoutedExperts
+from .rows import turns
 from .wire import Tokens
 
 
@@ -21,12 +22,8 @@ def slab_rows(local_ids: torch.Tensor, num_local_experts: int) -> tuple[torch.Te
         counts: `[E_local]` int32.
     """
     ids = local_ids.reshape(-1).long()
-    order = torch.argsort(ids, stable=True)
-    ordered = ids[order]
-    number = torch.empty_like(ids)
-    number[order] = torch.arange(len(ids), device=ids.device) - torch.searchsorted(ordered, ordered)
     counts = (ids[:, None] == torch.arange(num_local_experts, device=ids.device)).sum(dim=0, dtype=torch.int32)
-    return torch.where(ids >= 0, ids * max(1, len(ids)) + number, -1).view(local_ids.shape), counts
+    return torch.where(ids >= 0, ids * max(1, len(ids)) + turns(ids), -1).view(local_ids.shape), counts
 
 
 def batched_partial(experts: RoutedExperts, tokens: Tokens, local_ids: torch.Tensor, dp_size: int) -> torch.Tensor:
