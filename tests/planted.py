@@ -113,3 +113,10 @@ def run_suite(
         rows = json.loads(report.read_text())["properties"]
         violated = tuple(row["id"] for row in rows if row["verdict"] == "violated")
     return Outcome(child.returncode, violated, child.stdout[-3000:] + child.stderr[-2000:])
+
+
+def expect_caught(fault: Fault, folder: Path, scale: float = 0.5, keyword: str = "triton") -> None:
+    """Plant a fault and check that one of its properties catches it; arguments as `run_suite`'s."""
+    outcome = run_suite(plant(fault, folder), fault.tests, folder, scale, keyword)
+    assert outcome.status == 1, outcome.output
+    assert set(outcome.violated) & set(fault.properties), (outcome.violated, outcome.output)

@@ -1,7 +1,7 @@
 """Faults of adapters on experts, planted one at a time: each is caught by its property."""
 
 import pytest
-from planted import Fault, plant, run_suite
+from planted import Fault, expect_caught
 
 EXPAND = "kernels/lora_expand.py"
 ROWS = "kernels/lora_rows.py"
@@ -70,6 +70,4 @@ FAULTS = (
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_a_planted_fault_of_adapters_is_caught_by_its_property(fault, tmp_path):
-    outcome = run_suite(plant(fault, tmp_path), fault.tests, tmp_path)
-    assert outcome.status == 1, outcome.output
-    assert set(outcome.violated) & set(fault.properties), (outcome.violated, outcome.output)
+    expect_caught(fault, tmp_path)

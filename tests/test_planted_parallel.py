@@ -1,7 +1,7 @@
 """Faults of ranks that share a layer, of the kinds that have shipped in public engines: each is caught by name."""
 
 import pytest
-from planted import Fault, plant, run_suite
+from planted import Fault, expect_caught
 
 TESTS = ("test_ep.py",)
 FAULTS = (
@@ -42,8 +42,4 @@ FAULTS = (
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_a_planted_fault_is_caught_by_its_property(fault, tmp_path):
-    outcome = run_suite(
-        plant(fault, tmp_path), fault.tests, tmp_path, scale=0.02, keyword="cpu and simulated_ranks_make"
-    )
-    assert outcome.status == 1, outcome.output
-    assert set(outcome.violated) & set(fault.properties), (outcome.violated, outcome.output)
+    expect_caught(fault, tmp_path, scale=0.02, keyword="cpu and simulated_ranks_make")

@@ -5,6 +5,7 @@ import torch
 
 from moegate.conformance.cases import build_experts
 from moegate.conformance.emulation import emulate
+from moegate.conformance.lora_cases import LoraSpec, build_lora
 from moegate.conformance.numerics import Numerics
 from moegate.conformance.spec import ExpertsSpec
 from moegate.conformance.verify import verify_experts
@@ -36,3 +37,11 @@ def test_an_output_of_another_form_does_not_hold():
     case = build_experts(SPECS[0])
     output = torch.zeros(case.hidden_states.shape)
     assert not verify_experts(output, **vars(case.operands())).holds
+
+
+def test_an_output_with_adapters_is_judged_with_them():
+    case = build_lora(LoraSpec(16, 64, 48, 4, 2, tokens="all"))
+    operands = case.operands()
+    output = operands.trace().output.to(case.layer.hidden_states.dtype)
+    assert verify_experts(output, **vars(operands)).holds
+    assert not verify_experts(output, **(vars(operands) | {"adapters": None})).holds
