@@ -21,7 +21,7 @@ from .lora import LoraOptions, extra_times
 from .overlap_runner import GPU_TOKENS, run_overlap
 from .report import as_json, run_table
 from .selection import choose_device, parse_counts, select_workloads, split_words
-from .session import EXIT_BAD_ARGUMENTS, EXIT_MEASURED, EXIT_NOTHING, EXIT_WRONG, OURS, LayerBench, run_workloads
+from .session import EXIT_BAD_ARGUMENTS, EXIT_MEASURED, EXIT_NOTHING, EXIT_WRONG, OURS, LayerBench, Run, run_workloads
 from .workloads import Workload
 
 
@@ -94,12 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in extra_times(run.records):
             console.print(line, markup=False)
         console.print(f"floors: {ceilings.read_bandwidth / 1e9:.0f} GB/s, {peaks} ({ceilings.source})")
+    _print_untimed(console, run)
+    _write(options.json, as_json(run))
+    return run.exit_code
+
+
+def _print_untimed(console: Console, run: Run) -> None:
     for workload, subject, reason in run.failures:
         console.print(f"not timed: {subject} on {workload}: {reason}", markup=False, soft_wrap=True)
     for workload, reason in run.skipped:
         console.print(f"skipped: {workload}: {reason}", markup=False, soft_wrap=True)
-    _write(options.json, as_json(run))
-    return run.exit_code
 
 
 def _simulation(options: argparse.Namespace) -> tuple[list[int], Link] | None:
@@ -142,10 +146,7 @@ def simulate(
         console.print(as_table(estimates, link))
         for assumption in ASSUMPTIONS:
             console.print(f"assumed: {assumption}", markup=False, soft_wrap=True)
-    for workload, subject, reason in run.failures:
-        console.print(f"not timed: {subject} on {workload}: {reason}", markup=False, soft_wrap=True)
-    for workload, reason in run.skipped:
-        console.print(f"skipped: {workload}: {reason}", markup=False, soft_wrap=True)
+    _print_untimed(console, run)
     _write(file, model_as_json(estimates, link))
     return run.exit_code
 

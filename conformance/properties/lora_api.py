@@ -9,7 +9,7 @@ import torch
 
 from ..judge import Verdict
 from ..lora_cases import LoraAdapter, LoraCase, LoraMatrix
-from .lora import REFUSED, Make, differing_rows, loaded
+from .lora import REFUSED, LoraLayer, Make, differing_rows, loaded
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,34 @@ def judge_bad_ids(bad: int, case: LoraCase, make: Make) -> list[Verdict]:
     layer = loaded(make, case)
     before, ids = layer.run(case.lora_ids), case.lora_ids.clone()
     ids.view(-1)[0] = bad
-    try:
-        layer.run(ids)
-    except (ValueError, TypeError) as error:
-        said = str(error)
-    else:
-        return [REFUSED.verdict(False, f"lora_ids with {bad}: accepted")]
-    stray = differing_rows(case, layer.run(case.lora_ids), before)
-    named = "lora_ids" in said and str(bad) in said
-    return [REFUSED.verdict(named and not stray, f"lora_ids with {bad}: said {said!r}; {stray} rows changed")]
+    return _judge_refusal(f"lora_ids with {bad}", ("lora_ids", str(bad)), lambda: layer.run(ids), layer, case, before)
 
 
 def judge_bad_adapter(bad: BadAdapter, case: LoraCase, make: Make) -> list[Verdict]:
     """A refusal by ValueError or TypeError that names what is wrong; the output before and after it."""
     layer = loaded(make, case)
     before = layer.run(case.lora_ids)
+    change = bad.change(case.adapters[0])
+    return _judge_refusal(str(bad), (bad.named,), lambda: layer.load(bad.slot, change), layer, case, before)
+
+
+def _judge_refusal(
+    what: str,
+    named: tuple[str, ...],
+    call: Callable[[], object],
+    layer: LoraLayer,
+    case: LoraCase,
+    before: torch.Tensor,
+) -> list[Verdict]:
+    """Whether `call` is refused by an error that names all of `named`, and leaves the layer's output as before."""
     try:
-        layer.load(bad.slot, bad.change(case.adapters[0]))
+        call()
     except (ValueError, TypeError) as error:
         said = str(error)
     except Exception as error:  # any other error is a finding, not the end of the run
-        return [REFUSED.verdict(False, f"{bad}: {type(error).__name__}: {error}")]
+        return [REFUSED.verdict(False, f"{what}: {type(error).__name__}: {error}")]
     else:
-        return [REFUSED.verdict(False, f"{bad}: accepted")]
+        return [REFUSED.verdict(False, f"{what}: accepted")]
     stray = differing_rows(case, layer.run(case.lora_ids), before)
-    named = bad.named.lower() in said.lower()
-    return [REFUSED.verdict(named and not stray, f"{bad}: said {said!r}, named {named}; {stray} rows changed")]
+    is_named = all(name.lower() in said.lower() for name in named)
+    return [REFUSED.verdict(is_named and not stray, f"{what}: said {said!r}, named {is_named}; {stray} rows changed")]
