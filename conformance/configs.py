@@ -70,6 +70,7 @@ class ConfigSpec(Spec):
     """
 
     facet: ClassVar[str] = "configs"
+    is_covered: ClassVar[bool] = False
 
     device: str = "NVIDIA H200"
     M: int = 16
@@ -82,10 +83,6 @@ class ConfigSpec(Spec):
     block_shape: tuple[int, int] | None = None
     tokens: tuple[int, ...] = (16, 64)
     is_native: bool = False
-
-    def features(self) -> dict[str, Any]:
-        """None: the coverage of feature pairs counts what was computed, and a lookup computes nothing."""
-        return {}
 
 
 @dataclass(frozen=True)

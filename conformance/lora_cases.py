@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -60,6 +60,7 @@ class LoraSpec(Spec):
     """
 
     facet: ClassVar[str] = "lora"
+    is_covered: ClassVar[bool] = False
 
     M: int
     H: int
@@ -82,10 +83,6 @@ class LoraSpec(Spec):
     weight_on_input: bool = False
     padded_rows: bool = False
     seed: int = 0
-
-    def features(self) -> dict[str, Any]:
-        """None: the coverage of feature pairs counts what experts alone computed."""
-        return {}
 
     def layer(self) -> ExpertsSpec | BatchedSpec:
         """The same layer without adapters."""

@@ -65,6 +65,7 @@ class OracleSpec(Spec):
     """
 
     facet: ClassVar[str] = "oracle"
+    is_covered: ClassVar[bool] = False
 
     platform: str = "cuda:9.0"
     dtype: str = "bfloat16"
@@ -82,10 +83,6 @@ class OracleSpec(Spec):
     on_request: tuple[str, ...] = ()
     request: str | None = None
     environment: str | None = None
-
-    def features(self) -> dict[str, Any]:
-        """None: the coverage of feature pairs counts what was computed, and a question computes nothing."""
-        return {}
 
     @property
     def is_layer(self) -> bool:

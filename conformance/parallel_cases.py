@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -72,7 +72,7 @@ class ParallelSpec(Spec):
     """
 
     facet: ClassVar[str] = "parallel"
-    SIZES: ClassVar[frozenset[str]] = Spec.SIZES | {"tp", "dp", "ep", "slack"}
+    is_covered: ClassVar[bool] = False
 
     M: int
     H: int
@@ -98,10 +98,6 @@ class ParallelSpec(Spec):
     batched: bool = False
     weight_on_input: bool = False
     seed: int = 0
-
-    def features(self) -> dict[str, Any]:
-        """None: the coverage of feature pairs counts what experts alone computed."""
-        return {}
 
     @property
     def world_size(self) -> int:

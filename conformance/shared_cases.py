@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -42,7 +42,7 @@ class SharedSpec(Spec):
     """
 
     facet: ClassVar[str] = "shared"
-    SIZES: ClassVar[frozenset[str]] = Spec.SIZES | {"shared_size"}
+    is_covered: ClassVar[bool] = False
 
     M: int
     H: int
@@ -59,10 +59,6 @@ class SharedSpec(Spec):
     scaling: str = "one"
     padded_rows: bool = False
     seed: int = 0
-
-    def features(self) -> dict[str, Any]:
-        """None: the coverage of feature pairs counts what experts alone computed."""
-        return {}
 
     def routed(self) -> ExpertsSpec:
         """The routed experts' part."""

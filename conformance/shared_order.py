@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from .judge import Property, declare
 from .oracle import Count, Enumeration
@@ -59,6 +59,7 @@ class SharedOrderSpec(Spec):
     """
 
     facet: ClassVar[str] = "shared_order"
+    is_covered: ClassVar[bool] = False
 
     platform: str = "cuda:9.0"
     shared: bool = True
@@ -71,10 +72,6 @@ class SharedOrderSpec(Spec):
     tokens: int = 1
     threshold: str | None = None
     switch: str | None = None
-
-    def features(self) -> dict[str, Any]:
-        """None: the coverage of feature pairs counts what was computed, and a question computes nothing."""
-        return {}
 
     @property
     def most_tokens(self) -> int:

@@ -201,6 +201,8 @@ class Spec:
 
     # The facet of a subject that runs such a spec.
     facet: ClassVar[str] = ""
+    # Whether the coverage of feature pairs counts such a spec: it counts what experts and their kernels computed alone.
+    is_covered: ClassVar[bool] = True
     kinds: ClassVar[dict[str, type[Spec]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -213,7 +215,9 @@ class Spec:
         printer.text(repr(self))
 
     def features(self) -> dict[str, Any]:
-        """The features by name."""
+        """The features by name; none where pairs of them are not counted."""
+        if not self.is_covered:
+            return {}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.SIZES}
 
     def feature_pairs(self) -> Iterator[tuple[str, str]]:
