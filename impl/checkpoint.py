@@ -23,6 +23,7 @@ from .experts_module import RoutedExperts, SharedExperts
 from .layer import Gate, MoELayer
 from .mxfp4 import BLOCK, dequantize_mxfp4
 from .once import log_once
+from .parallel.placement import linear_placement
 from .quantization import ExpertsQuantization
 from .shared_experts import SharedExpertsSetting
 
@@ -323,9 +324,12 @@ def _quantization(plan: LayerPlan, scales: Sequence[torch.Tensor]) -> ExpertsQua
     return ExpertsQuantization(QuantScheme.FP8_W8A8, w13_scale, w2_scale, block_shape=plan.block_shape)
 
 
-def _placement(plan: LayerPlan, parallel: ParallelConfig, dtype: torch.dtype) -> tuple[range, torch.Tensor | None]:
+def _placement(
+    plan: LayerPlan, parallel: ParallelConfig, dtype: torch.dtype
+) -> tuple[Sequence[int], torch.Tensor | None]:
     """This rank's experts, by the linear placement, and the map to them; the sizes are checked on the way."""
-    config = MoEConfig(
+    # Made for its checks alone.
+    MoEConfig(
         num_experts=plan.num_experts,
         top_k=plan.routing.top_k,
         hidden_size=plan.hidden_size,
@@ -344,14 +348,10 @@ def _placement(plan: LayerPlan, parallel: ParallelConfig, dtype: torch.dtype) ->
                 f"tp_size: expected shards of whole blocks of {plan.block_shape}, got {part} of the shared size "
                 f"{plan.shared_size}"
             )
-    share, remainder = divmod(plan.num_experts, parallel.ep_size)
-    start = parallel.ep_rank * share + min(parallel.ep_rank, remainder)
-    experts = range(start, start + config.num_local_experts)
-    if parallel.ep_size == 1:
-        return experts, None
-    expert_map = torch.full((plan.num_experts,), -1, dtype=torch.int32)
-    expert_map[start : experts.stop] = torch.arange(len(experts), dtype=torch.int32)
-    return experts, expert_map
+    placement = linear_placement(plan.num_experts, parallel.ep_size)
+    experts = placement.experts_of_rank[parallel.ep_rank]
+    # Without copies an expert's physical id is its logical one.
+    return experts, None if parallel.ep_size == 1 else placement.expert_map(parallel.ep_rank)
 
 
 def load_layer(

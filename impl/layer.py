@@ -293,18 +293,10 @@ class MoELayer(nn.Module):
 
     def _select(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Routing weights and ids, `[M, top_k]` each."""
-        routing = self.routing
         return select_experts(
             self.gate(hidden_states),
-            routing.top_k,
-            scoring_func=routing.scoring_func,
-            renormalize=routing.renormalize,
-            num_expert_group=routing.num_expert_group,
-            topk_group=routing.topk_group,
-            group_ranking=routing.group_ranking,
+            **vars(self.routing),
             e_score_correction_bias=self.gate.e_score_correction_bias,
-            routed_scaling_factor=routing.routed_scaling_factor,
-            custom_routing_function=routing.custom_routing_function,
             hidden_states=hidden_states,
         )
 
