@@ -93,7 +93,13 @@ JOBS += [
 ]
 # With adapters: every tile of Hopper at the ranks of either end, one of each elsewhere, both formats, rows of gate and
 # up that meet in a tile, alternate, or are not there, and weights of few bits.
-WITH_LORA = ["lora_shrink_kernel", "grouped_gemm_kernel", "batched_gemm_kernel", "batched_quantized_activation_kernel"]
+WITH_LORA = [
+    "lora_rows_kernel",
+    "lora_shrink_kernel",
+    "grouped_gemm_kernel",
+    "batched_gemm_kernel",
+    "batched_quantized_activation_kernel",
+]
 WITH_LORA += ["quantized_activation_kernel"]
 LORA = {"lora": [8, 16], "only": WITH_LORA} | QWEN3
 JOBS += [LORA | {"platform": "cuda:9.0", "M": m, "expert_map": m == 64} for m in (1, 64, 512, 4096)]
@@ -143,6 +149,7 @@ KERNELS = {
     "amax_kernel",
     "quantized_activation_kernel",
     "batched_quantized_activation_kernel",
+    "lora_rows_kernel",
     "lora_shrink_kernel",
 }
 # e4m3 is no type of sm_80: what only fp8 experts launch is not for it. int8 activations have a scale a token.

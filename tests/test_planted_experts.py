@@ -127,7 +127,7 @@ FAULTS = (
     Fault(
         "int8-rounds-half-up",
         QUANTIZE,
-        "q = ((v + _ROUNDER) - _ROUNDER).to(tl.int8)",
+        "q = ((v + 12582912.0) - 12582912.0).to(tl.int8)",
         "q = tl.floor(v + 0.5).to(tl.int8)",
         QUANT,
         ("QUANT-05",),

@@ -21,7 +21,11 @@ BASE = declare("LORA-01", "a row without an adapter has the bits of the layer wi
 ELEMENT = declare(
     "LORA-02", "every element is within its error budget of the float64 layer with adapters", "lora", is_value=True
 )
-OTHERS = declare("LORA-03", "changing one adapter, even to NaN, changes no bit of another's rows", "lora")
+OTHERS = declare(
+    "LORA-03",
+    "changing one adapter, to NaN or to the largest number where that is refused, changes no bit of another's rows",
+    "lora",
+)
 SLOTS = declare("LORA-04", "in whatever slots and order adapters are loaded, every row keeps its bits", "lora")
 TOKENS = declare("LORA-05", "tokens in another order, ids with them, are within budget of their rows", "lora")
 NO_TRACE = declare("LORA-06", "a batch without adapters behind one with them has the bits of the layer alone", "lora")
@@ -155,9 +159,17 @@ def judge_zero(case: LoraCase, layer: LoraLayer, output: Tensor) -> list[Verdict
     return [ZERO.verdict(bool(same.all()), f"{int((~same).sum())} elements differ from the layer alone")]
 
 
+def _load_worst(layer: LoraLayer, slot: int, case: LoraCase, filled: Callable[[float], LoraAdapter]) -> None:
+    """An adapter of NaN; of the largest finite number where the subject takes finite ones alone."""
+    try:
+        layer.load(slot, filled(torch.nan))
+    except ValueError:
+        layer.load(slot, filled(torch.finfo(case.layer.hidden_states.dtype).max))
+
+
 def judge_others(case: LoraCase, layer: LoraLayer, output: Tensor) -> list[Verdict]:
-    """LORA-03: the first adapter becomes NaN, and its own rows show it. The layer is left as it was."""
-    layer.load(0, case.adapters[0].changed(torch.nan))
+    """LORA-03: the first adapter becomes NaN, or the largest number. The layer is left as it was."""
+    _load_worst(layer, 0, case, case.adapters[0].changed)
     changed = layer.run(case.lora_ids)
     layer.load(0, case.adapters[0])
     if not rows_are_apart(case):
@@ -220,7 +232,7 @@ def judge_shards(case: LoraCase, make: Make, numerics: Numerics) -> list[Verdict
 
 
 def judge_reloaded(case: LoraCase, make: Make, output: Tensor) -> list[Verdict]:
-    """LORA-09: every slot held an adapter of the largest rank, of NaN, for all experts, before."""
+    """LORA-09: every slot held an adapter of the largest rank, of NaN or the like, for all experts, before."""
     layer = make(case, len(case.adapters))
     inner = case.layer
     h, i = (
@@ -229,15 +241,15 @@ def judge_reloaded(case: LoraCase, make: Make, output: Tensor) -> list[Verdict]:
     )
     rank, like = case.max_rank, inner.hidden_states
 
-    def filled(n: int, k: int) -> dict[int, LoraMatrix]:
-        def nan(*shape: int) -> Tensor:
-            return torch.full(shape, torch.nan, dtype=like.dtype, device=like.device)
+    def worst(value: float) -> LoraAdapter:
+        def filled(n: int, k: int) -> dict[int, LoraMatrix]:
+            a, b = (torch.full(s, value, dtype=like.dtype, device=like.device) for s in ((rank, k), (n, rank)))
+            return {e: LoraMatrix(a, b, 1.0) for e in range(case.num_experts)}
 
-        return {e: LoraMatrix(nan(rank, k), nan(n, rank), 1.0) for e in range(case.num_experts)}
+        return LoraAdapter(filled(i, h), filled(i, h) if inner.activation.is_gated else {}, {}, filled(h, i))
 
-    worst = LoraAdapter(filled(i, h), filled(i, h) if inner.activation.is_gated else {}, {}, filled(h, i))
     for slot in range(len(case.adapters)):
-        layer.load(slot, worst)
+        _load_worst(layer, slot, case, worst)
     layer.evict(len(case.adapters) - 1)
     for slot, adapter in enumerate(case.adapters):
         layer.load(slot, adapter)

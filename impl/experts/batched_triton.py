@@ -9,7 +9,7 @@ import torch
 from .. import path
 from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.batched_gemm import batched_gemm
-from ..kernels.lora_shrink import AdapterRows
+from ..kernels.lora_rows import adapters_of_slabs
 from ..kernels.quantize import Rows
 from ..platform import Platform
 from ..tuning.lookup import default_kernel_configs
@@ -76,13 +76,8 @@ class BatchedTritonExperts(BatchedExperts):
 
         lora = None
         if call.lora is not None:
-            rows = AdapterRows(
-                "slabs",
-                num_rows,
-                call.lora.lora_ids,
-                num_experts,
-                configs.w13.block_size_m,
-                expert_num_tokens=counts,
+            rows = adapters_of_slabs(
+                call.lora.lora_ids, call.lora.table.num_slots, counts, max_tokens, configs.w13.block_size_m
             )
             lora = LayerAdapters(call.lora.table, rows, platform, allow_tf32=allow_tf32)
 

@@ -6,7 +6,8 @@ import torch
 
 from ..config import ActivationFunction
 from ..kernels.activation import activate, activate_and_quantize
-from ..kernels.lora_shrink import AdapterRows, Shrunk, lora_shrink
+from ..kernels.lora_rows import AdapterRows
+from ..kernels.lora_shrink import Shrunk, lora_shrink
 from ..kernels.quantize import Rows, quantize_rows
 from ..kernels.tile import GemmOperands, gemm_operands
 from ..lora.table import AdapterTable

@@ -11,7 +11,7 @@ from ..align import prepare_expert_assignment
 from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.combine import combine
 from ..kernels.grouped_gemm import grouped_gemm
-from ..kernels.lora_shrink import AdapterRows
+from ..kernels.lora_rows import adapters_of_pairs
 from ..kernels.quantize import Rows
 from ..platform import Platform, Vendor
 from ..tuning.lookup import find_kernel_configs
@@ -105,16 +105,14 @@ class TritonExperts(StandardExperts):
 
         lora = None
         if call.lora is not None:
-            rows = AdapterRows(
-                "pairs",
-                num_pairs,
+            rows = adapters_of_pairs(
                 call.lora.lora_ids,
+                call.lora.table.num_slots,
                 num_local_experts,
-                configs.w13.block_size_m,
-                top_k,
                 topk_ids,
                 assignment.sorted_token_ids,
                 assignment.expert_ids,
+                configs.w13.block_size_m,
             )
             lora = LayerAdapters(call.lora.table, rows, platform, allow_tf32=call.allow_tf32)
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from .. import path
 from ..tuning.kernel_config import KernelConfig
 from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_with_adapters
-from .lora_rows import slot_of_rows
+from .lora_rows import adapters_of_block
 from .lora_shrink import Shrunk
 from .sizes import cdiv
 from .slabs import tokens_of_slab
@@ -25,6 +25,7 @@ from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
         "scale_columns",
         "part",
         "num_slots",
+        "num_listed",
         "num_runs",
         "lora_part_rows",
     ]
@@ -52,12 +53,12 @@ def batched_gemm_kernel(
     scale_columns,
     part,
     has_bias,
-    lora_ids_ptr,
+    lora_slots_ptr,
+    lora_lists_ptr,
     shrunk_ptr,
     lora_b_ptr,
-    lora_rank_ptr,
-    lora_scale_ptr,
     num_slots,
+    num_listed,
     lora_width,
     num_runs,
     stride_runs,
@@ -81,6 +82,7 @@ def batched_gemm_kernel(
     LORA: tl.constexpr,
     LORA_PARTS: tl.constexpr,
     LORA_BLOCK_R: tl.constexpr,
+    LORA_RUNS: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of the slab that axis 1 of the grid names.
 
@@ -96,10 +98,6 @@ def batched_gemm_kernel(
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     real = rows < num_tokens
     rows = rows.to(tl.int64)
-    if LORA != "none":
-        num_experts = tl.num_programs(1)
-        slab_rows = expert.to(tl.int64) * max_tokens + rows
-        slots = slot_of_rows(lora_ids_ptr, slab_rows, real, lora_rank_ptr, expert, num_slots, num_experts, LORA_PARTS)
     acc = product_of_tile(
         a_ptr + expert.to(tl.int64) * stride_ae,
         rows * stride_am,
@@ -135,29 +133,36 @@ def batched_gemm_kernel(
         BLOCK_K,
     )
     if LORA != "none":
+        block = expert * tl.cdiv(max_tokens, BLOCK_M) + pid_m
+        slots = tl.load(lora_slots_ptr + block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
+        adapters, lora_list = adapters_of_block(lora_lists_ptr, block, num_listed)
         acc = add_adapters(
             acc,
+            None,
+            None,
             slots,
-            slab_rows,
-            shrunk_ptr,
+            rows,
+            lora_list,
+            adapters,
+            shrunk_ptr + expert.to(tl.int64) * max_tokens * LORA_PARTS * lora_width,
             lora_b_ptr,
-            lora_rank_ptr,
-            lora_scale_ptr,
             expert,
             pid_n,
             N,
             lora_width,
-            num_experts,
+            tl.num_programs(1),
+            num_listed,
             num_runs,
             stride_runs,
             lora_part_rows,
+            True,
             LORA,
             LORA_PARTS,
             INPUT_PRECISION,
             SWAP_AB,
-            BLOCK_M,
             BLOCK_N,
             LORA_BLOCK_R,
+            LORA_RUNS,
         )
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if has_bias:
@@ -215,7 +220,7 @@ def batched_gemm(
         c.stride(1),
         *operands.numbers,
         int(bias is not None),
-        *adapter_arguments(shrunk),
+        *adapter_arguments(shrunk, config),
         **tile_options(operands, config, allow_tf32),
         **adapter_options(shrunk, config),
     )

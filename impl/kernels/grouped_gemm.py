@@ -8,8 +8,8 @@ import triton.language as tl
 
 from .. import path
 from ..tuning.kernel_config import KernelConfig
-from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_with_adapters
-from .lora_rows import slot_of_rows
+from .lora_expand import adapter_arguments, adapter_options, add_adapters, operands_of_adapters, tile_with_adapters
+from .lora_rows import adapters_of_block, known_slot
 from .lora_shrink import Shrunk
 from .sizes import cdiv
 from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
@@ -33,6 +33,7 @@ ON_INPUT, ON_OUTPUT = tl.constexpr(1), tl.constexpr(2)
         "scale_columns",
         "part",
         "num_slots",
+        "num_listed",
         "num_runs",
         "lora_part_rows",
     ]
@@ -65,12 +66,12 @@ def grouped_gemm_kernel(
     top_k,
     mul_weight,
     has_bias,
-    lora_ids_ptr,
+    lora_slots_ptr,
+    lora_lists_ptr,
     shrunk_ptr,
     lora_b_ptr,
-    lora_rank_ptr,
-    lora_scale_ptr,
     num_slots,
+    num_listed,
     lora_width,
     num_runs,
     stride_runs,
@@ -95,6 +96,7 @@ def grouped_gemm_kernel(
     LORA: tl.constexpr,
     LORA_PARTS: tl.constexpr,
     LORA_BLOCK_R: tl.constexpr,
+    LORA_RUNS: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of C.
 
@@ -115,14 +117,47 @@ def grouped_gemm_kernel(
         expert = tl.load(expert_ids_ptr + pid_m)
         pairs = tl.load(sorted_token_ids_ptr + pid_m.to(tl.int64) * BLOCK_M + lane_m)
         nobody = expert < 0
+    if LORA != "none":
+        if NAIVE:
+            slot = known_slot(lora_slots_ptr, pid_m // top_k, True, num_slots)
+            slots = tl.where(lane_m == 0, slot, -1)
+            lora_list, adapters = slot, (slot >= 0).to(tl.int32)
+        else:
+            slots = tl.load(lora_slots_ptr + pid_m.to(tl.int64) * BLOCK_M + lane_m)
+            adapters, lora_list = adapters_of_block(lora_lists_ptr, pid_m, num_listed)
     if nobody:
         return
 
     real = pairs < num_pairs
     a_index = pairs // a_top_k
     if LORA != "none":
-        token = (pairs // top_k).to(tl.int64)
-        slots = slot_of_rows(lora_ids_ptr, token, real, lora_rank_ptr, expert, num_slots, num_experts, LORA_PARTS)
+        early_shrunk, early_b = None, None
+        if LORA_RUNS > 1:
+            # Asked for before the weights, so that they are there when the weights are.
+            early_shrunk, early_b = operands_of_adapters(
+                0,
+                slots,
+                pairs.to(tl.int64),
+                lora_list,
+                adapters,
+                shrunk_ptr,
+                lora_b_ptr,
+                expert,
+                pid_n,
+                N,
+                lora_width,
+                num_experts,
+                num_listed,
+                num_runs,
+                stride_runs,
+                lora_part_rows,
+                not NAIVE,
+                LORA,
+                LORA_PARTS,
+                BLOCK_N,
+                LORA_BLOCK_R,
+                LORA_RUNS,
+            )
     acc = product_of_tile(
         a_ptr,
         a_index.to(tl.int64) * stride_am,
@@ -160,27 +195,31 @@ def grouped_gemm_kernel(
     if LORA != "none":
         acc = add_adapters(
             acc,
+            early_shrunk,
+            early_b,
             slots,
             pairs.to(tl.int64),
+            lora_list,
+            adapters,
             shrunk_ptr,
             lora_b_ptr,
-            lora_rank_ptr,
-            lora_scale_ptr,
             expert,
             pid_n,
             N,
             lora_width,
             num_experts,
+            num_listed,
             num_runs,
             stride_runs,
             lora_part_rows,
+            not NAIVE,
             LORA,
             LORA_PARTS,
             INPUT_PRECISION,
             SWAP_AB,
-            BLOCK_M,
             BLOCK_N,
             LORA_BLOCK_R,
+            LORA_RUNS,
         )
     weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
     if mul_weight == ON_INPUT:
@@ -261,7 +300,7 @@ def grouped_gemm(
         top_k,
         (1 if a_row_is_token else 2) * mul_weight,
         int(bias is not None),
-        *adapter_arguments(shrunk),
+        *adapter_arguments(shrunk, config),
         NAIVE=sorted_token_ids is None,
         **tile_options(operands, config, allow_tf32),
         **adapter_options(shrunk, config),

@@ -1,30 +1,186 @@
-"""Which rows have an adapter. Both LoRA kernels ask here, so both agree on what is added where."""
+"""Which rows have which adapter: said once a call, for both GEMMs and for LoRA's own kernel.
+
+A block of rows lists its adapters, so that whoever works on the block knows with one load whether there are any.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import torch
 import triton
 import triton.language as tl
 
-# Beyond every slot.
-NOBODY = tl.constexpr(1 << 30)
+from .. import path
+from .sizes import cdiv
+from .slabs import tokens_of_slab
 
 
 @triton.jit
-def slot_of_rows(lora_ids_ptr, index, real, rank_ptr, expert, num_slots, num_experts, PARTS: tl.constexpr):
-    """The slot of each row's adapter, int32; -1 where it has none, or one that adds nothing to this expert.
+def known_slot(lora_ids_ptr, index, real, num_slots):
+    """The slot that `lora_ids` names, int32; -1 for none.
 
     An id outside [0, num_slots) is no adapter: a stray id costs its own contribution and never an address.
     """
     slot = tl.load(lora_ids_ptr + index, mask=real, other=-1)
-    known = (slot >= 0) & (slot < num_slots)
-    ranks = rank_ptr + (slot.to(tl.int64) * num_experts + expert) * PARTS
-    rank = tl.load(ranks, mask=known, other=0)
-    if PARTS == 2:
-        rank = tl.maximum(rank, tl.load(ranks + 1, mask=known, other=0))
-    return tl.where(rank > 0, slot, -1)
+    return tl.where((slot >= 0) & (slot < num_slots), slot, -1)
 
 
 @triton.jit
-def next_slot(slots, last):
-    """The smallest of the rows' slots after `last`, NOBODY where there is none."""
-    return tl.min(tl.where(slots > last, slots, NOBODY), axis=0)
+def adapters_of_block(lists_ptr, block, num_listed):
+    """How many adapters the rows of a block have, and where their slots stand, ascending.
+
+    Behind the last one nobody wrote anything, but there is memory for `num_listed`: a slot may be read before it is
+    known to be one.
+    """
+    first = lists_ptr + block.to(tl.int64) * (1 + num_listed)
+    return tl.load(first), first + 1
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_slots", "num_listed", "max_tokens", "top_k"])
+def lora_rows_kernel(
+    lora_ids_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    slots_ptr,
+    lists_ptr,
+    num_pairs,
+    num_slots,
+    num_listed,
+    max_tokens,
+    top_k,
+    SLABS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    """The slot of each row of one block, and the list of them; of slabs `expert_ids` are the counts."""
+    block = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_M)
+    if SLABS:
+        blocks_of_a_slab = tl.cdiv(max_tokens, BLOCK_M)
+        expert = block // blocks_of_a_slab
+        rows = block % blocks_of_a_slab * BLOCK_M + lane
+        real = rows < tokens_of_slab(expert_ids_ptr, expert, max_tokens)
+        index = expert.to(tl.int64) * max_tokens + rows
+    else:
+        # Behind the rows in use nobody wrote which pairs a block has.
+        inside = tl.load(expert_ids_ptr + block) >= 0
+        rows = tl.load(sorted_token_ids_ptr + block.to(tl.int64) * BLOCK_M + lane, mask=inside, other=num_pairs)
+        real = rows < num_pairs
+        index = (rows // top_k).to(tl.int64)
+    slots = known_slot(lora_ids_ptr, index, real, num_slots)
+    tl.store(slots_ptr + block.to(tl.int64) * BLOCK_M + lane, slots)
+    first = lists_ptr + block.to(tl.int64) * (1 + num_listed)
+    count = 0
+    for start in range(0, num_slots, BLOCK_SLOTS):
+        here = start + tl.arange(0, BLOCK_SLOTS)
+        present = tl.max((slots[None, :] == here[:, None]).to(tl.int32), axis=1)
+        tl.store(first + count + tl.cumsum(present, 0), here, mask=present > 0)
+        count += tl.sum(present, axis=0)
+    tl.store(first, count)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterRows:
+    """The rows of one call, and the adapter of each; made once, handed to every LoRA kernel.
+
+    Attributes:
+        kind: `naive` blocks are pairs and ask for their slot themselves; `aligned` are the alignment's, `slabs` those
+            of the batched format.
+        num_rows: pairs, or E_local * max_tokens.
+        num_experts: E_local.
+        num_slots: of the table.
+        lora_ids: int32, `[M]` or `[E_local * max_tokens]`, contiguous.
+        top_k: pairs of a token; 1 for slabs.
+        block_size: rows of a block.
+        num_blocks: pairs where they are naive.
+        topk_ids: `[M, top_k]` of pairs.
+        sorted_token_ids, expert_ids: the alignment.
+        expert_num_tokens: `[E_local]` int32 of slabs.
+        slots: `[num_blocks * block_size]` int32, each row's slot or -1; None where they are naive.
+        lists: `[num_blocks, 1 + num_listed]` int32: how many adapters a block has, then their slots; likewise.
+    """
+
+    kind: str
+    num_rows: int
+    num_experts: int
+    num_slots: int
+    lora_ids: torch.Tensor
+    top_k: int
+    block_size: int
+    num_blocks: int
+    topk_ids: torch.Tensor | None = None
+    sorted_token_ids: torch.Tensor | None = None
+    expert_ids: torch.Tensor | None = None
+    expert_num_tokens: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    lists: torch.Tensor | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Rows of a slab."""
+        return self.num_rows // self.num_experts
+
+    @property
+    def num_listed(self) -> int:
+        """The most adapters that a block can have."""
+        return min(self.num_slots, self.block_size)
+
+
+# Slots that are looked for at once.
+_BLOCK_SLOTS = 64
+
+
+def adapters_of_pairs(
+    lora_ids: torch.Tensor,
+    num_slots: int,
+    num_experts: int,
+    topk_ids: torch.Tensor,
+    sorted_token_ids: torch.Tensor | None,
+    expert_ids: torch.Tensor | None,
+    block_size: int,
+) -> AdapterRows:
+    """Of the standard format, whose alignment is None where blocks are naive."""
+    num_pairs, top_k = topk_ids.numel(), topk_ids.shape[1]
+    sizes = (num_pairs, num_experts, num_slots, lora_ids, top_k, block_size)
+    if sorted_token_ids is None or expert_ids is None:
+        return AdapterRows("naive", *sizes, num_pairs, topk_ids)
+    num_blocks = expert_ids.shape[0]
+    return _listed(AdapterRows("aligned", *sizes, num_blocks, topk_ids, sorted_token_ids, expert_ids))
+
+
+def adapters_of_slabs(
+    lora_ids: torch.Tensor, num_slots: int, expert_num_tokens: torch.Tensor, max_tokens: int, block_size: int
+) -> AdapterRows:
+    """Of the batched format."""
+    num_experts = expert_num_tokens.shape[0]
+    num_blocks = num_experts * cdiv(max_tokens, block_size)
+    sizes = (num_experts * max_tokens, num_experts, num_slots, lora_ids, 1, block_size, num_blocks)
+    return _listed(AdapterRows("slabs", *sizes, expert_num_tokens=expert_num_tokens))
+
+
+def _listed(rows: AdapterRows) -> AdapterRows:
+    """The rows with the slots and lists of their blocks, from one launch."""
+    like = rows.lora_ids
+    slots = like.new_empty(rows.num_blocks * rows.block_size)
+    lists = like.new_empty(rows.num_blocks, 1 + rows.num_listed)
+    is_slabs = rows.kind == "slabs"
+    path.launch(
+        lora_rows_kernel,
+        (rows.num_blocks,),
+        like,
+        rows.sorted_token_ids,
+        rows.expert_num_tokens if is_slabs else rows.expert_ids,
+        slots,
+        lists,
+        rows.num_rows,
+        rows.num_slots,
+        rows.num_listed,
+        rows.max_tokens,
+        rows.top_k,
+        SLABS=is_slabs,
+        BLOCK_M=rows.block_size,
+        BLOCK_SLOTS=_BLOCK_SLOTS,
+        num_warps=4,
+    )
+    return replace(rows, slots=slots, lists=lists)

@@ -1,7 +1,7 @@
 """LoRA's first product: each row with an adapter times the A of its adapter and expert, in float32.
 
-`shrunk[s, row] = x[row] @ A[slot, expert]^T` over the s-th run of columns: the runs are added up where they are read.
-Rows without an adapter are neither read nor written.
+`shrunk[s, row] = scale * x[row] @ A[slot, expert]^T` over the s-th run of columns: the runs are added up where they are
+read. Rows without an adapter are neither read nor written; columns behind a rank are zero.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import triton.language as tl
 from .. import path
 from ..lora.table import StackedLowRank
 from ..platform import Platform, Vendor
-from .lora_rows import slot_of_rows
+from .lora_rows import AdapterRows, adapters_of_block, known_slot
 from .sizes import cdiv, next_power_of_2
-from .slabs import tokens_of_slab
 
 
 @triton.jit(
     do_not_specialize=[
-        "num_pairs",
         "num_slots",
+        "num_listed",
         "num_experts",
         "stride_expert_ids",
         "max_tokens",
@@ -37,14 +36,16 @@ def lora_shrink_kernel(
     x_ptr,
     a_ptr,
     rank_ptr,
+    scale_ptr,
     out_ptr,
-    lora_ids_ptr,
+    slots_ptr,
+    lists_ptr,
     sorted_token_ids_ptr,
     expert_ids_ptr,
-    num_pairs,
     K,
     R,
     num_slots,
+    num_listed,
     num_experts,
     blocks_of_a_run,
     stride_out,
@@ -65,9 +66,9 @@ def lora_shrink_kernel(
 ):
     """BLOCK_N columns of one run for the rows of one block that have one adapter.
 
-    ROWS says what a block is: `naive` is pair p alone, `aligned` a block of the alignment, `slabs` BLOCK_M rows of an
-    expert's slab, whose counts `expert_ids` then are. A program of the last two looks for one slot's rows, gathers them
-    and takes BLOCK_ROWS at a time; one that finds none returns after its loads of ids.
+    ROWS says what a block is: `naive` is pair p alone, and `slots` are the tokens' ids; of `aligned` blocks and those
+    of `slabs` a program gathers the rows of one slot of the block's list and takes BLOCK_ROWS at a time; behind the
+    list's end it returns after one load.
     """
     pid = tl.program_id(0)
     run = tl.program_id(1)
@@ -76,42 +77,33 @@ def lora_shrink_kernel(
     lane_m = tl.arange(0, BLOCK_M)
     if ROWS == "naive":
         expert = tl.load(expert_ids_ptr + (pid // top_k).to(tl.int64) * stride_expert_ids + pid % top_k).to(tl.int32)
-        if (expert < 0) | (expert >= num_experts):
-            return
-        slot = slot_of_rows(lora_ids_ptr, pid // top_k, True, rank_ptr, expert, num_slots, num_experts, PARTS)
-        if slot < 0:
+        slot = known_slot(slots_ptr, pid // top_k, True, num_slots)
+        if (expert < 0) | (expert >= num_experts) | (slot < 0):
             return
         count = 1
     else:
-        slot = pid % num_slots
-        block = pid // num_slots
+        block = pid // num_listed
+        # All that needs no other answer is asked for at once.
+        listed, list_ptr = adapters_of_block(lists_ptr, block, num_listed)
+        slot = tl.load(list_ptr + pid % num_listed)
+        slots = tl.load(slots_ptr + block.to(tl.int64) * BLOCK_M + lane_m)
         if ROWS == "aligned":
             expert = tl.load(expert_ids_ptr + block)
-            if expert < 0:
-                return
             rows = tl.load(sorted_token_ids_ptr + block.to(tl.int64) * BLOCK_M + lane_m)
-            real = rows < num_pairs
-            index = (rows // top_k).to(tl.int64)
         else:
             blocks_of_a_slab = tl.cdiv(max_tokens, BLOCK_M)
             expert = block // blocks_of_a_slab
             rows = block % blocks_of_a_slab * BLOCK_M + lane_m
-            real = rows < tokens_of_slab(expert_ids_ptr, expert, max_tokens)
-            index = expert.to(tl.int64) * max_tokens + rows
-        mine = slot_of_rows(lora_ids_ptr, index, real, rank_ptr, expert, num_slots, num_experts, PARTS) == slot
-        count = tl.sum(mine.to(tl.int32), axis=0)
-        if count == 0:
+        if pid % num_listed >= listed:
             return
+        mine = slots == slot
+        count = tl.sum(mine.to(tl.int32), axis=0)
         place = tl.cumsum(mine.to(tl.int32), 0) - 1
 
     group = slot.to(tl.int64) * num_experts + expert
-    # A part's columns behind its rank are of nobody: the slot may hold an earlier adapter's there.
-    rank = tl.load(rank_ptr + group * PARTS)
-    if PARTS == 2:
-        rank = tl.where(n < R, rank, tl.load(rank_ptr + group * PARTS + 1))
-    live = (n < PARTS * R) & (n % R < rank)
-    if tl.sum(live.to(tl.int32), axis=0) == 0:
-        return
+    inside_n = n < PARTS * R
+    rank = tl.load(rank_ptr + group * PARTS + n // R, mask=inside_n, other=0)
+    scale = tl.load(scale_ptr + group * PARTS + n // R, mask=inside_n, other=0.0)
     lane_k = tl.arange(0, BLOCK_K)
     a_rows = a_ptr + (group * (PARTS * R) + n)[:, None] * K + lane_k[None, :]
     first_k = run * blocks_of_a_run * BLOCK_K
@@ -136,47 +128,16 @@ def lora_shrink_kernel(
         for k in range(first_k, end_k, BLOCK_K):
             if EVEN_K:
                 x = tl.load(x_ptrs + k, mask=some[:, None], other=0.0)
-                a = tl.load(a_rows + k, mask=live[:, None], other=0.0)
+                a = tl.load(a_rows + k, mask=inside_n[:, None], other=0.0)
             else:
                 inside = (lane_k < end_k - k)[None, :]
                 x = tl.load(x_ptrs + k, mask=some[:, None] & inside, other=0.0)
-                a = tl.load(a_rows + k, mask=live[:, None] & inside, other=0.0)
+                a = tl.load(a_rows + k, mask=inside_n[:, None] & inside, other=0.0)
             acc = tl.dot(x, tl.trans(a), acc, input_precision=INPUT_PRECISION)
+        # A part's columns behind its rank are of nobody: the slot may hold an earlier adapter's there.
+        acc = tl.where((n % R < rank)[None, :], acc * scale[None, :], 0.0)
         out_ptrs = out_ptr + run.to(tl.int64) * stride_out + out_rows[:, None] * (PARTS * R) + n[None, :]
-        tl.store(out_ptrs, acc, mask=some[:, None] & live[None, :])
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterRows:
-    """The rows of one call, and the adapter of each; made once, handed to every LoRA kernel.
-
-    Attributes:
-        kind: `pairs` of the standard format or `slabs` of the batched one.
-        num_rows: pairs, or E_local * max_tokens.
-        lora_ids: int32, `[M]` or `[E_local * max_tokens]`, contiguous.
-        top_k: pairs of a token; 1 for slabs.
-        topk_ids: `[M, top_k]` of pairs.
-        sorted_token_ids, expert_ids: the alignment of pairs; None for naive blocks.
-        block_size: of the alignment, or of a slab's blocks.
-        expert_num_tokens: `[E_local]` int32 of slabs.
-        num_experts: E_local.
-    """
-
-    kind: str
-    num_rows: int
-    lora_ids: torch.Tensor
-    num_experts: int
-    block_size: int
-    top_k: int = 1
-    topk_ids: torch.Tensor | None = None
-    sorted_token_ids: torch.Tensor | None = None
-    expert_ids: torch.Tensor | None = None
-    expert_num_tokens: torch.Tensor | None = None
-
-    @property
-    def max_tokens(self) -> int:
-        """Rows of a slab."""
-        return self.num_rows // self.num_experts
+        tl.store(out_ptrs, acc, mask=some[:, None] & inside_n[None, :])
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +153,8 @@ class Shrunk:
 _BUSY = 264
 # Columns that one program takes at least: fewer would be launched faster than they are read.
 _LEAST_RUN = 256
+# Runs that whoever adds them up reads at once.
+MOST_RUNS = 8
 _ROWS = 16
 
 
@@ -208,26 +171,21 @@ def lora_shrink(
         allow_tf32: float32 operands may be rounded to TF32.
     """
     k, parts, width = x.shape[-1], low_rank.num_parts, low_rank.width
-    num_slots = low_rank.a.shape[0]
-    if rows.kind == "slabs":
-        kind, blocks = "slabs", rows.num_experts * cdiv(rows.max_tokens, rows.block_size) * num_slots
-        pointers = (None, rows.expert_num_tokens)
-        strides = (x.stride(0), x.stride(1), 0)
-    elif rows.sorted_token_ids is None or rows.expert_ids is None:
-        kind, blocks, pointers = "naive", rows.num_rows, (None, rows.topk_ids)
+    if rows.kind == "naive":
+        blocks, slots, experts_of = rows.num_blocks, rows.lora_ids, rows.topk_ids
         strides = (0, x.stride(0), 0 if rows.topk_ids is None else rows.topk_ids.stride(0))
     else:
-        kind, blocks = "aligned", rows.expert_ids.shape[0] * num_slots
-        pointers = (rows.sorted_token_ids, rows.expert_ids)
-        strides = (0, x.stride(0), 0)
+        blocks, slots = rows.num_blocks * rows.num_listed, rows.slots
+        experts_of = rows.expert_num_tokens if rows.kind == "slabs" else rows.expert_ids
+        strides = (x.stride(0), x.stride(1), 0) if rows.kind == "slabs" else (0, x.stride(0), 0)
     on_cpu = platform.vendor is Vendor.CPU
     block_k = 32 if on_cpu or x.dtype.itemsize == 4 else 128
     block_n = min(64, next_power_of_2(parts * width))
     num_n = cdiv(parts * width, block_n)
     # Few groups of rows: each run of columns is a program's.
-    groups = max(1, min(rows.num_rows, num_slots * rows.num_experts)) * num_n
+    groups = max(1, min(rows.num_rows, rows.num_slots * rows.num_experts)) * num_n
     least = block_k if on_cpu else _LEAST_RUN
-    runs = max(1, min(cdiv(8 if on_cpu else _BUSY, groups), k // least))
+    runs = max(1, min(cdiv(8 if on_cpu else _BUSY, groups), k // least, MOST_RUNS))
     of_a_run = cdiv(cdiv(k, runs), block_k)
     runs = cdiv(k, of_a_run * block_k)
     values = torch.empty((runs, rows.num_rows, parts * width), dtype=torch.float32, device=x.device)
@@ -237,13 +195,16 @@ def lora_shrink(
         x,
         low_rank.a,
         low_rank.ranks,
+        low_rank.scales,
         values,
-        rows.lora_ids,
-        *pointers,
-        rows.num_rows,
+        slots,
+        rows.lists,
+        rows.sorted_token_ids,
+        experts_of,
         k,
         width,
-        num_slots,
+        rows.num_slots,
+        rows.num_listed,
         rows.num_experts,
         of_a_run,
         values.stride(0),
@@ -251,7 +212,7 @@ def lora_shrink(
         rows.max_tokens,
         1 if rows.kind == "slabs" else rows.num_rows // max(1, x.shape[0]),
         rows.top_k,
-        **_options(kind, parts, block_n, block_k, k, rows, allow_tf32),
+        **_options(rows.kind, parts, block_n, block_k, k, rows, allow_tf32),
     )
     return Shrunk(values, low_rank, rows)
 
@@ -264,7 +225,7 @@ def _options(
         "PARTS": parts,
         "EVEN_K": k % block_k == 0,
         "INPUT_PRECISION": "tf32" if allow_tf32 else "ieee",
-        "BLOCK_M": rows.block_size,
+        "BLOCK_M": 16 if kind == "naive" else rows.block_size,
         "BLOCK_ROWS": _ROWS,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,

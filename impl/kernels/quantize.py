@@ -16,9 +16,6 @@ from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
 from .slabs import tokens_of_slab
 
-# Adding and taking away 1.5 * 2^23 rounds a float32 of up to 2^22 to the nearest integer, ties to even.
-_ROUNDER = tl.constexpr(12582912.0)
-
 
 @triton.jit
 def scale_of(amax, LARGEST: tl.constexpr):
@@ -32,7 +29,8 @@ def quantized(x, scale, LARGEST: tl.constexpr):
     v = tl.div_rn(x, scale)
     v = tl.where(v > LARGEST, LARGEST, tl.where(v < -LARGEST, -LARGEST, v))  # NaN stays NaN
     if LARGEST == 127.0:
-        q = ((v + _ROUNDER) - _ROUNDER).to(tl.int8)
+        # Adding and taking away 1.5 * 2^23 rounds a float32 of up to 2^22 to the nearest integer, ties to even.
+        q = ((v + 12582912.0) - 12582912.0).to(tl.int8)
     else:
         q = v.to(tl.float8e4nv)
     return q

@@ -1,8 +1,8 @@
 """The adapters that a layer holds: slots of stacked tensors on the device, where kernels look a token's adapter up.
 
 A slot's ranks say what is in it: rank 0 of an expert's projection means that nothing is added there. Memory behind a
-rank, and all memory of an empty slot, holds whatever it held before, and no kernel reads it. Ranks and scales lie on
-the device, so a captured CUDA graph sees adapters come and go.
+rank, and all memory of an empty slot, holds whatever it held before: finite numbers, which kernels multiply by zero at
+most. Ranks and scales lie on the device, so a captured CUDA graph sees adapters come and go.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class StackedLowRank:
             return torch.zeros((*shape, parts), dtype=dtype, device=like.device)
 
         return StackedLowRank(
-            like.new_empty((*shape, parts * width, k)),
-            like.new_empty((*shape, n, width)),
+            like.new_zeros((*shape, parts * width, k)),
+            like.new_zeros((*shape, n, width)),
             ints(torch.int32),
             ints(torch.float32),
             interleaved,
@@ -175,8 +175,8 @@ class AdapterTable:
             The slot: the id that its tokens bear in `lora_ids`.
 
         Raises:
-            TypeError, ValueError: no adapter, one of another model (sizes, experts), dtype or a larger rank, no such
-                slot, or no empty one, by name. The table is as it was.
+            TypeError, ValueError: no adapter, one of another model (sizes, experts), dtype or a larger rank, one with
+                numbers that are not finite, no such slot, or no empty one, by name. The table is as it was.
         """
         if not isinstance(adapter, Adapter):
             raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
@@ -304,6 +304,23 @@ class AdapterTable:
             expect_tensor(f"{where}.b", low_rank.b, shape=(n, low_rank.rank), dtypes=(self.dtype,))
             if low_rank.rank > self.max_rank:
                 raise ValueError(f"{where}: expected a rank of at most max_rank {self.max_rank}, got {low_rank.rank}")
+        _expect_finite(adapter)
+
+
+def _expect_finite(adapter: Adapter) -> None:
+    """Check every number: one look at the device for all matrices.
+
+    Rows of other adapters meet these numbers times zero, which NaN and infinity do not survive.
+    """
+    found: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for projection, expert, low_rank in adapter.entries():
+        for name, matrix in (("a", low_rank.a), ("b", low_rank.b)):
+            where = f"adapter.{projection}[{expert}].{name}"
+            found.setdefault(matrix.device, []).append((where, matrix.isfinite().all()))
+    for flags in found.values():
+        for (where, _), finite in zip(flags, torch.stack([flag for _, flag in flags]).tolist(), strict=True):
+            if not finite:
+                raise ValueError(f"{where}: expected finite numbers, got NaN or infinity")
 
 
 def _local_experts(expert_map: torch.Tensor | Sequence[int] | None, num_experts: int) -> dict[int, int]:
