@@ -108,8 +108,11 @@ class TritonExperts(StandardExperts):
             rows = adapters_of_pairs(
                 call.lora.lora_ids,
                 call.lora.table.num_slots,
-                num_local_experts,
+                call.lora.table.w2.width,
                 topk_ids,
+                call.expert_map,
+                call.global_num_experts,
+                num_local_experts,
                 assignment.sorted_token_ids,
                 assignment.expert_ids,
                 configs.w13.block_size_m,

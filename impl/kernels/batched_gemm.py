@@ -82,6 +82,7 @@ def batched_gemm_kernel(
     LORA: tl.constexpr,
     LORA_PARTS: tl.constexpr,
     LORA_BLOCK_R: tl.constexpr,
+    LORA_LISTED: tl.constexpr,
     LORA_RUNS: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of the slab that axis 1 of the grid names.
@@ -138,8 +139,6 @@ def batched_gemm_kernel(
         adapters, lora_list = adapters_of_block(lora_lists_ptr, block, num_listed)
         acc = add_adapters(
             acc,
-            None,
-            None,
             slots,
             rows,
             lora_list,
@@ -155,14 +154,15 @@ def batched_gemm_kernel(
             num_runs,
             stride_runs,
             lora_part_rows,
-            True,
+            LORA_LISTED,
             LORA,
             LORA_PARTS,
+            LORA_RUNS,
             INPUT_PRECISION,
             SWAP_AB,
+            BLOCK_M,
             BLOCK_N,
             LORA_BLOCK_R,
-            LORA_RUNS,
         )
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if has_bias:

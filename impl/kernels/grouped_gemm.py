@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .. import path
 from ..tuning.kernel_config import KernelConfig
-from .lora_expand import adapter_arguments, adapter_options, add_adapters, operands_of_adapters, tile_with_adapters
+from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_with_adapters
 from .lora_rows import adapters_of_block, known_slot
 from .lora_shrink import Shrunk
 from .sizes import cdiv
@@ -96,6 +96,7 @@ def grouped_gemm_kernel(
     LORA: tl.constexpr,
     LORA_PARTS: tl.constexpr,
     LORA_BLOCK_R: tl.constexpr,
+    LORA_LISTED: tl.constexpr,
     LORA_RUNS: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of C.
@@ -117,47 +118,17 @@ def grouped_gemm_kernel(
         expert = tl.load(expert_ids_ptr + pid_m)
         pairs = tl.load(sorted_token_ids_ptr + pid_m.to(tl.int64) * BLOCK_M + lane_m)
         nobody = expert < 0
-    if LORA != "none":
-        if NAIVE:
-            slot = known_slot(lora_slots_ptr, pid_m // top_k, True, num_slots)
-            slots = tl.where(lane_m == 0, slot, -1)
-            lora_list, adapters = slot, (slot >= 0).to(tl.int32)
-        else:
-            slots = tl.load(lora_slots_ptr + pid_m.to(tl.int64) * BLOCK_M + lane_m)
-            adapters, lora_list = adapters_of_block(lora_lists_ptr, pid_m, num_listed)
+    if LORA != "none" and LORA_LISTED:
+        slots = tl.load(lora_slots_ptr + pid_m.to(tl.int64) * BLOCK_M + lane_m)
+        adapters, lora_list = adapters_of_block(lora_lists_ptr, pid_m, num_listed)
     if nobody:
         return
 
     real = pairs < num_pairs
     a_index = pairs // a_top_k
-    if LORA != "none":
-        early_shrunk, early_b = None, None
-        if LORA_RUNS > 1:
-            # Asked for before the weights, so that they are there when the weights are.
-            early_shrunk, early_b = operands_of_adapters(
-                0,
-                slots,
-                pairs.to(tl.int64),
-                lora_list,
-                adapters,
-                shrunk_ptr,
-                lora_b_ptr,
-                expert,
-                pid_n,
-                N,
-                lora_width,
-                num_experts,
-                num_listed,
-                num_runs,
-                stride_runs,
-                lora_part_rows,
-                not NAIVE,
-                LORA,
-                LORA_PARTS,
-                BLOCK_N,
-                LORA_BLOCK_R,
-                LORA_RUNS,
-            )
+    if LORA != "none" and not LORA_LISTED:
+        # Looked at behind the product, so that nothing waits for them before.
+        ids = tl.load(lora_slots_ptr + pairs // top_k, mask=real, other=-1)
     acc = product_of_tile(
         a_ptr,
         a_index.to(tl.int64) * stride_am,
@@ -193,10 +164,11 @@ def grouped_gemm_kernel(
         BLOCK_K,
     )
     if LORA != "none":
+        if not LORA_LISTED:
+            slots = known_slot(ids, num_slots)
+            adapters, lora_list = tl.max(tl.where(slots >= 0, lane_m + 1, 0), axis=0), None
         acc = add_adapters(
             acc,
-            early_shrunk,
-            early_b,
             slots,
             pairs.to(tl.int64),
             lora_list,
@@ -212,14 +184,15 @@ def grouped_gemm_kernel(
             num_runs,
             stride_runs,
             lora_part_rows,
-            not NAIVE,
+            LORA_LISTED,
             LORA,
             LORA_PARTS,
+            LORA_RUNS,
             INPUT_PRECISION,
             SWAP_AB,
+            BLOCK_M,
             BLOCK_N,
             LORA_BLOCK_R,
-            LORA_RUNS,
         )
     weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
     if mul_weight == ON_INPUT:

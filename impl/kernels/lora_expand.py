@@ -17,92 +17,15 @@ import triton.language as tl
 from ..tuning.kernel_config import KernelConfig
 from .lora_shrink import MOST_RUNS, Shrunk
 
-# Rows of a block that leave registers free: more columns of adapters are multiplied at once, and all runs are read so.
-_FEW_ROWS = 32
-# Elements of a tile that leave hardly any.
+# Columns of adapters that are multiplied at once: of pairs that ask for themselves, of lists, and of the largest tiles
+# of slabs, which leave hardly any register.
+_OF_PAIRS, _OF_LISTS, _OF_FULL_SLABS = 64, 32, 16
 _FULL_TILE = 128 * 256
-
-
-@triton.jit
-def _summed_runs(s_ptrs, mask, num_runs, stride_runs, AT_ONCE: tl.constexpr):
-    """The first product's rows, whose runs of columns are added up in their order."""
-    shrunk = tl.load(s_ptrs, mask=mask, other=0.0)
-    if num_runs > 1:
-        if AT_ONCE > 1:
-            for run in tl.static_range(1, AT_ONCE):  # pyright: ignore[reportGeneralTypeIssues]
-                shrunk += tl.load(s_ptrs + run * stride_runs, mask=mask & (run < num_runs), other=0.0)
-        else:
-            for run in tl.range(1, num_runs, num_stages=1):
-                shrunk += tl.load(s_ptrs + run * stride_runs, mask=mask, other=0.0)
-    return shrunk
-
-
-@triton.jit
-def operands_of_adapters(
-    first,
-    slots,
-    rows,
-    list_ptr,
-    count,
-    shrunk_ptr,
-    b_ptr,
-    expert,
-    pid_n,
-    N,
-    R,
-    num_experts,
-    num_listed,
-    num_runs,
-    stride_runs,
-    part_rows,
-    LISTED: tl.constexpr,
-    LORA: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    RUNS_AT_ONCE: tl.constexpr,
-):
-    """BLOCK_R columns of the block's adapters, from `first` on: [BLOCK_M, BLOCK_R] of shrunk, [BLOCK_N, BLOCK_R] of B.
-
-    `slots` [BLOCK_M] are the rows', -1 for none. The block's `count` adapters are LISTED at `list_ptr`; else `list_ptr`
-    is the slot of the only one.
-
-    LORA says which part a column belongs to: `one` is one part in a tile, `halves` follow each other (a part has
-    `part_rows` rows), `interleaved` alternate.
-    """
-    TILE_PARTS: tl.constexpr = 1 if LORA == "one" else PARTS  # pyright: ignore[reportAssignmentType]
-    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    width = TILE_PARTS * R
-    lane_r = first + tl.arange(0, BLOCK_R)
-    live = lane_r < count * width
-    r = lane_r % R
-    if LISTED:
-        index = lane_r // width
-        # Widths are multiples of 16: so many columns beside each other are of one adapter.
-        slot = tl.max_constancy(tl.load(list_ptr + index, mask=index < num_listed, other=0), [16])
-    else:
-        slot = list_ptr + lane_r * 0
-    if LORA == "one":
-        part = (pid_n * BLOCK_N) // part_rows + lane_r * 0
-    else:
-        part = lane_r % width // R
-    takes = (columns < N)[:, None] & live[None, :]
-    if LORA == "halves":
-        takes = takes & ((columns // part_rows)[:, None] == part[None, :])
-    elif LORA == "interleaved":
-        takes = takes & ((columns % 2)[:, None] == part[None, :])
-    group = slot.to(tl.int64) * num_experts + expert
-    b = tl.load(b_ptr + columns.to(tl.int64)[:, None] * R + (group * N * R + r)[None, :], mask=takes, other=0.0)
-    mine = (slots[:, None] == slot[None, :]) & live[None, :]
-    s_ptrs = shrunk_ptr + rows[:, None] * (PARTS * R) + (part * R + r)[None, :]
-    return _summed_runs(s_ptrs, mine, num_runs, stride_runs, RUNS_AT_ONCE).to(b.dtype), b
 
 
 @triton.jit
 def add_adapters(
     acc,
-    early_shrunk,
-    early_b,
     slots,
     rows,
     list_ptr,
@@ -121,63 +44,68 @@ def add_adapters(
     LISTED: tl.constexpr,
     LORA: tl.constexpr,
     PARTS: tl.constexpr,
+    RUNS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    RUNS_AT_ONCE: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] with every row's adapter added: the early operands', if any, then those from there on."""
+    """acc [BLOCK_M, BLOCK_N] with every row's adapter added; `slots` [BLOCK_M] are the rows', -1 for none.
+
+    Where they are LISTED, the block has `count` adapters, whose slots stand at `list_ptr`. Else each of its first
+    `count` rows brings its own, whose RUNS at most are added up.
+
+    LORA says which part a column belongs to: `one` is one part in a tile, `halves` follow each other (a part has
+    `part_rows` rows), `interleaved` alternate.
+    """
     TILE_PARTS: tl.constexpr = 1 if LORA == "one" else PARTS  # pyright: ignore[reportAssignmentType]
+    lane_m = tl.arange(0, BLOCK_M)
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    width = TILE_PARTS * R
     if SWAP_AB:
         acc = tl.trans(acc)
-    start = 0
-    if early_b is not None:
-        start = BLOCK_R
-        if count > 0:
-            acc = _product(early_shrunk, early_b, acc, INPUT_PRECISION, SWAP_AB)
-    for first in tl.range(start, count * TILE_PARTS * R, BLOCK_R):
-        shrunk, b = operands_of_adapters(
-            first,
-            slots,
-            rows,
-            list_ptr,
-            count,
-            shrunk_ptr,
-            b_ptr,
-            expert,
-            pid_n,
-            N,
-            R,
-            num_experts,
-            num_listed,
-            num_runs,
-            stride_runs,
-            part_rows,
-            LISTED,
-            LORA,
-            PARTS,
-            BLOCK_N,
-            BLOCK_R,
-            RUNS_AT_ONCE,
-        )
-        acc = _product(shrunk, b, acc, INPUT_PRECISION, SWAP_AB)
+    # What lists name is asked for steps ahead; pairs have one step as a rule, and no shared memory to spare.
+    for first in tl.range(0, count * width, BLOCK_R, num_stages=3 if LISTED else 1):
+        lane_r = first + tl.arange(0, BLOCK_R)
+        index, r = lane_r // width, lane_r % R
+        live = index < count
+        if LISTED:
+            # Not masked by what another load says, so that both are in flight together; widths are multiples of 16, so
+            # many columns beside each other are of one adapter.
+            slot = tl.max_constancy(tl.load(list_ptr + index, mask=index < num_listed, other=0), [16])
+            mine = (slots[:, None] == slot[None, :]) & live[None, :]
+        else:
+            slot = tl.gather(slots, tl.where(live, index, 0), 0)
+            live = live & (slot >= 0)
+            mine = (lane_m[:, None] == index[None, :]) & live[None, :]
+        if LORA == "one":
+            part = (pid_n * BLOCK_N) // part_rows + lane_r * 0
+        else:
+            part = lane_r % width // R
+        takes = (columns < N)[:, None] & live[None, :]
+        if LORA == "halves":
+            takes = takes & ((columns // part_rows)[:, None] == part[None, :])
+        elif LORA == "interleaved":
+            takes = takes & ((columns % 2)[:, None] == part[None, :])
+        group = slot.to(tl.int64) * num_experts + expert
+        b = tl.load(b_ptr + columns.to(tl.int64)[:, None] * R + (group * N * R + r)[None, :], mask=takes, other=0.0)
+        s_ptrs = shrunk_ptr + rows[:, None] * (PARTS * R) + (part * R + r)[None, :]
+        shrunk = tl.load(s_ptrs, mask=mine, other=0.0)
+        if not LISTED:
+            for run in tl.static_range(1, RUNS):  # pyright: ignore[reportGeneralTypeIssues]
+                shrunk += tl.load(s_ptrs + run * stride_runs, mask=mine & (run < num_runs), other=0.0)
+            shrunk = shrunk.to(b.dtype)
+        if SWAP_AB:
+            acc = tl.dot(b, tl.trans(shrunk), acc, input_precision=INPUT_PRECISION)
+        else:
+            acc = tl.dot(shrunk, tl.trans(b), acc, input_precision=INPUT_PRECISION)
     return tl.trans(acc) if SWAP_AB else acc
-
-
-@triton.jit
-def _product(shrunk, b, acc, INPUT_PRECISION: tl.constexpr, SWAP_AB: tl.constexpr):
-    """acc + shrunk @ b^T; where the tile is swapped, acc and the result are transposed."""
-    if SWAP_AB:
-        acc = tl.dot(b, tl.trans(shrunk), acc, input_precision=INPUT_PRECISION)
-    else:
-        acc = tl.dot(shrunk, tl.trans(b), acc, input_precision=INPUT_PRECISION)
-    return acc
 
 
 # The launch arguments of a GEMM without adapters: constants, so that nothing of LoRA is compiled into it.
 NO_ADAPTERS: tuple[Any, ...] = (None,) * 10
-NO_LORA: dict[str, Any] = {"LORA": "none", "LORA_PARTS": 1, "LORA_BLOCK_R": 16, "LORA_RUNS": 1}
+NO_LORA: dict[str, Any] = {"LORA": "none", "LORA_PARTS": 1, "LORA_BLOCK_R": 16, "LORA_LISTED": False, "LORA_RUNS": 1}
 
 
 def adapter_arguments(shrunk: Shrunk | None, config: KernelConfig) -> tuple[Any, ...]:
@@ -216,12 +144,17 @@ def adapter_options(shrunk: Shrunk | None, config: KernelConfig) -> dict[str, An
         lora = "one"
     else:
         lora = "interleaved" if low_rank.interleaved else "halves"
-    few, is_full = config.block_size_m <= _FEW_ROWS, config.block_size_m * block_n >= _FULL_TILE
+    block_r, listed = _OF_LISTS, shrunk.rows.lists is not None
+    if not listed:
+        block_r = _OF_PAIRS
+    elif shrunk.rows.kind == "slabs" and config.block_size_m * block_n >= _FULL_TILE:
+        block_r = _OF_FULL_SLABS
     return {
         "LORA": lora,
         "LORA_PARTS": low_rank.num_parts,
-        "LORA_BLOCK_R": 64 if few else 16 if is_full and shrunk.rows.kind == "slabs" else 32,
-        "LORA_RUNS": MOST_RUNS if few else 1,
+        "LORA_BLOCK_R": block_r,
+        "LORA_LISTED": listed,
+        "LORA_RUNS": 1 if listed else MOST_RUNS,
     }
 
 

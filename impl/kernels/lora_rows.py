@@ -1,6 +1,8 @@
-"""Which rows have which adapter: said once a call, for both GEMMs and for LoRA's own kernel.
+"""Which rows have which adapter, for both GEMMs and for LoRA's own kernel.
 
-A block of rows lists its adapters, so that whoever works on the block knows with one load whether there are any.
+Where few pairs meet in a group of adapter and expert, every pair is its own: nothing is prepared. Else a block of rows
+lists its adapters once a call, so that whoever works on the block reads each adapter once, and knows with one load
+whether there are any.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ from .slabs import tokens_of_slab
 
 
 @triton.jit
-def known_slot(lora_ids_ptr, index, real, num_slots):
-    """The slot that `lora_ids` names, int32; -1 for none.
+def known_slot(lora_id, num_slots):
+    """The slot that an id names, int32; -1 for none.
 
     An id outside [0, num_slots) is no adapter: a stray id costs its own contribution and never an address.
     """
-    slot = tl.load(lora_ids_ptr + index, mask=real, other=-1)
-    return tl.where((slot >= 0) & (slot < num_slots), slot, -1)
+    return tl.where((lora_id >= 0) & (lora_id < num_slots), lora_id, -1)
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def lora_rows_kernel(
         rows = tl.load(sorted_token_ids_ptr + block.to(tl.int64) * BLOCK_M + lane, mask=inside, other=num_pairs)
         real = rows < num_pairs
         index = (rows // top_k).to(tl.int64)
-    slots = known_slot(lora_ids_ptr, index, real, num_slots)
+    slots = known_slot(tl.load(lora_ids_ptr + index, mask=real, other=-1), num_slots)
     tl.store(slots_ptr + block.to(tl.int64) * BLOCK_M + lane, slots)
     first = lists_ptr + block.to(tl.int64) * (1 + num_listed)
     count = 0
@@ -85,31 +86,35 @@ class AdapterRows:
     """The rows of one call, and the adapter of each; made once, handed to every LoRA kernel.
 
     Attributes:
-        kind: `naive` blocks are pairs and ask for their slot themselves; `aligned` are the alignment's, `slabs` those
-            of the batched format.
+        kind: `pairs` ask for their slot themselves; blocks of the alignment (`aligned`) and of the batched format
+            (`slabs`) list theirs.
         num_rows: pairs, or E_local * max_tokens.
-        num_experts: E_local.
+        num_local_experts: E_local.
         num_slots: of the table.
         lora_ids: int32, `[M]` or `[E_local * max_tokens]`, contiguous.
         top_k: pairs of a token; 1 for slabs.
         block_size: rows of a block.
-        num_blocks: pairs where they are naive.
+        num_blocks: of lists; 0 without.
         topk_ids: `[M, top_k]` of pairs.
+        expert_map: of pairs, or None.
+        num_experts: ids that pairs may name, E.
         sorted_token_ids, expert_ids: the alignment.
         expert_num_tokens: `[E_local]` int32 of slabs.
-        slots: `[num_blocks * block_size]` int32, each row's slot or -1; None where they are naive.
+        slots: `[num_blocks * block_size]` int32, each row's slot or -1; None where pairs ask.
         lists: `[num_blocks, 1 + num_listed]` int32: how many adapters a block has, then their slots; likewise.
     """
 
     kind: str
     num_rows: int
-    num_experts: int
+    num_local_experts: int
     num_slots: int
     lora_ids: torch.Tensor
     top_k: int
     block_size: int
-    num_blocks: int
+    num_blocks: int = 0
     topk_ids: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    num_experts: int = 0
     sorted_token_ids: torch.Tensor | None = None
     expert_ids: torch.Tensor | None = None
     expert_num_tokens: torch.Tensor | None = None
@@ -119,7 +124,7 @@ class AdapterRows:
     @property
     def max_tokens(self) -> int:
         """Rows of a slab."""
-        return self.num_rows // self.num_experts
+        return self.num_rows // self.num_local_experts
 
     @property
     def num_listed(self) -> int:
@@ -129,24 +134,30 @@ class AdapterRows:
 
 # Slots that are looked for at once.
 _BLOCK_SLOTS = 64
+# Up to this many rows a block, and columns a part, pairs may ask for themselves: each reads its adapter anew.
+_FEW_ROWS, _FEW_COLUMNS = 32, 32
 
 
 def adapters_of_pairs(
     lora_ids: torch.Tensor,
     num_slots: int,
-    num_experts: int,
+    width: int,
     topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    num_local_experts: int,
     sorted_token_ids: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
     block_size: int,
 ) -> AdapterRows:
-    """Of the standard format, whose alignment is None where blocks are naive."""
+    """Of the standard format, whose alignment is None where blocks are naive; `width` is that of the table."""
     num_pairs, top_k = topk_ids.numel(), topk_ids.shape[1]
-    sizes = (num_pairs, num_experts, num_slots, lora_ids, top_k, block_size)
-    if sorted_token_ids is None or expert_ids is None:
-        return AdapterRows("naive", *sizes, num_pairs, topk_ids)
-    num_blocks = expert_ids.shape[0]
-    return _listed(AdapterRows("aligned", *sizes, num_blocks, topk_ids, sorted_token_ids, expert_ids))
+    sizes = (num_pairs, num_local_experts, num_slots, lora_ids, top_k, block_size)
+    few = block_size <= _FEW_ROWS and width <= _FEW_COLUMNS and num_pairs <= num_slots * num_local_experts
+    if sorted_token_ids is None or expert_ids is None or few:
+        return AdapterRows("pairs", *sizes, topk_ids=topk_ids, expert_map=expert_map, num_experts=num_experts)
+    alignment = {"sorted_token_ids": sorted_token_ids, "expert_ids": expert_ids}
+    return _listed(AdapterRows("aligned", *sizes, expert_ids.shape[0], **alignment))
 
 
 def adapters_of_slabs(

@@ -1,7 +1,8 @@
 """LoRA's first product: each row with an adapter times the A of its adapter and expert, in float32.
 
-`shrunk[s, row] = scale * x[row] @ A[slot, expert]^T` over the s-th run of columns: the runs are added up where they are
-read. Rows without an adapter are neither read nor written; columns behind a rank are zero.
+`shrunk[s, row] = scale * x[row] @ A[slot, expert]^T` over the s-th run of columns. Few rows have runs, which are added
+up where they are read; many have one, rounded to the activations' dtype. Rows without an adapter are neither read nor
+written; columns behind a rank are zero.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .. import path
 from ..lora.table import StackedLowRank
 from ..platform import Platform, Vendor
 from .lora_rows import AdapterRows, adapters_of_block, known_slot
+from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
 
 
@@ -25,7 +27,10 @@ from .sizes import cdiv, next_power_of_2
         "num_slots",
         "num_listed",
         "num_experts",
-        "stride_expert_ids",
+        "num_local_experts",
+        "has_expert_map",
+        "stride_topk_ids",
+        "num_pairs",
         "max_tokens",
         "x_top_k",
         "top_k",
@@ -42,16 +47,20 @@ def lora_shrink_kernel(
     lists_ptr,
     sorted_token_ids_ptr,
     expert_ids_ptr,
+    expert_map_ptr,
+    has_expert_map,
+    num_pairs,
     K,
     R,
     num_slots,
     num_listed,
     num_experts,
+    num_local_experts,
     blocks_of_a_run,
     stride_out,
     stride_x_slab,
     stride_xm,
-    stride_expert_ids,
+    stride_topk_ids,
     max_tokens,
     x_top_k,
     top_k,
@@ -66,19 +75,29 @@ def lora_shrink_kernel(
 ):
     """BLOCK_N columns of one run for the rows of one block that have one adapter.
 
-    ROWS says what a block is: `naive` is pair p alone, and `slots` are the tokens' ids; of `aligned` blocks and those
-    of `slabs` a program gathers the rows of one slot of the block's list and takes BLOCK_ROWS at a time; behind the
-    list's end it returns after one load.
+    ROWS says what a block is: one of `pairs` alone, where `slots` are the tokens' ids and `expert_ids` the pairs'; of
+    `aligned` blocks and those of `slabs` a program gathers the rows of one slot of the block's list and takes
+    BLOCK_ROWS at a time; behind the list's end it returns after one load.
     """
     pid = tl.program_id(0)
     run = tl.program_id(1)
     n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_ROWS)
     lane_m = tl.arange(0, BLOCK_M)
-    if ROWS == "naive":
-        expert = tl.load(expert_ids_ptr + (pid // top_k).to(tl.int64) * stride_expert_ids + pid % top_k).to(tl.int32)
-        slot = known_slot(slots_ptr, pid // top_k, True, num_slots)
-        if (expert < 0) | (expert >= num_experts) | (slot < 0):
+    if ROWS == "pairs":
+        slot = known_slot(tl.load(slots_ptr + pid // top_k), num_slots)
+        expert = local_expert(
+            expert_ids_ptr,
+            stride_topk_ids,
+            pid,
+            pid < num_pairs,
+            expert_map_ptr,
+            num_experts,
+            num_local_experts,
+            top_k,
+            has_expert_map,
+        )
+        if (expert < 0) | (slot < 0):
             return
         count = 1
     else:
@@ -100,7 +119,7 @@ def lora_shrink_kernel(
         count = tl.sum(mine.to(tl.int32), axis=0)
         place = tl.cumsum(mine.to(tl.int32), 0) - 1
 
-    group = slot.to(tl.int64) * num_experts + expert
+    group = slot.to(tl.int64) * num_local_experts + expert
     inside_n = n < PARTS * R
     rank = tl.load(rank_ptr + group * PARTS + n // R, mask=inside_n, other=0)
     scale = tl.load(scale_ptr + group * PARTS + n // R, mask=inside_n, other=0.0)
@@ -109,7 +128,7 @@ def lora_shrink_kernel(
     first_k = run * blocks_of_a_run * BLOCK_K
     end_k = tl.minimum(first_k + blocks_of_a_run * BLOCK_K, K)
     for first in range(0, count, BLOCK_ROWS):
-        if ROWS == "naive":
+        if ROWS == "pairs":
             row = tl.where(lane == 0, pid, 0)
             some = lane == 0
         else:
@@ -137,25 +156,30 @@ def lora_shrink_kernel(
         # A part's columns behind its rank are of nobody: the slot may hold an earlier adapter's there.
         acc = tl.where((n % R < rank)[None, :], acc * scale[None, :], 0.0)
         out_ptrs = out_ptr + run.to(tl.int64) * stride_out + out_rows[:, None] * (PARTS * R) + n[None, :]
-        tl.store(out_ptrs, acc, mask=some[:, None] & inside_n[None, :])
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=some[:, None] & inside_n[None, :])
 
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
-    """What the first product left: `values [runs, num_rows, parts * R]` float32, to be added up over the runs."""
+    """What the first product left: `values [runs, num_rows, parts * R]`, to be added up over the runs.
+
+    Float32 where pairs ask for their slot themselves, else one run in the activations' dtype.
+    """
 
     values: torch.Tensor
     low_rank: StackedLowRank
     rows: AdapterRows
 
 
-# Programs that keep a device's multiprocessors busy, two each of the largest.
-_BUSY = 264
+# Programs that keep a device's multiprocessors busy where a program is one pair's: eight each of the largest.
+_BUSY = 1056
 # Columns that one program takes at least: fewer would be launched faster than they are read.
 _LEAST_RUN = 256
 # Runs that whoever adds them up reads at once.
 MOST_RUNS = 8
 _ROWS = 16
+# Programs stream A: four of them on a multiprocessor, which the compiler left alone would not leave room for.
+_FEW_REGISTERS: dict[str, Any] = {"maxnreg": 128}
 
 
 def lora_shrink(
@@ -171,24 +195,24 @@ def lora_shrink(
         allow_tf32: float32 operands may be rounded to TF32.
     """
     k, parts, width = x.shape[-1], low_rank.num_parts, low_rank.width
-    if rows.kind == "naive":
-        blocks, slots, experts_of = rows.num_blocks, rows.lora_ids, rows.topk_ids
-        strides = (0, x.stride(0), 0 if rows.topk_ids is None else rows.topk_ids.stride(0))
-    else:
-        blocks, slots = rows.num_blocks * rows.num_listed, rows.slots
-        experts_of = rows.expert_num_tokens if rows.kind == "slabs" else rows.expert_ids
-        strides = (x.stride(0), x.stride(1), 0) if rows.kind == "slabs" else (0, x.stride(0), 0)
     on_cpu = platform.vendor is Vendor.CPU
     block_k = 32 if on_cpu or x.dtype.itemsize == 4 else 128
     block_n = min(64, next_power_of_2(parts * width))
     num_n = cdiv(parts * width, block_n)
-    # Few groups of rows: each run of columns is a program's.
-    groups = max(1, min(rows.num_rows, rows.num_slots * rows.num_experts)) * num_n
-    least = block_k if on_cpu else _LEAST_RUN
-    runs = max(1, min(cdiv(8 if on_cpu else _BUSY, groups), k // least, MOST_RUNS))
-    of_a_run = cdiv(cdiv(k, runs), block_k)
+    strides = (x.stride(0), x.stride(1)) if rows.kind == "slabs" else (0, x.stride(0))
+    if rows.topk_ids is not None:
+        blocks, slots, experts_of = rows.num_rows, rows.lora_ids, rows.topk_ids
+        # Few pairs: each run of columns is a program's.
+        least = block_k if on_cpu else _LEAST_RUN
+        runs = max(1, min(cdiv(8 if on_cpu else _BUSY, max(1, rows.num_rows) * num_n), k // least, MOST_RUNS))
+        of_a_run = cdiv(cdiv(k, runs), block_k)
+        dtype, stride_topk_ids = torch.float32, rows.topk_ids.stride(0)
+    else:
+        blocks, slots = rows.num_blocks * rows.num_listed, rows.slots
+        experts_of = rows.expert_num_tokens if rows.kind == "slabs" else rows.expert_ids
+        of_a_run, dtype, stride_topk_ids = cdiv(k, block_k), x.dtype, 0
     runs = cdiv(k, of_a_run * block_k)
-    values = torch.empty((runs, rows.num_rows, parts * width), dtype=torch.float32, device=x.device)
+    values = torch.empty((runs, rows.num_rows, parts * width), dtype=dtype, device=x.device)
     path.launch(
         lora_shrink_kernel,
         (blocks, runs, num_n),
@@ -201,34 +225,31 @@ def lora_shrink(
         rows.lists,
         rows.sorted_token_ids,
         experts_of,
+        *map_arguments(rows.lora_ids, rows.expert_map),
+        rows.num_rows,
         k,
         width,
         rows.num_slots,
         rows.num_listed,
         rows.num_experts,
+        rows.num_local_experts,
         of_a_run,
         values.stride(0),
         *strides,
+        stride_topk_ids,
         rows.max_tokens,
         1 if rows.kind == "slabs" else rows.num_rows // max(1, x.shape[0]),
         rows.top_k,
-        **_options(rows.kind, parts, block_n, block_k, k, rows, allow_tf32),
+        ROWS=rows.kind,
+        PARTS=parts,
+        EVEN_K=k % block_k == 0,
+        INPUT_PRECISION="tf32" if allow_tf32 else "ieee",
+        BLOCK_M=16 if rows.kind == "pairs" else rows.block_size,
+        BLOCK_ROWS=_ROWS,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+        num_stages=4,
+        **(_FEW_REGISTERS if platform.vendor is Vendor.NVIDIA and block_n <= 32 and x.dtype.itemsize == 2 else {}),
     )
     return Shrunk(values, low_rank, rows)
-
-
-def _options(
-    kind: str, parts: int, block_n: int, block_k: int, k: int, rows: AdapterRows, allow_tf32: bool
-) -> dict[str, Any]:
-    return {
-        "ROWS": kind,
-        "PARTS": parts,
-        "EVEN_K": k % block_k == 0,
-        "INPUT_PRECISION": "tf32" if allow_tf32 else "ieee",
-        "BLOCK_M": 16 if kind == "naive" else rows.block_size,
-        "BLOCK_ROWS": _ROWS,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "num_warps": 4,
-        "num_stages": 4,
-    }
