@@ -136,13 +136,13 @@ def batched_gemm_kernel(
     if LORA != "none":
         block = expert * tl.cdiv(max_tokens, BLOCK_M) + pid_m
         slots = tl.load(lora_slots_ptr + block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
-        adapters, lora_list = adapters_of_block(lora_lists_ptr, block, num_listed)
+        adapters, listed = adapters_of_block(lora_lists_ptr, block, num_listed, BLOCK_M)
         acc = add_adapters(
             acc,
             slots,
-            rows,
-            lora_list,
+            listed,
             adapters,
+            rows,
             shrunk_ptr + expert.to(tl.int64) * max_tokens * LORA_PARTS * lora_width,
             lora_b_ptr,
             expert,
@@ -150,7 +150,6 @@ def batched_gemm_kernel(
             N,
             lora_width,
             tl.num_programs(1),
-            num_listed,
             num_runs,
             stride_runs,
             lora_part_rows,

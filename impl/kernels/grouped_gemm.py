@@ -120,7 +120,7 @@ def grouped_gemm_kernel(
         nobody = expert < 0
     if LORA != "none" and LORA_LISTED:
         slots = tl.load(lora_slots_ptr + pid_m.to(tl.int64) * BLOCK_M + lane_m)
-        adapters, lora_list = adapters_of_block(lora_lists_ptr, pid_m, num_listed)
+        adapters, listed = adapters_of_block(lora_lists_ptr, pid_m, num_listed, BLOCK_M)
     if nobody:
         return
 
@@ -166,13 +166,13 @@ def grouped_gemm_kernel(
     if LORA != "none":
         if not LORA_LISTED:
             slots = known_slot(ids, num_slots)
-            adapters, lora_list = tl.max(tl.where(slots >= 0, lane_m + 1, 0), axis=0), None
+            adapters, listed = tl.max(tl.where(slots >= 0, lane_m + 1, 0), axis=0), slots
         acc = add_adapters(
             acc,
             slots,
-            pairs.to(tl.int64),
-            lora_list,
+            listed,
             adapters,
+            pairs.to(tl.int64),
             shrunk_ptr,
             lora_b_ptr,
             expert,
@@ -180,7 +180,6 @@ def grouped_gemm_kernel(
             N,
             lora_width,
             num_experts,
-            num_listed,
             num_runs,
             stride_runs,
             lora_part_rows,

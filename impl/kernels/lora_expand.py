@@ -27,9 +27,9 @@ _FULL_TILE = 128 * 256
 def add_adapters(
     acc,
     slots,
-    rows,
-    list_ptr,
+    listed,
     count,
+    rows,
     shrunk_ptr,
     b_ptr,
     expert,
@@ -37,7 +37,6 @@ def add_adapters(
     N,
     R,
     num_experts,
-    num_listed,
     num_runs,
     stride_runs,
     part_rows,
@@ -53,8 +52,8 @@ def add_adapters(
 ):
     """acc [BLOCK_M, BLOCK_N] with every row's adapter added; `slots` [BLOCK_M] are the rows', -1 for none.
 
-    Where they are LISTED, the block has `count` adapters, whose slots stand at `list_ptr`. Else each of its first
-    `count` rows brings its own, whose RUNS at most are added up.
+    Where they are LISTED, the block has `count` adapters, whose slots are the first of `listed` [BLOCK_M]. Else each of
+    its first `count` rows brings its own, whose RUNS at most are added up, and `listed` are the rows' too.
 
     LORA says which part a column belongs to: `one` is one part in a tile, `halves` follow each other (a part has
     `part_rows` rows), `interleaved` alternate.
@@ -70,13 +69,11 @@ def add_adapters(
         lane_r = first + tl.arange(0, BLOCK_R)
         index, r = lane_r // width, lane_r % R
         live = index < count
+        # Widths are multiples of 16: so many columns beside each other are of one adapter.
+        slot = tl.max_constancy(tl.gather(listed, tl.where(live, index, 0), 0), [16])
         if LISTED:
-            # Not masked by what another load says, so that both are in flight together; widths are multiples of 16, so
-            # many columns beside each other are of one adapter.
-            slot = tl.max_constancy(tl.load(list_ptr + index, mask=index < num_listed, other=0), [16])
             mine = (slots[:, None] == slot[None, :]) & live[None, :]
         else:
-            slot = tl.gather(slots, tl.where(live, index, 0), 0)
             live = live & (slot >= 0)
             mine = (lane_m[:, None] == index[None, :]) & live[None, :]
         if LORA == "one":

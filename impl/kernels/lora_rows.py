@@ -28,14 +28,14 @@ def known_slot(lora_id, num_slots):
 
 
 @triton.jit
-def adapters_of_block(lists_ptr, block, num_listed):
-    """How many adapters the rows of a block have, and where their slots stand, ascending.
+def adapters_of_block(lists_ptr, block, num_listed, BLOCK_M: tl.constexpr):
+    """How many adapters the rows of a block have, and their slots [BLOCK_M], ascending; behind them stands anything.
 
-    Behind the last one nobody wrote anything, but there is memory for `num_listed`: a slot may be read before it is
-    known to be one.
+    No load waits for the other: there is memory for `num_listed` slots whatever their number.
     """
     first = lists_ptr + block.to(tl.int64) * (1 + num_listed)
-    return tl.load(first), first + 1
+    place = tl.arange(0, BLOCK_M)
+    return tl.load(first), tl.load(first + 1 + place, mask=place < num_listed, other=0)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_slots", "num_listed", "max_tokens", "top_k"])

@@ -17,7 +17,7 @@ import triton.language as tl
 from .. import path
 from ..lora.table import StackedLowRank
 from ..platform import Platform, Vendor
-from .lora_rows import AdapterRows, adapters_of_block, known_slot
+from .lora_rows import AdapterRows, known_slot
 from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
 
@@ -103,8 +103,9 @@ def lora_shrink_kernel(
     else:
         block = pid // num_listed
         # All that needs no other answer is asked for at once.
-        listed, list_ptr = adapters_of_block(lists_ptr, block, num_listed)
-        slot = tl.load(list_ptr + pid % num_listed)
+        list_ptr = lists_ptr + block.to(tl.int64) * (1 + num_listed)
+        listed = tl.load(list_ptr)
+        slot = tl.load(list_ptr + 1 + pid % num_listed)
         slots = tl.load(slots_ptr + block.to(tl.int64) * BLOCK_M + lane_m)
         if ROWS == "aligned":
             expert = tl.load(expert_ids_ptr + block)
