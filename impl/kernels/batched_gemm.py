@@ -137,32 +137,33 @@ def batched_gemm_kernel(
         block = expert * tl.cdiv(max_tokens, BLOCK_M) + pid_m
         slots = tl.load(lora_slots_ptr + block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
         adapters, listed = adapters_of_block(lora_lists_ptr, block, num_listed, BLOCK_M)
-        acc = add_adapters(
-            acc,
-            slots,
-            listed,
-            adapters,
-            rows,
-            shrunk_ptr + expert.to(tl.int64) * max_tokens * LORA_PARTS * lora_width,
-            lora_b_ptr,
-            expert,
-            pid_n,
-            N,
-            lora_width,
-            tl.num_programs(1),
-            num_runs,
-            stride_runs,
-            lora_part_rows,
-            LORA_LISTED,
-            LORA,
-            LORA_PARTS,
-            LORA_RUNS,
-            INPUT_PRECISION,
-            SWAP_AB,
-            BLOCK_M,
-            BLOCK_N,
-            LORA_BLOCK_R,
-        )
+        if adapters > 0:
+            acc = add_adapters(
+                acc,
+                slots,
+                listed,
+                adapters,
+                rows,
+                shrunk_ptr + expert.to(tl.int64) * max_tokens * LORA_PARTS * lora_width,
+                lora_b_ptr,
+                expert,
+                pid_n,
+                N,
+                lora_width,
+                tl.num_programs(1),
+                num_runs,
+                stride_runs,
+                lora_part_rows,
+                LORA_LISTED,
+                LORA,
+                LORA_PARTS,
+                LORA_RUNS,
+                INPUT_PRECISION,
+                SWAP_AB,
+                BLOCK_M,
+                BLOCK_N,
+                LORA_BLOCK_R,
+            )
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if has_bias:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns

@@ -167,32 +167,33 @@ def grouped_gemm_kernel(
         if not LORA_LISTED:
             slots = known_slot(ids, num_slots)
             adapters, listed = tl.max(tl.where(slots >= 0, lane_m + 1, 0), axis=0), slots
-        acc = add_adapters(
-            acc,
-            slots,
-            listed,
-            adapters,
-            pairs.to(tl.int64),
-            shrunk_ptr,
-            lora_b_ptr,
-            expert,
-            pid_n,
-            N,
-            lora_width,
-            num_experts,
-            num_runs,
-            stride_runs,
-            lora_part_rows,
-            LORA_LISTED,
-            LORA,
-            LORA_PARTS,
-            LORA_RUNS,
-            INPUT_PRECISION,
-            SWAP_AB,
-            BLOCK_M,
-            BLOCK_N,
-            LORA_BLOCK_R,
-        )
+        if adapters > 0:
+            acc = add_adapters(
+                acc,
+                slots,
+                listed,
+                adapters,
+                pairs.to(tl.int64),
+                shrunk_ptr,
+                lora_b_ptr,
+                expert,
+                pid_n,
+                N,
+                lora_width,
+                num_experts,
+                num_runs,
+                stride_runs,
+                lora_part_rows,
+                LORA_LISTED,
+                LORA,
+                LORA_PARTS,
+                LORA_RUNS,
+                INPUT_PRECISION,
+                SWAP_AB,
+                BLOCK_M,
+                BLOCK_N,
+                LORA_BLOCK_R,
+            )
     weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
     if mul_weight == ON_INPUT:
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 
 from ..tuning.kernel_config import KernelConfig
-from .lora_shrink import MOST_RUNS, Shrunk
+from .lora_shrink import Shrunk
 
-# Columns of adapters that are multiplied at once: of pairs that ask for themselves, of lists, and of the largest tiles
-# of slabs, which leave hardly any register.
-_OF_PAIRS, _OF_LISTS, _OF_FULL_SLABS = 64, 32, 16
-_FULL_TILE = 128 * 256
+# Columns of adapters that are multiplied at once: of a pair alone, of a block's pairs, of lists, and of lists for the
+# largest tiles, which have the threads for more.
+_OF_PAIR, _OF_PAIRS, _OF_LISTS, _OF_LARGEST = 16, 32, 32, 64
+_LARGEST_TILE = 128 * 256
 
 
 @triton.jit
@@ -141,17 +141,16 @@ def adapter_options(shrunk: Shrunk | None, config: KernelConfig) -> dict[str, An
         lora = "one"
     else:
         lora = "interleaved" if low_rank.interleaved else "halves"
-    block_r, listed = _OF_LISTS, shrunk.rows.lists is not None
-    if not listed:
-        block_r = _OF_PAIRS
-    elif shrunk.rows.kind == "slabs" and config.block_size_m * block_n >= _FULL_TILE:
-        block_r = _OF_FULL_SLABS
+    if shrunk.rows.lists is None:
+        block_r = _OF_PAIR if shrunk.most_runs > 2 else _OF_PAIRS
+    else:
+        block_r = _OF_LARGEST if config.block_size_m * block_n >= _LARGEST_TILE else _OF_LISTS
     return {
         "LORA": lora,
         "LORA_PARTS": low_rank.num_parts,
         "LORA_BLOCK_R": block_r,
-        "LORA_LISTED": listed,
-        "LORA_RUNS": 1 if listed else MOST_RUNS,
+        "LORA_LISTED": shrunk.rows.lists is not None,
+        "LORA_RUNS": shrunk.most_runs,
     }
 
 

@@ -42,7 +42,7 @@ def adapters_of_block(lists_ptr, block, num_listed, BLOCK_M: tl.constexpr):
 def lora_rows_kernel(
     lora_ids_ptr,
     sorted_token_ids_ptr,
-    expert_ids_ptr,
+    expert_num_tokens_ptr,
     slots_ptr,
     lists_ptr,
     num_pairs,
@@ -54,19 +54,18 @@ def lora_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
-    """The slot of each row of one block, and the list of them; of slabs `expert_ids` are the counts."""
+    """The slot of each row of one block, and the list of them."""
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK_M)
     if SLABS:
         blocks_of_a_slab = tl.cdiv(max_tokens, BLOCK_M)
         expert = block // blocks_of_a_slab
         rows = block % blocks_of_a_slab * BLOCK_M + lane
-        real = rows < tokens_of_slab(expert_ids_ptr, expert, max_tokens)
+        real = rows < tokens_of_slab(expert_num_tokens_ptr, expert, max_tokens)
         index = expert.to(tl.int64) * max_tokens + rows
     else:
-        # Behind the rows in use nobody wrote which pairs a block has.
-        inside = tl.load(expert_ids_ptr + block) >= 0
-        rows = tl.load(sorted_token_ids_ptr + block.to(tl.int64) * BLOCK_M + lane, mask=inside, other=num_pairs)
+        # Blocks behind the rows in use are padding.
+        rows = tl.load(sorted_token_ids_ptr + block.to(tl.int64) * BLOCK_M + lane)
         real = rows < num_pairs
         index = (rows // top_k).to(tl.int64)
     slots = known_slot(tl.load(lora_ids_ptr + index, mask=real, other=-1), num_slots)
@@ -181,7 +180,7 @@ def _listed(rows: AdapterRows) -> AdapterRows:
         (rows.num_blocks,),
         like,
         rows.sorted_token_ids,
-        rows.expert_num_tokens if is_slabs else rows.expert_ids,
+        rows.expert_num_tokens,
         slots,
         lists,
         rows.num_rows,

@@ -164,20 +164,20 @@ def lora_shrink_kernel(
 class Shrunk:
     """What the first product left: `values [runs, num_rows, parts * R]`, to be added up over the runs.
 
-    Float32 where pairs ask for their slot themselves, else one run in the activations' dtype.
+    Float32 where pairs ask for their slot themselves, else one run in the activations' dtype. `most_runs` is at least
+    the number of runs, and one of few.
     """
 
     values: torch.Tensor
     low_rank: StackedLowRank
     rows: AdapterRows
+    most_runs: int
 
 
-# Programs that keep a device's multiprocessors busy where a program is one pair's: eight each of the largest.
-_BUSY = 1056
+# Runs of columns, which are added up where they are read, up to so many pairs: programs that keep a device busy.
+_MOST_RUNS = ((32, 8), (264, 2))
 # Columns that one program takes at least: fewer would be launched faster than they are read.
 _LEAST_RUN = 256
-# Runs that whoever adds them up reads at once.
-MOST_RUNS = 8
 _ROWS = 16
 # Programs stream A: four of them on a multiprocessor, which the compiler left alone would not leave room for.
 _FEW_REGISTERS: dict[str, Any] = {"maxnreg": 128}
@@ -203,15 +203,14 @@ def lora_shrink(
     strides = (x.stride(0), x.stride(1)) if rows.kind == "slabs" else (0, x.stride(0))
     if rows.topk_ids is not None:
         blocks, slots, experts_of = rows.num_rows, rows.lora_ids, rows.topk_ids
-        # Few pairs: each run of columns is a program's.
-        least = block_k if on_cpu else _LEAST_RUN
-        runs = max(1, min(cdiv(8 if on_cpu else _BUSY, max(1, rows.num_rows) * num_n), k // least, MOST_RUNS))
+        most_runs = next((runs for pairs, runs in _MOST_RUNS if rows.num_rows <= pairs), 1)
+        runs = max(1, min(most_runs, k // (block_k if on_cpu else _LEAST_RUN)))
         of_a_run = cdiv(cdiv(k, runs), block_k)
         dtype, stride_topk_ids = torch.float32, rows.topk_ids.stride(0)
     else:
         blocks, slots = rows.num_blocks * rows.num_listed, rows.slots
         experts_of = rows.expert_num_tokens if rows.kind == "slabs" else rows.expert_ids
-        of_a_run, dtype, stride_topk_ids = cdiv(k, block_k), x.dtype, 0
+        most_runs, of_a_run, dtype, stride_topk_ids = 1, cdiv(k, block_k), x.dtype, 0
     runs = cdiv(k, of_a_run * block_k)
     values = torch.empty((runs, rows.num_rows, parts * width), dtype=dtype, device=x.device)
     path.launch(
@@ -253,4 +252,4 @@ def lora_shrink(
         num_stages=4,
         **(_FEW_REGISTERS if platform.vendor is Vendor.NVIDIA and block_n <= 32 and x.dtype.itemsize == 2 else {}),
     )
-    return Shrunk(values, low_rank, rows)
+    return Shrunk(values, low_rank, rows, most_runs)
