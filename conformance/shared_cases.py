@@ -163,10 +163,15 @@ def _scalings(capabilities: Capabilities) -> tuple[str, ...]:
     return capabilities.scalings if len(capabilities.scalings) > 1 else ("one",)
 
 
+def _sizes(device: str, hidden: int, intermediate: int) -> tuple[int, ...]:
+    """Intermediate sizes of shared experts; on a GPU of those whose kernels routed experts have had compiled."""
+    return (16, 72, 48) if device == "cpu" else (intermediate, hidden)
+
+
 def pinned_shared(device: str, capabilities: Capabilities) -> tuple[SharedSpec, ...]:
     """Every dtype with every scheme, with a gate and without; a call without tokens, and one without routed experts."""
     hidden, intermediate = POOLS[device].shapes[0]
-    plain = SharedSpec(5, hidden, intermediate, 8, 2, 48, capabilities.dtypes[0])
+    plain = SharedSpec(5, hidden, intermediate, 8, 2, _sizes(device, hidden, intermediate)[-1], capabilities.dtypes[0])
     kinds = [
         (dtype, gated, scheme)
         for dtype, gated in product(capabilities.dtypes, (False, True))
@@ -200,7 +205,7 @@ def shared_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[S
             I=intermediate,
             E=experts,
             top_k=draw(st.integers(1, min(experts, 4))),
-            shared_size=draw(st.sampled_from((16, 48, 72))),
+            shared_size=draw(st.sampled_from(_sizes(device, hidden, intermediate))),
             dtype=dtype,
             routing=draw(st.sampled_from(routings)),
             weights=draw(st.sampled_from(capabilities.weights)),

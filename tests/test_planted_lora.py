@@ -4,6 +4,7 @@ import pytest
 from planted import Fault, expect_caught
 
 EXPAND = "kernels/lora_expand.py"
+SHRINK = "kernels/lora_shrink.py"
 ROWS = "kernels/lora_rows.py"
 LORA = ("test_lora.py",)
 
@@ -11,10 +12,10 @@ FAULTS = (
     Fault(
         "minus-one-is-slot-0",
         ROWS,
-        "    return tl.where(rank > 0, slot, -1)\n",
-        "    return tl.where(rank > 0, slot, tl.where(real, 0, -1))\n",
+        "known_slot(tl.load(lora_ids_ptr + index, mask=real, other=-1), num_slots)",
+        "tl.where(real, tl.maximum(tl.load(lora_ids_ptr + index, mask=real, other=-1), 0), -1)",
         LORA,
-        ("LORA-01", "LORA-02", "LORA-03"),
+        ("LORA-01", "LORA-02", "LORA-03", "LORA-05"),
     ),
     Fault(
         "global-expert-for-local",
@@ -24,7 +25,7 @@ FAULTS = (
         LORA,
         ("LORA-02", "LORA-07"),
     ),
-    Fault("scale-lost", EXPAND, "delta = scale * _delta(", "delta = 1.0 * _delta(", LORA, ("LORA-02",)),
+    Fault("scale-lost", SHRINK, "acc * scale[None, :], 0.0)", "acc, 0.0)", LORA, ("LORA-02", "LORA-05")),
     Fault(
         "ids-of-an-earlier-batch",
         "experts/triton.py",
@@ -35,35 +36,35 @@ FAULTS = (
     ),
     Fault(
         "tail-of-a-rank-read",
-        EXPAND,
-        "        b_mask = (columns < N)[:, None] & live[None, :]\n",
-        "        b_mask = (columns < N)[:, None] & (live | True)[None, :]\n",
+        SHRINK,
+        "tl.where((n % R < rank)[None, :], acc",
+        "tl.where((n % R < rank + R)[None, :], acc",
         LORA,
-        ("LORA-02", "LORA-09", "LORA-10"),
+        ("LORA-02", "LORA-09", "LORA-10", "LORA-05"),
     ),
     Fault(
         "first-adapter-of-a-block-alone",
-        EXPAND,
-        "        slot = next_slot(slots, slot)\n",
-        "        slot = next_slot(slots, NOBODY)\n",
+        ROWS,
+        "    tl.store(first, count)\n",
+        "    tl.store(first, tl.minimum(count, 1))\n",
         LORA,
-        ("LORA-02",),
+        ("LORA-02", "LORA-05"),
     ),
     Fault(
         "adapter-of-another-token",
-        "kernels/grouped_gemm.py",
-        "        token = (pairs // top_k).to(tl.int64)\n",
-        "        token = (pairs % top_k).to(tl.int64)\n",
+        ROWS,
+        "index = (rows // top_k)",
+        "index = (rows % top_k)",
         LORA,
-        ("LORA-01", "LORA-02"),
+        ("LORA-01", "LORA-02", "LORA-05"),
     ),
     Fault(
         "added-to-rows-of-others",
         EXPAND,
-        "            takes = mine[:, None] & (rank > 0)\n",
-        "            takes = (mine | True)[:, None] & (rank > 0)\n",
+        "slots[:, None] == slot[None, :]",
+        "(slots[:, None] >= 0) & (slot[None, :] >= 0)",
         LORA,
-        ("LORA-01", "LORA-03"),
+        ("LORA-01", "LORA-02", "LORA-03"),
     ),
 )
 

@@ -65,7 +65,8 @@ def add_adapters(
     if SWAP_AB:
         acc = tl.trans(acc)
     # What lists name is asked for steps ahead; pairs have one step as a rule, and no shared memory to spare.
-    for first in tl.range(0, count * width, BLOCK_R, num_stages=3 if LISTED else 1):
+    STAGES: tl.constexpr = 3 if LISTED else 1  # pyright: ignore[reportAssignmentType]
+    for first in tl.range(0, count * width, BLOCK_R, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         lane_r = first + tl.arange(0, BLOCK_R)
         index, r = lane_r // width, lane_r % R
         live = index < count
