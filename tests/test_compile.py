@@ -98,9 +98,9 @@ WITH_LORA = [
     "lora_shrink_kernel",
     "grouped_gemm_kernel",
     "batched_gemm_kernel",
+    "quantized_activation_kernel",
     "batched_quantized_activation_kernel",
 ]
-WITH_LORA += ["quantized_activation_kernel"]
 LORA = {"lora": [8, 16], "only": WITH_LORA} | QWEN3
 JOBS += [LORA | {"platform": "cuda:9.0", "M": m, "expert_map": m == 64} for m in (1, 64, 512, 4096)]
 JOBS += [LORA | {"platform": "cuda:9.0", "M": m, "lora": [64, 256]} for m in (512, 4096)]
@@ -209,3 +209,32 @@ def test_resident_warps_on_hopper(compiled: list[dict[str, Any]]) -> None:
             registers = kernel["registers"] * 32 * kernel["constants"]["num_warps"]
             streams = kernel["kernel"].endswith("gemm_kernel") and kernel["constants"]["BLOCK_M"] == 16
             assert registers * (3 if streams else 1) <= 65_536, describe(kernel)
+
+
+def test_a_kernel_has_one_cache_key_whichever_kernel_came_before_it() -> None:
+    """Triton hashes the global constants of a function that a kernel calls only where it met that function before."""
+    code = """
+import importlib, pkgutil
+from triton.runtime.jit import JITFunction
+import moegate.impl.kernels as kernels
+
+functions = {}
+for module in pkgutil.iter_modules(kernels.__path__):
+    for name, found in vars(importlib.import_module(kernels.__name__ + "." + module.name)).items():
+        if isinstance(found, JITFunction):
+            functions[name] = found
+
+def keys(names):
+    for function in functions.values():
+        function.hash, function.used_global_vals = None, {}
+    return {name: functions[name].cache_key for name in names}
+
+names = [name for name in functions if name.endswith("_kernel")]
+alone = {name: keys([name])[name] for name in names}
+for first in names:
+    after = keys([first, *names])
+    print(*(f"{name} behind {first}" for name in names if after[name] != alone[name]), sep=", ", end="")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == ""

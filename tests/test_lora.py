@@ -77,7 +77,7 @@ def test_more_rows_of_one_adapter_than_a_round_takes(block_m: int, swap_ab: bool
 
 
 @needs_triton
-def test_a_tile_wider_than_its_registers_narrows_and_keeps_the_bits_of_the_base() -> None:
+def test_a_tile_that_fills_its_registers_keeps_the_bits_of_the_base() -> None:
     spec = LoraSpec(40, 64, 256, 2, 1, ranks="mixed", dtype="bfloat16")
     case = build_lora(spec, DEVICE)
     with use_kernel_configs(KernelConfig(64, 256, 32, 1, 4, 1)):
@@ -172,6 +172,18 @@ def test_a_full_table_refuses_and_stays_as_it_was() -> None:
         held.load(adapter(seed=9))
     assert torch.equal(call(held, ids), before)
     assert held.loaded == (0,)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_refused_and_the_table_is_as_it_was(value: float) -> None:
+    held = table(num_slots=1)
+    held.load(adapter())
+    ids = ids_of(0, 0, 0, 0, 0, -1)
+    before, bad = call(held, ids), adapter(seed=9)
+    bad.up[2].b[0, 0] = value
+    with pytest.raises(ValueError, match=r"adapter\.up\[2\]\.b: expected finite numbers, got NaN or infinity"):
+        held.load(bad, 0)
+    assert torch.equal(call(held, ids), before)
 
 
 @pytest.mark.parametrize("slot", [2, -1])

@@ -77,7 +77,7 @@ class BatchedTritonExperts(BatchedExperts):
         lora = None
         if call.lora is not None:
             rows = adapters_of_slabs(
-                call.lora.lora_ids, call.lora.table.num_slots, counts, max_tokens, configs.w13.block_size_m
+                call.lora.lora_ids, call.lora.table.w13, counts, max_tokens, configs.w13.block_size_m
             )
             lora = LayerAdapters(call.lora.table, rows, platform, allow_tf32=allow_tf32)
 

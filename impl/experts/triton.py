@@ -107,12 +107,10 @@ class TritonExperts(StandardExperts):
         if call.lora is not None:
             rows = adapters_of_pairs(
                 call.lora.lora_ids,
-                call.lora.table.num_slots,
-                call.lora.table.w2.width,
+                call.lora.table.w13,
                 topk_ids,
                 call.expert_map,
                 call.global_num_experts,
-                num_local_experts,
                 assignment.sorted_token_ids,
                 assignment.expert_ids,
                 configs.w13.block_size_m,

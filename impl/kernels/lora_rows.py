@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .. import path
+from ..lora.table import StackedLowRank
 from .sizes import cdiv
 from .slabs import tokens_of_slab
 
@@ -139,20 +140,19 @@ _FEW_ROWS, _FEW_COLUMNS = 32, 32
 
 def adapters_of_pairs(
     lora_ids: torch.Tensor,
-    num_slots: int,
-    width: int,
+    low_rank: StackedLowRank,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
     num_experts: int,
-    num_local_experts: int,
     sorted_token_ids: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
     block_size: int,
 ) -> AdapterRows:
-    """Of the standard format, whose alignment is None where blocks are naive; `width` is that of the table."""
+    """Of the standard format, whose alignment is None where blocks are naive; `low_rank` is either projection."""
     num_pairs, top_k = topk_ids.numel(), topk_ids.shape[1]
+    num_slots, num_local_experts = low_rank.a.shape[:2]
     sizes = (num_pairs, num_local_experts, num_slots, lora_ids, top_k, block_size)
-    few = block_size <= _FEW_ROWS and width <= _FEW_COLUMNS and num_pairs <= num_slots * num_local_experts
+    few = block_size <= _FEW_ROWS and low_rank.width <= _FEW_COLUMNS and num_pairs <= num_slots * num_local_experts
     if sorted_token_ids is None or expert_ids is None or few:
         return AdapterRows("pairs", *sizes, topk_ids=topk_ids, expert_map=expert_map, num_experts=num_experts)
     alignment = {"sorted_token_ids": sorted_token_ids, "expert_ids": expert_ids}
@@ -160,10 +160,14 @@ def adapters_of_pairs(
 
 
 def adapters_of_slabs(
-    lora_ids: torch.Tensor, num_slots: int, expert_num_tokens: torch.Tensor, max_tokens: int, block_size: int
+    lora_ids: torch.Tensor,
+    low_rank: StackedLowRank,
+    expert_num_tokens: torch.Tensor,
+    max_tokens: int,
+    block_size: int,
 ) -> AdapterRows:
-    """Of the batched format."""
-    num_experts = expert_num_tokens.shape[0]
+    """Of the batched format; `low_rank` likewise."""
+    num_slots, num_experts = low_rank.a.shape[:2]
     num_blocks = num_experts * cdiv(max_tokens, block_size)
     sizes = (num_experts * max_tokens, num_experts, num_slots, lora_ids, 1, block_size, num_blocks)
     return _listed(AdapterRows("slabs", *sizes, expert_num_tokens=expert_num_tokens))
@@ -174,7 +178,6 @@ def _listed(rows: AdapterRows) -> AdapterRows:
     like = rows.lora_ids
     slots = like.new_empty(rows.num_blocks * rows.block_size)
     lists = like.new_empty(rows.num_blocks, 1 + rows.num_listed)
-    is_slabs = rows.kind == "slabs"
     path.launch(
         lora_rows_kernel,
         (rows.num_blocks,),
@@ -188,7 +191,7 @@ def _listed(rows: AdapterRows) -> AdapterRows:
         rows.num_listed,
         rows.max_tokens,
         rows.top_k,
-        SLABS=is_slabs,
+        SLABS=rows.kind == "slabs",
         BLOCK_M=rows.block_size,
         BLOCK_SLOTS=_BLOCK_SLOTS,
         num_warps=4,
