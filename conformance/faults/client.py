@@ -1,0 +1,79 @@
+"""Start the server, hand it jobs, and give outcomes as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+from .job import Job, Outcome, job_as_line
+
+# A case under Triton's interpreter takes under a second; a kernel that is compiled for a GPU, some.
+SILENCE_S, LIMIT_S = 60.0, 300.0
+
+
+class HuntError(RuntimeError):
+    """The server ended before it had done its work."""
+
+
+def outcomes_of(jobs: Sequence[Job], processes: int, *, limit_s: float = LIMIT_S) -> Iterator[Outcome]:
+    """Hunt faults in children of a server, which is started in the Triton mode of the jobs' device.
+
+    Args:
+        jobs: of one subject and one device.
+        processes: children at a time.
+        limit_s: of one fault.
+
+    Raises:
+        HuntError: the server ended early.
+    """
+    if not jobs:
+        return
+    device = jobs[0].orders.device
+    environment = dict(os.environ, TRITON_INTERPRET="1" if device == "cpu" else "0", OMP_NUM_THREADS="1")
+    settings = {
+        "packages": sorted({job.fault.package for job in jobs}),
+        "subject": jobs[0].fault.subject,
+        "device": device,
+        "processes": processes,
+        "silence_s": SILENCE_S,
+        "limit_s": limit_s,
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moegate.conformance.faults.server"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    writer = threading.Thread(target=_write, args=(server, settings, jobs), daemon=True)
+    writer.start()
+    complaints: list[str] = []
+    reader = threading.Thread(target=lambda: complaints.append(server.stderr.read()), daemon=True)
+    reader.start()
+    try:
+        done = 0
+        for line in server.stdout:
+            done += 1
+            yield Outcome.from_dict(json.loads(line))
+        server.wait()
+        reader.join()
+        if done != len(jobs):
+            raise HuntError(f"the server ended after {done} of {len(jobs)} faults: {complaints[0][-2000:]}")
+    finally:
+        if server.poll() is None:
+            server.terminate()
+            server.wait()
+
+
+def _write(server: subprocess.Popen[str], settings: dict[str, object], jobs: Sequence[Job]) -> None:
+    try:
+        server.stdin.write(json.dumps(settings) + "\n")
+        server.stdin.writelines(job_as_line(job) + "\n" for job in jobs)
+        server.stdin.close()
+    except BrokenPipeError:
+        pass  # it has ended, which is seen where it is read
