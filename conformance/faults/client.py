@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 from .job import Job, Outcome, job_as_line
 
@@ -50,14 +51,17 @@ def outcomes_of(jobs: Sequence[Job], processes: int, *, limit_s: float = LIMIT_S
         stderr=subprocess.PIPE,
         text=True,
     )
-    writer = threading.Thread(target=_write, args=(server, settings, jobs), daemon=True)
+    stdin, stdout, stderr = server.stdin, server.stdout, server.stderr
+    if stdin is None or stdout is None or stderr is None:
+        raise HuntError("expected pipes to the server")
+    writer = threading.Thread(target=_write, args=(stdin, settings, jobs), daemon=True)
     writer.start()
     complaints: list[str] = []
-    reader = threading.Thread(target=lambda: complaints.append(server.stderr.read()), daemon=True)
+    reader = threading.Thread(target=lambda: complaints.append(stderr.read()), daemon=True)
     reader.start()
     try:
         done = 0
-        for line in server.stdout:
+        for line in stdout:
             done += 1
             yield Outcome.from_dict(json.loads(line))
         server.wait()
@@ -70,10 +74,10 @@ def outcomes_of(jobs: Sequence[Job], processes: int, *, limit_s: float = LIMIT_S
             server.wait()
 
 
-def _write(server: subprocess.Popen[str], settings: dict[str, object], jobs: Sequence[Job]) -> None:
+def _write(stdin: IO[str], settings: dict[str, object], jobs: Sequence[Job]) -> None:
     try:
-        server.stdin.write(json.dumps(settings) + "\n")
-        server.stdin.writelines(job_as_line(job) + "\n" for job in jobs)
-        server.stdin.close()
+        stdin.write(json.dumps(settings) + "\n")
+        stdin.writelines(job_as_line(job) + "\n" for job in jobs)
+        stdin.close()
     except BrokenPipeError:
         pass  # it has ended, which is seen where it is read

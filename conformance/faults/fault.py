@@ -49,7 +49,8 @@ class Fault:
             dies of it).
         tests: the suite's files, each with an optional `::PART_OF_A_NAME`, in the order in which they are run.
         variants: of the subject, which are run.
-        needs: of the machine, from MACHINE_NEEDS.
+        needs: of the machine, from MACHINE_NEEDS; and features of a case without which the fault cannot show, as
+            `name=value` or `name=value|value` by the fields of its spec: a search runs no others.
         threads: public issue threads that report this fault: URLs, or ids of `public.toml`.
         note: what else a reader should know.
         added: what the suite gained to kill it, where it survived when it was first planted.
@@ -108,9 +109,21 @@ class Fault:
                 raise CatalogueError(f"{self.id}: {edit_place(name, error)} is no Python once edited") from error
         return texts
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What it needs of a case."""
+        return tuple(need for need in self.needs if "=" in need)
+
+    def may_show(self, spec: Any) -> bool:
+        """Whether a case has the features that the fault needs; a spec of a kind without such a field has."""
+        for name, _, values in (feature.partition("=") for feature in self.features):
+            if hasattr(spec, name) and str(getattr(spec, name)) not in values.split("|"):
+                return False
+        return True
+
     def digest(self) -> str:
         """Of the edits and of what judges them: a result stands for as long as this does."""
-        parts = (self.edits, self.expect, self.tests, self.variants, self.subject, self.package)
+        parts = (self.edits, self.expect, self.tests, self.variants, self.needs, self.subject, self.package)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -185,8 +198,8 @@ def _fault(path: Path, row: dict[str, Any]) -> Fault:
             raise CatalogueError(f"{where}: expected a list of strings for {key}, got {row[key]!r}")
     if not row.get("equivalent") and not (row.get("expect") and row.get("tests")):
         raise CatalogueError(f"{where}: expected `tests` and `expect`, in the file's head or with the fault")
-    if unknown := set(row.get("needs", [])) - set(MACHINE_NEEDS):
-        raise CatalogueError(f"{where}: expected needs from {list(MACHINE_NEEDS)}, got {sorted(unknown)}")
+    if unknown := [need for need in row.get("needs", []) if need not in MACHINE_NEEDS and "=" not in need]:
+        raise CatalogueError(f"{where}: expected needs from {list(MACHINE_NEEDS)} or feature=value, got {unknown}")
     edits = [row, *row.get("also", [])]
     try:
         edits = tuple(Edit(edit["file"], edit["old"], edit["new"]) for edit in edits)

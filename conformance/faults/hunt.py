@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -27,6 +27,8 @@ from .units import Unit, units_of
 
 # A violation of something else than expected may come first; the hunt goes on for so many cases more.
 PATIENCE = 60
+# Where a fault needs features of a case, others are drawn and not run, so that more must be drawn.
+DRAWN_FOR_ONE = 4
 
 
 class _Killed(BaseException):
@@ -40,14 +42,26 @@ class _Hunter:
         self.fault, self.orders, self._say = fault, orders, say
         self.outcome = Outcome(fault.id, fault.area)
         self.unit = ""
+        self.explores = False
         self._left = PATIENCE
+
+    @contextmanager
+    def exploring(self) -> Iterator[None]:
+        """Inside, a test draws cases, and one of them alone can be run again."""
+        self.explores = True
+        try:
+            yield
+        finally:
+            self.explores = False
 
     def begins(self, spec: Spec | None) -> None:
         """A case is about to run: whoever waits for this process learns of it, should it die."""
         self._say(self.unit, None if spec is None else repr(spec))
 
     def judged(self, verdicts: Sequence[Verdict], spec: Spec | None) -> None:
-        """A case has been judged."""
+        """A case has been judged; one without verdicts was none."""
+        if not verdicts:
+            return
         self.outcome.cases += 1
         violated = [verdict for verdict in verdicts if not verdict.holds]
         if self.orders.everything:
@@ -73,7 +87,8 @@ class _Hunter:
         if not self.outcome.killed or (wanted and not self.outcome.expected):
             self.outcome.killed, self.outcome.expected = True, bool(wanted)
             self.outcome.by = [*wanted, *(id for id in ids if id not in wanted)]
-            self.outcome.witness = Witness(self.unit, None if spec is None else repr(spec))
+            # A test that draws no cases is the case itself.
+            self.outcome.witness = Witness(self.unit, repr(spec) if self.explores and spec is not None else None)
             self.outcome.detail = detail[:400]
         if not self.orders.everything:
             if wanted:
@@ -114,6 +129,8 @@ class _HuntersSession(Session):
 
     def explore(self, strategy: Any, judge: Callable[[Any], list[Verdict]], **how: Any) -> None:
         def guarded(spec: Any) -> list[Verdict]:
+            if not self._hunter.fault.may_show(spec):
+                return []
             self._hunter.begins(spec)
             try:
                 return judge(spec)
@@ -123,7 +140,16 @@ class _HuntersSession(Session):
                 self._hunter.raised(error, spec)
                 return []
 
-        super().explore(strategy, guarded, **how)
+        if self._hunter.fault.features:
+            how["examples"] *= DRAWN_FOR_ONE
+        with self._hunter.exploring():
+            super().explore(strategy, guarded, **how)
+
+    def judged(self, verdicts: Sequence[Verdict], spec: Spec) -> None:
+        """A case of a test that draws its cases itself."""
+        with self._hunter.exploring():
+            self._hunter.begins(spec)
+            self._hunter.judged(verdicts, spec)
 
 
 def _select(fault: Fault, orders: Orders) -> None:
@@ -209,4 +235,3 @@ def silence() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    sys.stdout = sys.stderr = open(os.devnull, "w")

@@ -18,30 +18,48 @@ from types import CodeType, ModuleType
 
 from .fault import folder_of
 
+_Code = tuple[Path, CodeType]
+# By the module's name: the file, and its code; what every child loads is compiled once, before it is forked.
+_compiled: dict[str, _Code] = {}
 
-class _EditedLoader(importlib.machinery.SourceFileLoader):
-    """Loads a module from a text instead of its file, without a cache of its code."""
 
-    def __init__(self, name: str, path: str, text: str) -> None:
-        super().__init__(name, path)
-        self._text = text
+def compile_package(package: str) -> None:
+    """Compile every module of a package, without running any of it."""
+    folder = folder_of(package)
+    for path in sorted(folder.rglob("*.py")):
+        _compiled[_module_of(package, path.relative_to(folder))] = (path, _code(path, path.read_text()))
+
+
+def _module_of(package: str, path: Path) -> str:
+    return ".".join([package, *path.with_suffix("").parts]).removesuffix(".__init__")
+
+
+def _code(path: Path, text: str) -> CodeType:
+    return compile(text, str(path), "exec", dont_inherit=True)
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a module from code that is there already."""
+
+    def __init__(self, name: str, code: _Code) -> None:
+        super().__init__(name, str(code[0]))
+        self._code = code[1]
 
     def get_code(self, fullname: str) -> CodeType:
-        return compile(self._text, self.path, "exec", dont_inherit=True)
-
-    def get_source(self, fullname: str) -> str:
-        return self._text
+        return self._code
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, loaders: Mapping[str, _EditedLoader]) -> None:
-        self._loaders = loaders
+    def __init__(self, codes: Mapping[str, _Code]) -> None:
+        self._codes = codes
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        loader = self._loaders.get(fullname)
-        return None if loader is None else importlib.util.spec_from_file_location(fullname, loader.path, loader=loader)
+        code = self._codes.get(fullname)
+        if code is None:
+            return None
+        return importlib.util.spec_from_file_location(fullname, code[0], loader=_Loader(fullname, code))
 
 
 def plant(package: str, texts: Mapping[str, str]) -> None:
@@ -53,11 +71,10 @@ def plant(package: str, texts: Mapping[str, str]) -> None:
     loaded = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
     if loaded:
         raise RuntimeError(f"expected a process that has not imported {package}, found {loaded[0]}")
-    folder, loaders = folder_of(package), {}
+    folder, codes = folder_of(package), dict(_compiled)
     for name, text in texts.items():
-        path = str(folder / name)
-        module = ".".join([package, *Path(name).with_suffix("").parts]).removesuffix(".__init__")
-        loaders[module] = _EditedLoader(module, path, text)
+        path = folder / name
+        codes[_module_of(package, Path(name))] = (path, _code(path, text))
         # Without a time the entry is never compared with the file.
-        linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
-    sys.meta_path.insert(0, _Finder(loaders))
+        linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
+    sys.meta_path.insert(0, _Finder(codes))

@@ -45,7 +45,7 @@ def _ask(session: Any, facet: Any, rules: Any, judge: Any, questions: list[Any])
         found = judge(question, answer)
         if index % RELATED == 0:
             found += rules.judge_relations(facet, question, answer)
-        session.ledger.settle([prop.verdict(not violation, violation) for prop, violation in found], question, "")
+        session.judged([prop.verdict(not violation, violation) for prop, violation in found], question)
 
 
 @pytest.mark.moegate_facets("oracle")

@@ -6,6 +6,7 @@ fault planted; one that dies on a signal, or is heard of no more, is seen by its
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -17,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .fault import folder_of
 from .hunt import hunt, silence
 from .job import Job, Outcome, Witness, job_of_line
+from .planting import compile_package
 
 
 @dataclass
@@ -149,11 +150,14 @@ def prepare(subject: str, device: str) -> None:
     import torch
 
     from ..coverage import rows
+    from ..properties.hygiene import poisoned_allocations
     from .questions import oracle_questions, order_questions
     from .units import preload
 
     preload()
     torch.set_num_threads(1)
+    with poisoned_allocations():  # its first use imports half of torch's compiler
+        pass
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         from .. import interpreter
 
@@ -187,9 +191,12 @@ def _capabilities(subject: str) -> Any:
 def main() -> None:
     """Read one line of settings, then jobs; write a line for each outcome."""
     settings = json.loads(sys.stdin.readline())
-    for package in settings["packages"]:
-        folder_of(package)
     prepare(settings["subject"], settings["device"])
+    for package in settings["packages"]:
+        compile_package(package)
+    # Children look for garbage among their own objects alone, and copy no page of these.
+    gc.collect()
+    gc.freeze()
     loaded = [name for name in sys.modules for p in settings["packages"] if name == p or name.startswith(f"{p}.")]
     if loaded:
         raise RuntimeError(f"expected a server that never imports what is judged, found {loaded[0]}")

@@ -96,6 +96,7 @@ class MoegateSubject(Subject):
     name = "moegate"
     variants = ("triton", "cpu")
     capabilities = Capabilities(
+        id_dtypes=("int32", "int64"),
         schemes=tuple(SCHEMES),
         batched_schemes=tuple(name for name, scheme in SCHEMES.items() if scheme.weight in (None, "fp8")),
         activations=tuple(ACTIVATIONS),
