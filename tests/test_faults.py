@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from moegate.conformance.catalogue import PROPERTIES
 from moegate.conformance.faults import fault as fault_module
 from moegate.conformance.faults.client import outcomes_of
+from moegate.conformance.faults.document import as_markdown
 from moegate.conformance.faults.fault import CatalogueError, Edit, Fault, load_catalogue
 from moegate.conformance.faults.job import Job, Orders, Outcome
 from moegate.conformance.faults.mutants import candidates, sample
@@ -313,3 +314,11 @@ def test_mutants_are_many_of_every_kind_and_have_names_of_their_own():
     assert len({mutant.id for mutant in every}) == len(every) > 3000
     kinds = {mutant.note.split(":")[0] for mutant in every}
     assert {"comparison", "constant", "mask", "operand", "operator", "statement deleted"} <= kinds
+
+
+# --- the document -------------------------------------------------------------------------------------------------
+
+
+def test_the_document_says_what_is_checked_in():
+    text = (Path(__file__).parent.parent / "docs" / "faults.md").read_text()
+    assert as_markdown() in text

@@ -12,8 +12,9 @@ from typing import IO
 
 from .job import Job, Outcome, job_as_line
 
-# A case under Triton's interpreter takes under a second; a kernel that is compiled for a GPU, some.
-SILENCE_S, LIMIT_S = 60.0, 300.0
+# A case under Triton's interpreter takes a second; on a GPU its kernels may have to be compiled first.
+SILENCE_S = {"cpu": 60.0, "cuda": 120.0}
+LIMIT_S = 300.0
 
 
 class HuntError(RuntimeError):
@@ -40,7 +41,7 @@ def outcomes_of(jobs: Sequence[Job], processes: int, *, limit_s: float = LIMIT_S
         "subject": jobs[0].fault.subject,
         "device": device,
         "processes": processes,
-        "silence_s": SILENCE_S,
+        "silence_s": SILENCE_S[device],
         "limit_s": limit_s,
     }
     server = subprocess.Popen(

@@ -29,6 +29,16 @@ from .units import Unit, units_of
 PATIENCE = 60
 # Where a fault needs features of a case, others are drawn and not run, so that more must be drawn.
 DRAWN_FOR_ONE = 4
+# Of a matrix: cases of each test, and the tests, but for those whose cases are many and say nothing of one fault.
+FEW = 3
+EVERYTHING = (
+    *(f"test_{name}.py" for name in ("route", "align", "quant", "experts", "large", "batched", "meta", "api")),
+    *("test_lora.py::row_has_its_own", "test_lora.py::every_kind", "test_lora.py::history", "test_lora.py::bad"),
+    *("test_shared.py::beside_the_routed", "test_shared.py::two_streams", "test_shared.py::two_callers"),
+    *("test_graph.py", "test_ep.py::simulated", "questions.py"),
+    *("test_configs.py::found_by_name", "test_configs.py::broken", "test_configs.py::values_are_checked"),
+    *("test_configs.py::shipped_file_is_reachable", "test_configs.py::no_tuned_file"),
+)
 
 
 class _Killed(BaseException):
@@ -126,10 +136,12 @@ class _HuntersSession(Session):
         super().__init__(load_subject(SELECTION.subject), device)
         self._hunter = hunter
         self.ledger = _HuntersLedger(hunter)
+        # Of an enumeration, which is fast: as many as a matrix asks.
+        self.most_questions = 1000 if hunter.orders.everything else None
 
     def explore(self, strategy: Any, judge: Callable[[Any], list[Verdict]], **how: Any) -> None:
         def guarded(spec: Any) -> list[Verdict]:
-            if not self._hunter.fault.may_show(spec):
+            if not (self._hunter.orders.everything or self._hunter.fault.may_show(spec)):
                 return []
             self._hunter.begins(spec)
             try:
@@ -140,7 +152,10 @@ class _HuntersSession(Session):
                 self._hunter.raised(error, spec)
                 return []
 
-        if self._hunter.fault.features:
+        if self._hunter.orders.everything:
+            how["pinned"] = tuple(how.get("pinned", ()))[:FEW]
+            how["examples"] = min(how["examples"], FEW / SELECTION.scale)
+        elif self._hunter.fault.features:
             how["examples"] *= DRAWN_FOR_ONE
         with self._hunter.exploring():
             super().explore(strategy, guarded, **how)
@@ -187,7 +202,7 @@ def hunt(fault: Fault, orders: Orders, say: Callable[[str, str | None], None]) -
             _run_witness(hunter, session)
             if orders.search and not (outcome.killed and outcome.expected):
                 outcome.cases = 0
-                for selector in fault.tests:
+                for selector in EVERYTHING if orders.everything else fault.tests:
                     for unit in units_of(selector, session, fault.variants):
                         _run(unit, hunter, session)
         except _Killed:

@@ -40,7 +40,7 @@ def order_questions() -> list[shared_order.SharedOrderSpec]:
 def _ask(session: Any, facet: Any, rules: Any, judge: Any, questions: list[Any]) -> None:
     if SELECTION.spec is not None:
         questions = [parse_spec(SELECTION.spec)]
-    for index, question in enumerate(questions):
+    for index, question in enumerate(questions[: session.most_questions]):
         answer = facet.ask(question)
         found = judge(question, answer)
         if index % RELATED == 0:

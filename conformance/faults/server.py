@@ -190,6 +190,8 @@ def _capabilities(subject: str) -> Any:
 
 def main() -> None:
     """Read one line of settings, then jobs; write a line for each outcome."""
+    import torch
+
     settings = json.loads(sys.stdin.readline())
     prepare(settings["subject"], settings["device"])
     for package in settings["packages"]:
@@ -197,6 +199,8 @@ def main() -> None:
     # Children look for garbage among their own objects alone, and copy no page of these.
     gc.collect()
     gc.freeze()
+    if torch.cuda.is_initialized():
+        raise RuntimeError("expected a server that never touches CUDA, which no child could use")
     loaded = [name for name in sys.modules for p in settings["packages"] if name == p or name.startswith(f"{p}.")]
     if loaded:
         raise RuntimeError(f"expected a server that never imports what is judged, found {loaded[0]}")
