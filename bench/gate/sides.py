@@ -284,6 +284,11 @@ def _carry_harness(name: str, tree: Path, head_tree: Path, cache: Path) -> Path:
     return site
 
 
+def own_site(sides: Sides) -> Path:
+    """A folder like that of `_carry_harness` with the base's own harness, to ask it for its workloads."""
+    return _carry_harness("base", sides.base.tree, sides.base.tree, sides.cache)
+
+
 def _relative(subject: str, root: Path) -> str:
     """FILE.py:CLASS with the file relative to the repository, so that both sides have their own.
 

@@ -32,11 +32,12 @@ class Rule:
     Attributes:
         threshold: the least change that counts, as a fraction of the base's time.
         strict: SAME is said only of changes below `threshold`; else of those below what can be seen here, if that is
-            more.
+            more, but never more than `most`.
         level: of false discoveries over the table.
         miss: the chance that a change of the threshold is called SAME.
         power: the share of runs in which a change of `can_see` is a discovery.
         looks: times that the table may be judged at most; each look spends its share of `level`.
+        most: where only larger changes can be seen, nothing is called SAME.
 
     Raises:
         ValueError: a number out of its range.
@@ -48,6 +49,7 @@ class Rule:
     miss: float = 0.05
     power: float = 0.8
     looks: int = 2
+    most: float = 0.1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.threshold) and 0 < self.threshold < 1):
@@ -231,7 +233,7 @@ def _judge_one(
 ) -> Judgement:
     half = fit.quantile(tail) * fit.error
     can_see = math.expm1(half + fit.quantile(1 - rule.power) * fit.error)
-    bound = rule.threshold if rule.strict else max(rule.threshold, can_see)
+    bound = rule.threshold if rule.strict else max(rule.threshold, min(can_see, rule.most))
     change = math.expm1(fit.mean)
     judgement = Judgement(
         verdict=Verdict.UNCLEAR,
