@@ -88,7 +88,7 @@ class Repository:
         )
         if done.returncode:
             raise BadSidesError(f"git {arguments[0]}: {done.stderr.strip()[-_MOST_OUTPUT:]}")
-        return done.stdout.strip()
+        return done.stdout.rstrip("\n")
 
     def commit_of(self, revision: str) -> str:
         """The full id of a revision's commit.
@@ -103,7 +103,8 @@ class Repository:
 
     def changed_files(self) -> list[str]:
         """Tracked files that differ from the commit, and untracked ones that git does not ignore."""
-        return [line[3:] for line in self.git("status", "--porcelain", "--untracked-files=normal").splitlines()]
+        entries = self.git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=normal").split("\0")
+        return [entry[3:] for entry in entries if entry]
 
     def commit_time(self, commit: str) -> str:
         """ISO 8601, with its offset."""
