@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..workloads import Workload
 from .process import ProcessError, SideProcess
 from .sides import Side, Sides
+from .sm_clock import other_use
 from .store import Store
 from .worker import workload_as_data
 
@@ -101,6 +104,8 @@ class Measuring:
 
     def other_use(self) -> str:
         """What uses the device before we do; empty where nothing does or nobody says."""
+        if self._device == "cpu":
+            return other_use(torch.device("cpu"))
         with self._start(self._sides.head) as process:
             return str(process.ask("busy", limit=_HELLO_SECONDS)["busy"])
 

@@ -101,7 +101,7 @@ class SideProcess:
         while b"\n" not in self._buffer:
             left = ends - time.monotonic()
             if left <= 0:
-                self.close()
+                self.kill()
                 raise ProcessError(f"the {self.side}'s process did not answer within {limit:g} s{self._said()}")
             for key, _ in self._selector.select(left):
                 self._read(key.fd)

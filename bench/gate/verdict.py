@@ -223,13 +223,13 @@ def judge(table: Mapping[str, Evidence], rules: Mapping[str, Rule] | Rule) -> di
     discoveries = max(1, int((adjusted <= level).sum()))
     tail = level * discoveries / len(table) / 2
     return {
-        name: _judge_one(table[name], fit, rules[name], prior, tail, float(each), is_discovery=bool(each <= level))
+        name: _judge_one(table[name], fit, rules[name], tail, float(each), is_discovery=bool(each <= level))
         for (name, fit), each in zip(fits.items(), adjusted, strict=True)
     }
 
 
 def _judge_one(
-    evidence: Evidence, fit: _Fit, rule: Rule, prior: Prior, tail: float, adjusted: float, *, is_discovery: bool
+    evidence: Evidence, fit: _Fit, rule: Rule, tail: float, adjusted: float, *, is_discovery: bool
 ) -> Judgement:
     half = fit.quantile(tail) * fit.error
     can_see = math.expm1(half + fit.quantile(1 - rule.power) * fit.error)
@@ -248,7 +248,7 @@ def _judge_one(
         why="",
     )
     if is_discovery and abs(fit.mean) >= math.log1p(rule.threshold):
-        return _flagged(judgement, evidence, fit, rule, prior)
+        return _flagged(judgement, evidence, fit, rule)
     margin = fit.quantile(rule.miss) * fit.error
     if abs(fit.mean) + margin < math.log1p(bound):
         why = f"less than {bound:.1%}" + (f", though {_words(change)}" if is_discovery else "")
@@ -258,7 +258,7 @@ def _judge_one(
     )
 
 
-def _flagged(judgement: Judgement, evidence: Evidence, fit: _Fit, rule: Rule, prior: Prior) -> Judgement:
+def _flagged(judgement: Judgement, evidence: Evidence, fit: _Fit, rule: Rule) -> Judgement:
     """A change that the whole evidence shows: it counts if fresh pairs alone, and the clocks, agree."""
     direction = math.copysign(1.0, fit.mean)
     words = _words(judgement.change)
@@ -270,7 +270,9 @@ def _flagged(judgement: Judgement, evidence: Evidence, fit: _Fit, rule: Rule, pr
             return replace(judgement, why=why)
     if not evidence.fresh:
         return replace(judgement, suspect=True, why=f"{words}; to be measured again before it counts")
-    again = _fit(evidence.fresh, prior)
+    # The spread is that of all pairs, since the fresh ones are few; their mean is theirs alone.
+    error = fit.error * math.sqrt(len(evidence.effects) / len(evidence.fresh))
+    again = _Fit(statistics.fmean(evidence.fresh), error, fit.dof)
     agrees = direction * again.mean >= math.log1p(rule.threshold) / 2
     if not (agrees and again.p_value / 2 <= rule.miss):
         why = f"{words} at first, and {_words(math.expm1(again.mean))} when measured again"
