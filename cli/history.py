@@ -67,7 +67,7 @@ def add(
     from moegate.bench.history.store import Store
 
     console = wide_console(stderr=json_file == "-")
-    target = Store(_folder(store))
+    target = Store(history_folder(store))
     stored, refused = [], False
     for file in files:
         try:
@@ -256,7 +256,7 @@ def rebuild(
     from moegate.bench.history.store import Store
 
     console = wide_console(stderr=json_file == "-")
-    folder = _folder(store)
+    folder = history_folder(store)
     default_path(Store(folder)).unlink(missing_ok=True)
     started = time.monotonic()
     with _open(console, store) as history:
@@ -291,7 +291,8 @@ def _add(target: Any, file: Path, exit_code: int | None, repository: Path) -> tu
     return target.add(document(data, exit_code=exit_code, origin=origin(), commit=commit, time=written))
 
 
-def _folder(store: Path | None) -> Path:
+def history_folder(store: Path | None) -> Path:
+    """The history's folder: as asked for, else the environment's, else below this folder."""
     return store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
 
 
@@ -299,7 +300,7 @@ def _open(console: Console, store: Path | None) -> History:
     """The history, after what was set aside has been named."""
     from moegate.bench.history.queries import History
 
-    folder = _folder(store)
+    folder = history_folder(store)
     try:
         history = History(folder)
     except FileNotFoundError:

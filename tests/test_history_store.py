@@ -1,15 +1,17 @@
 """The history's files: whole, never changed, written by many; what is damaged or foreign is named."""
 
 import copy
+import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import time
 
 import pytest
-from history_runs import H200, benchmark_json, commit_id, record, stored
+from history_runs import H200, benchmark_json, commit_id, moment, record, stored
 from typer.testing import CliRunner
 
 from moegate import exit_codes
@@ -263,27 +265,39 @@ def test_what_moegate_bench_wrote_is_stored_with_its_failures_and_commit(store, 
         assert {series.key.subject for series in history.series(promoted=False)} == {"moegate", "theirs"}
 
 
+def store_many(store, count):
+    """As many runs on two GPU models, one in fifty promoted, written by copying two: 20 times as fast as `add`."""
+    files = []
+    for device in (H200, "NVIDIA H100"):
+        records = [record(40e-6, num_tokens=tokens, device=device) for tokens in (1, 64)]
+        _, path, _ = store.add(document(benchmark_json(*records, commit=0, time=0), exit_code=0, origin="test"))
+        files.append(path.read_text())
+        path.unlink()
+    for number in range(count):
+        content = files[number % 2].replace(commit_id(0), commit_id(number)).replace(moment(0), moment(number)).encode()
+        id = hashlib.sha256(content).hexdigest()[:12]
+        (path.parent / f"20260101T000000Z-{commit_id(number)[:8]}-{id}.json").write_bytes(content)
+        if number % 50 == 0:
+            store.promote(id, {"main": "refs/heads/main", "promoted_at": moment(number)})
+
+
 def test_ten_thousand_runs_are_queried_in_two_seconds(store, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # ten thousand waits for the disk are not what is timed
-    times = [
-        [record(40e-6, num_tokens=tokens, device=device) for tokens in (1, 64)] for device in (H200, "NVIDIA H100")
-    ]
-    for number in range(10_000):
-        stored(store, *times[number % 2], commit=number, time=number, promoted=number % 50 == 0)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # waits for the disk are not what is timed
+    store_many(store, 10_000)
     started = time.perf_counter()
     with history_of(store) as history:
         assert len(history.runs()) == 10_000
+        assert history.aside() == []
     print(f"\nindex of 10,000 runs made in {time.perf_counter() - started:.1f} s")
-    for arguments in (
-        ("list",),
-        ("compare", commit_id(9_998)[:8], commit_id(4_000)[:8]),
-        ("changes", "--device", "H200"),
-    ):
-        started = time.perf_counter()
+    queries = (("list",), ("compare", commit_id(9_998)[:8], commit_id(4_000)[:8]), ("changes", "--device", "H200"))
+    for arguments in queries:
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         command = [sys.executable, "-m", "moegate", "history", *arguments, "--store", str(store.folder), "--json", "-"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - started
-        print(f"moegate history {arguments[0]}: {seconds:.2f} s")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Other tests share the cores: what is bounded is the work, start of Python and imports included.
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(f"moegate history {arguments[0]}: {seconds:.2f} s of work, {time.perf_counter() - started:.2f} s in all")
         assert done.returncode == exit_codes.HOLDS, done.stderr
         assert seconds < 2
 
