@@ -84,6 +84,7 @@ class Tally:
     Attributes:
         cases: executions judged.
         violated: how many of them violated it, those of Hypothesis's shrinking included.
+        known: how many violated it as a known failure says.
         budget_used: the largest seen, where the property has one.
         finding: the newest violation's text: Hypothesis runs the minimal one last.
     """
@@ -92,17 +93,19 @@ class Tally:
     violated: int = 0
     budget_used: float | None = None
     finding: str = ""
+    known: int = 0
 
     def add(self, other: Tally) -> None:
         """Merge another worker's count."""
         self.cases += other.cases
         self.violated += other.violated
+        self.known += other.known
         used = [u for u in (self.budget_used, other.budget_used) if u is not None]
         self.budget_used = max(used) if used else None
         self.finding = other.finding or self.finding
 
 
-_COUNTERS = ("executions", "pairs", "skipped", "kernels", "facts")
+_COUNTERS = ("executions", "pairs", "skipped", "kernels", "facts", "known")
 
 
 @dataclass
@@ -116,6 +119,7 @@ class Ledger:
         skipped: why something was not judged, and how often.
         kernels: compiled variants that were loaded, `name hash`, and by how many processes.
         facts: whatever else the run counts (the time that compiling took, say).
+        known: by entry of the known failures, how many cases it met and how many of these failed.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -124,9 +128,24 @@ class Ledger:
     skipped: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     facts: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
 
-    def settle(self, verdicts: Sequence[Verdict], spec: Spec, replay: str) -> None:
-        """Count the verdicts of one execution, then raise the first that does not hold.
+    def settle(
+        self,
+        verdicts: Sequence[Verdict],
+        spec: Spec,
+        replay: str,
+        cause: BaseException | None = None,
+        tolerated: Callable[[str], str | None] = lambda id: None,
+    ) -> None:
+        """Count the verdicts of one execution, then raise the first that does not hold and is not tolerated.
+
+        Args:
+            verdicts: of one execution.
+            spec: of its case.
+            replay: the command that runs it again.
+            cause: what the finding is raised from.
+            tolerated: the key of the known failure by which a property, by its id, may be violated on this case.
 
         Raises:
             Finding: the property's own class, with its id, its sentence, the detail, the spec and how to replay it.
@@ -134,13 +153,19 @@ class Ledger:
         findings = []
         for verdict in verdicts:
             prop, text = verdict.property, ""
-            if not verdict.holds:
+            known = tolerated(prop.id)
+            if known is not None:
+                self.known.update({f"{known} met": 1, f"{known} failed": int(not verdict.holds)})
+            is_violated = not verdict.holds and known is None
+            if is_violated:
                 text = f"{prop.id}: {prop.sentence}\n  {verdict.detail}\n  spec:   {spec!r}\n  replay: {replay}"
                 findings.append(_finding_classes[prop.id](text))
-            one = Tally(1, not verdict.holds, verdict.budget_used, text)
+            is_known = not verdict.holds and known is not None
+            used = None if is_known else verdict.budget_used  # a known failure spoils no maximum
+            one = Tally(1, int(is_violated), used, text, int(is_known))
             self.tallies.setdefault(prop.id, Tally()).add(one)
         if findings:
-            raise findings[0]
+            raise findings[0] from cause
 
     def ran(self, variant: str, spec: Spec, executions: int = 1) -> None:
         """Count executions of the subject and the spec's feature pairs."""

@@ -14,7 +14,7 @@ SCHEMA = 1
 
 
 def _verdict(tally: Tally) -> str:
-    return "violated" if tally.violated else "holds"
+    return "violated" if tally.violated else "known" if tally.known else "holds"
 
 
 def _pairs(ledger: Ledger) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
             "sentence": PROPERTIES[id].sentence,
             "cases": tally.cases,
             "violated": tally.violated,
+            "known": tally.known,
             "budget_used": tally.budget_used,
             "verdict": _verdict(tally),
             "finding": tally.finding,
