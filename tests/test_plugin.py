@@ -90,6 +90,10 @@ RUNS = {
     ),
     "all skipped": (*SUITE, "--moegate-subject", "mine.py:Mine", "-k", "test_align or test_api"),
     "unjudged": (*SUITE, "--moegate-subject", "mine.py:Forgotten", "--ignore-glob", "/*/test_[aemo]*.py"),
+    "transformers": (*SUITE, "--moegate-subject", "transformers", "--moegate-scale", "0.05", "-k", "not api"),
+    "deepseek_v3": (*SUITE, "--moegate-subject", "transformers:deepseek_v3", "--moegate-scale", "0.2", "-k", "route"),
+    "gpt_oss": (*SUITE, "--moegate-subject", "transformers:gpt_oss", "--moegate-scale", "0.05", "-k", "meta or stay"),
+    "not installed": (*SUITE, "--moegate-subject", "sglang"),
     "no such file": (*SUITE, "--moegate-subject", "yours.py:Mine", "-n", "1"),
 }
 TRIVIAL = """
@@ -225,6 +229,25 @@ def test_a_subject_that_is_not_there_is_a_usage_error_by_name_even_from_a_worker
     run = runs["no such file"]
     assert run.code == pytest.ExitCode.USAGE_ERROR, run.text
     assert "ERROR: moegate: subject: expected a file, got 'yours.py'" in run.text
+    assert "Traceback" not in run.text
+
+
+@pytest.mark.parametrize("model", ["transformers", "deepseek_v3", "gpt_oss"])
+def test_the_blocks_of_transformers_hold(runs, model):
+    run = runs[model]
+    assert run.code == 0, run.text
+    family = "ROUTE-06" if model == "deepseek_v3" else "NUM-01"
+    assert re.search(rf"{family} +\d+ cases .* holds", run.text)
+
+
+def test_what_is_known_of_a_subject_is_shown_and_does_not_fail_the_run(runs):
+    assert re.search(r"ROUTE-05 +\d+ cases .* known ", runs["transformers"].text), runs["transformers"].text
+
+
+def test_a_subject_that_is_not_installed_ends_the_run_with_3_and_the_way_to_install_it(runs):
+    run = runs["not installed"]
+    assert run.code == 3, run.text
+    assert "sglang is not installed here: pip install 'sglang[all]'" in run.text
     assert "Traceback" not in run.text
 
 

@@ -15,6 +15,7 @@ from ..arena import Arena
 from ..budget import Budget
 from ..calibration import limits
 from ..cases import ExpertsCase
+from ..evidence import evidence_of
 from ..judge import Property, Verdict, declare
 from ..numerics import Numerics
 from ..spec import SCHEMES, ExpertsSpec
@@ -101,13 +102,8 @@ def agree(
     allowed = times * (limits(budget.is_quantized).elementwise * 2**0.5 * budget.sigma + 2 * budget.last)
     error = (got.double() - expected.double()).abs().nan_to_num(torch.inf)
     used = torch.where(error == 0, 0.0, error / allowed)
-    token, column = divmod(int(used.argmax()), got.shape[1])
-    return prop.verdict(
-        (used <= 1).all(),
-        f"token {token}, column {column}: {float(got[token, column]):.6g} against "
-        f"{float(expected[token, column]):.6g}, difference over budget {float(used.max()):.3g}",
-        budget_used=float(used.max()),
-    )
+    evidence = evidence_of(got, expected, used)
+    return prop.verdict((used <= 1).all(), evidence.text(), budget_used=float(used.max()), evidence=evidence)
 
 
 def _permuted(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
