@@ -30,7 +30,7 @@ def pinned(device, capabilities, low_latency, dtype):
     many = replace(base, M=4, E=40, top_k=32)
     return (
         *((wide, many) if dtype == "bfloat16" else ()),
-        replace(base, M=3),  # a few pairs over the threshold of naive blocks
+        replace(base, M=base.E // (4 * base.top_k) + 1),  # just over the threshold of naive blocks
         replace(base, M=0, E=8, top_k=2),
         replace(base, expert_map="linear"),
         replace(base, M=17, E=5, top_k=3, expert_map="owns_nothing"),

@@ -42,8 +42,8 @@ def test_the_last_tokens_of_a_large_batch_are_within_budget(moegate_session, moe
     if session.device not in MANY_ROWS.devices:
         pytest.skip("rows of more than 2^31 elements need a GPU's memory and speed")
     spec = ExpertsSpec(M=20_480, H=64, I=8192, E=8, top_k=8)
-    case = build_experts(spec, session.device)
+    case = session.prepared(build_experts(spec, session.device), variant)
     with untouched_memory():
         output = subject.experts(case, variant)
     session.ledger.ran(variant, spec)
-    session.ledger.settle(judge_last_tokens(case, output, subject.numerics), spec, session.replay(spec))
+    session.settle(judge_last_tokens(case, output, subject.numerics), spec, variant=variant)

@@ -22,7 +22,7 @@ from ..session import Session
 
 # In the suite's folder; `oracle` and `order` ask the same rules as their tests do, one question after the other.
 MODULES = (
-    *("route", "align", "experts", "large", "batched", "meta", "quant"),
+    *("route", "align", "experts", "large", "subject", "batched", "meta", "quant"),
     *("lora", "shared", "graph", "ep", "configs", "oracle", "api"),
 )
 OWN = {"questions.py": "moegate.conformance.faults.questions"}
