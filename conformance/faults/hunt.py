@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import UnsatisfiedAssumption
 
 from ..judge import Finding, Ledger, Verdict
+from ..loading import load_subject
 from ..properties.subject import RETURNS
 from ..selection import SELECTION
 from ..session import Session
 from ..spec import Spec
-from ..subject import load_subject
 from .fault import Fault
 from .job import Orders, Outcome, Witness
 from .planting import plant

@@ -175,7 +175,7 @@ def _capabilities(subject: str) -> Any:
     pid = os.fork()
     if pid == 0:
         try:
-            from ..subject import load_subject
+            from ..loading import load_subject
 
             silence()
             os.write(writing, pickle.dumps(load_subject(subject).capabilities))
