@@ -13,7 +13,7 @@ from moegate.bench.gate.measuring import Plan
 from moegate.bench.gate.process import SideProcess
 from moegate.bench.gate.record import GateRecord, State, Verdict
 from moegate.bench.gate.run import Request, Thresholds, run_gate
-from moegate.bench.gate.self_test import run_self_test
+from moegate.bench.gate.selftest import run_self_test
 from moegate.bench.gate.sides import SideError, trees_as_sides
 from moegate.bench.gate.trial import Rate, run_trial
 from moegate.bench.workloads import SMALL_MODELS, Workload
@@ -153,7 +153,7 @@ def test_a_process_that_hangs_is_ended(run, monkeypatch):
 
 def test_a_side_that_does_not_start_is_said_so(run, monkeypatch):
     monkeypatch.setattr(measuring, "SideProcess", partial(SideProcess, module="no_such_module"))
-    with pytest.raises(SideError, match=r"(?s)the head's process ended with code 1.*No module named no_such_module"):
+    with pytest.raises(SideError, match=r"(?s)the (base|head)'s process ended with code 1.*No module named no_such_module"):
         run()
 
 
