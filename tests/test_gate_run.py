@@ -153,7 +153,7 @@ def test_a_process_that_hangs_is_ended(run, monkeypatch):
 
 def test_a_side_that_does_not_start_is_said_so(run, monkeypatch):
     monkeypatch.setattr(measuring, "SideProcess", partial(SideProcess, module="no_such_module"))
-    with pytest.raises(SideError, match=r"(?s)the (base|head)'s process ended with code 1.*No module named no_such_module"):
+    with pytest.raises(SideError, match=r"(?s)process ended with code 1.*No module named no_such_module"):
         run()
 
 
