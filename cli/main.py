@@ -35,7 +35,7 @@ def main(
 
 def _mount() -> None:
     # Each command is a file of its own; none of them imports torch before it runs.
-    from moegate import bench_command, check, doctor, explain, gate, tune
+    from moegate import bench_command, check, doctor, explain, gate, history, report, tune
 
     app.command("check")(check.check)
     app.command("explain")(explain.explain)
@@ -45,6 +45,8 @@ def _mount() -> None:
     app.command("gate")(gate.gate)
     app.command("doctor")(doctor.doctor)
     app.command("tune")(tune.tune)
+    app.add_typer(history.app, name="history")
+    app.command("report")(report.report)
 
 
 _mount()
