@@ -91,17 +91,16 @@ def selected_workloads(config: pytest.Config) -> list[Workload]:
     """
     from .selection import choose_device, select_workloads
 
-    option = config.getoption
     try:
-        return select_workloads(
-            choose_device(option("moegate_bench_device")),
-            models=option("moegate_bench_models"),
-            tokens=option("moegate_bench_tokens"),
-            routings=option("moegate_bench_routing"),
-            dtype=option("moegate_bench_dtype"),
-        )
+        return select_workloads(choose_device(config.getoption("moegate_bench_device")), **selection_words(config))
     except ValueError as error:
         raise pytest.UsageError(f"--moegate-bench: {error}") from error
+
+
+def selection_words(config: pytest.Config) -> dict[str, Any]:
+    """What the options say of workloads, as `select_workloads` takes it."""
+    names = {"models": "models", "tokens": "tokens", "routings": "routing", "dtype": "dtype"}
+    return {word: config.getoption(f"moegate_bench_{name}") for word, name in names.items()}
 
 
 def layer_bench_of(config: pytest.Config) -> LayerBench:

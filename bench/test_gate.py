@@ -12,7 +12,7 @@ from moegate.bench.gate.measuring import Plan
 from moegate.bench.gate.record import GateRecord, State, Verdict, write_json
 from moegate.bench.gate.run import Request, run_gate
 from moegate.bench.gate.sides import BadSidesError, SideError, choose_sides
-from moegate.bench.plugin import DONE, selected_workloads
+from moegate.bench.plugin import DONE, selected_workloads, selection_words
 from moegate.bench.selection import choose_device
 from moegate.bench.workloads import Workload
 
@@ -39,6 +39,7 @@ def record(pytestconfig: pytest.Config) -> Iterator[GateRecord]:
                 selected_workloads(pytestconfig),
                 str(choose_device(option("moegate_bench_device"))),
                 Plan(minutes=option("moegate_gate_minutes")),
+                selection=selection_words(pytestconfig),
             )
             pytestconfig.stash[RECORD] = run_gate(sides, request)
         except (BadSidesError, SideError) as error:

@@ -96,12 +96,13 @@ def test_a_wrong_head_is_never_timed_and_fails(run, tmp_path):
     row = rows(record)[FIRST]
     assert (record.exit_code, row.state, row.verdict) == (1, State.WRONG, None)
     assert "the head is wrong: it used 7 of its error budget" in row.why
+    assert run(head={"check": {FIRST: {"holds": False, "budget_used": 7.0}}}, accept=("*",)).exit_code == 1
     assert f"prepare {FIRST}" not in (tmp_path / "head" / "calls.log").read_text()
 
 
 def test_a_wrong_base_leaves_the_question_open(run):
     record = run(base={"check": {FIRST: {"holds": False, "budget_used": 7.0}}})
-    assert record.exit_code == 2
+    assert (record.exit_code, rows(record)[FIRST].state) == (2, State.BASE_WRONG)
     assert "the base is wrong" in record.why[0]
 
 
