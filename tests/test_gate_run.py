@@ -127,14 +127,17 @@ def test_launches_that_changed_stand_beside_times_and_fail_without_a_clock(run):
     assert run(base, head, clock=False, accept=("assignment", "launch*")).exit_code == 0
 
 
-def test_spills_are_a_finding_and_registers_are_not(run):
+def test_spills_are_a_finding_and_registers_where_fewer_blocks_fit(run):
     base = {"check": {FIRST: {"kernels": {"gemm 1": {"registers": 90, "spilled": 0}}}}}
     spills = {"check": {FIRST: {"kernels": {"gemm 1": {"registers": 255, "spilled": 64}}}}}
     record = run(base, spills, clock=False)
     assert record.exit_code == 1
     assert "spills changed on" in record.why[0]
-    grown = {"check": {FIRST: {"kernels": {"gemm 1": {"registers": 120, "spilled": 0}}}}}
-    assert run(base, grown, clock=False).exit_code == 0
+    for registers, exit_code in ((92, 0), (120, 1)):
+        grown = {"check": {FIRST: {"kernels": {"gemm 1": {"registers": registers, "spilled": 0}}}}}
+        record = run(base, grown, clock=False)
+        assert record.exit_code == exit_code
+        assert [change.what for change in rows(record)[FIRST].changes] == ["registers"]
 
 
 @pytest.mark.parametrize(("how", "words"), [("die", "died of SIGSEGV"), ("fail", f"no {FIRST} here")])
