@@ -8,9 +8,11 @@ import sys
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from moegate.bench import plugin
 from moegate.bench.comparison_gate import unlike_machine
 from moegate.bench.gate.guards import Described
 from moegate.bench.gate.snapshot import differences, stored, write
@@ -19,11 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("bench/test_moe_layer.py", "--moegate-bench-models", "mixtral-8x7b/64", "--moegate-bench-dtype", "int4-g32")
 COMPARE = ("--benchmark-autosave", "--benchmark-compare")
 RUNS = {
-    "removed": ("--moegate-bench-tokens", "1", *COMPARE, "--benchmark-compare-fail=median:1000000%"),
-    "slower": ("--moegate-bench-tokens", "1,4", *COMPARE, "--benchmark-compare-fail=median:50%"),
+    "worse": ("--moegate-bench-tokens", "1", *COMPARE, "--benchmark-compare-fail=median:50%"),
     "as fast": ("--moegate-bench-tokens", "1,4", *COMPARE, "--benchmark-compare-fail=median:1000000%"),
     "another machine": ("--moegate-bench-tokens", "1,4", *COMPARE),
-    "xdist": ("--moegate-bench-tokens", "1", "-n", "1", "--benchmark-enable", "--benchmark-disable"),
     "guards": ("--override-ini=addopts=",),
 }
 
@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
         own = folder / name.replace(" ", "-")
         shutil.copytree(storage, own)
         data = json.loads(baseline.read_text())
-        if name == "slower":
+        if name == "worse":
             for benchmark in data["benchmarks"]:
                 benchmark["stats"]["median"] /= 1e4
         if name == "another machine":
@@ -72,32 +72,23 @@ def runs(tmp_path_factory):
         return dict(zip(RUNS, pool.map(start, RUNS), strict=True))
 
 
-def test_a_removed_benchmark_fails_and_is_named_in_junit(runs):
-    code, output, _, failures = runs["removed"]
+def test_a_removed_benchmark_and_a_slower_one_fail_with_a_summary_and_in_junit(runs):
+    code, output, _, failures = runs["worse"]
     assert code == 1, output
     assert "it is in the baseline 0001_" in output
-    assert "1 failed, 1 passed" in output
-    assert len(failures) == 1
-    assert "-M4-" in failures[0]
-
-
-def test_a_regression_fails_with_a_summary_and_in_junit(runs):
-    code, output, _, failures = runs["slower"]
-    assert code == 1, output
-    assert "2 failed, 2 passed" in output
+    assert "2 failed, 1 passed" in output
     assert "Traceback" not in output
-    assert len(failures) == 2
+    assert sorted("-M4-" in failure for failure in failures) == [False, True]
 
 
 def test_a_failed_run_is_stored_where_no_later_run_finds_it(runs):
-    for name in ("removed", "slower"):
-        _, _, storage, _ = runs[name]
-        kept = sorted(storage.rglob("*.json"))
-        failed = [file for file in kept if file.parent.name.startswith("failed-")]
-        assert (len(kept), len(failed)) == (2, 1)
-        data = json.loads(failed[0].read_text())
-        assert data["moegate"]["failed"]
-        assert data["moegate"]["why"]
+    _, _, storage, _ = runs["worse"]
+    kept = sorted(storage.rglob("*.json"))
+    failed = [file for file in kept if file.parent.name.startswith("failed-")]
+    assert (len(kept), len(failed)) == (2, 1)
+    data = json.loads(failed[0].read_text())
+    assert data["moegate"]["failed"]
+    assert len(data["moegate"]["why"]) == 2
     code, output, storage, _ = runs["as fast"]
     assert code == 0, output
     assert not list(storage.glob("failed-*"))
@@ -110,10 +101,15 @@ def test_a_baseline_of_another_machine_is_a_usage_error(runs):
     assert "the baseline was measured on another machine: device 'NVIDIA H200', here 'cpu'" in output
 
 
-def test_benchmarks_that_were_disabled_and_enabled_are_no_run_under_xdist(runs):
-    code, output, _, _ = runs["xdist"]
-    assert code == 4, output
-    assert "benchmarks were collected under pytest-xdist" in output
+@pytest.mark.parametrize(("disabled", "enabled"), [(False, False), (False, True), (True, True)])
+def test_benchmarks_are_refused_under_xdist_unless_they_are_disabled_on_purpose(disabled, enabled):
+    options = {"benchmark_disable": disabled, "benchmark_enable": enabled}
+    config = SimpleNamespace(rootpath=ROOT, getoption=lambda name, default=None: options.get(name, default))
+    with pytest.raises(pytest.UsageError, match="benchmarks were collected under pytest-xdist"):
+        plugin.pytest_xdist_node_collection_finished(SimpleNamespace(config=config), ["bench/test_moe_layer.py::test"])
+    plugin.pytest_xdist_node_collection_finished(SimpleNamespace(config=config), ["tests/test_other.py::test"])
+    options |= {"benchmark_disable": True, "benchmark_enable": False}
+    plugin.pytest_xdist_node_collection_finished(SimpleNamespace(config=config), ["bench/test_moe_layer.py::test"])
 
 
 def test_what_is_guarded_without_a_clock_is_as_it_is_checked_in(runs):

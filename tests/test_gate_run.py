@@ -21,7 +21,7 @@ from moegate.bench.workloads import SMALL_MODELS, Workload
 MODELS = list(SMALL_MODELS)[:4]
 WORKLOADS = [Workload(SMALL_MODELS[name], 1, dtype="fp32", cache_state="warm") for name in MODELS]
 FIRST, SECOND = MODELS[:2]
-PLAN = Plan(pairs=4, again=3, rounds=4, minutes=5)
+PLAN = Plan(pairs=3, again=2, rounds=4, minutes=5)
 
 
 @pytest.fixture
@@ -202,8 +202,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch)
     assert record.exit_code == 0, record.why
     calls = (tmp_path / "head" / "calls.log").read_text().split("\n")
     assert not any(call.startswith("check") for call in calls)
-    # Of four pairs of four workloads one pair was damaged and another one half done.
-    assert sum(call.startswith("prepare") for call in calls) == 4 + 2 + 8
+    # Of three pairs of four workloads one pair was damaged and another one half done.
+    assert sum(call.startswith("prepare") for call in calls) == 4 + 2 + 4
     assert "2 measurements of an interrupted run were kept" in record.notes
     assert any("set aside" in note for note in record.notes)
     assert not list((tmp_path / "cache" / "runs").rglob("*.json"))
@@ -225,14 +225,14 @@ def test_a_self_test_finds_what_it_injects_and_nothing_else(run, tmp_path, monke
     (own / "behaviour.json").write_text(json.dumps({"noise": 0.001}))
     # The tree's own harness would be carried; the scripted one needs the real package.
     monkeypatch.setattr("moegate.bench.gate.sides._carry_harness", lambda *_: Path(__file__).parent)
-    plan = Plan(pairs=10, again=3, rounds=4, minutes=1)
+    plan = Plan(pairs=7, again=3, rounds=2, minutes=1)
     data = run_self_test(own, WORKLOADS, "cpu", plan, tmp_path / "cache", levels=(0.01, 0.03))
-    assert data["pairs"] == 10
-    trial = run_trial([json.loads(json.dumps(data))], tables=40, first=4, again=3)
+    assert data["pairs"] == 7
+    trial = run_trial([json.loads(json.dumps(data))], tables=30, first=4, again=3)
     assert trial.slower.count == 0
     assert trial.found["0.03"].count == trial.found["0.03"].of
     assert trial.reached["0.03"] == 0.03
-    with pytest.raises(ValueError, match="files: expected at least 14 pairs of processes, got 10"):
+    with pytest.raises(ValueError, match="files: expected at least 14 pairs of processes, got 7"):
         run_trial([data], tables=1, first=7, again=7)
     other = {**data, "machine": {"device": "another"}}
     with pytest.raises(ValueError, match="files: expected those of one GPU model, got another, fake"):
