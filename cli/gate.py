@@ -211,7 +211,7 @@ def _self_test(
 
     from moegate.bench.gate import trial
     from moegate.bench.gate.record import write_json
-    from moegate.bench.gate.self_test import run_self_test
+    from moegate.bench.gate.selftest import run_self_test
 
     try:
         fractions = [float(level) / 100 for level in levels.split(",") if level.strip()]

@@ -7,7 +7,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the operands are small, and xdist brings the processes
 
 # Their module fixtures start the processes, and each worker with a test of such a file would start them again.
-SHARED_RUNS = ("test_bench_suite.py", "test_cli.py", "test_packaging.py", "test_plugin.py", "test_report_browser.py")
+SHARED_RUNS = (
+    "test_bench_comparison.py",
+    "test_bench_suite.py",
+    "test_cli.py",
+    "test_packaging.py",
+    "test_plugin.py",
+    "test_report_browser.py",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
