@@ -82,7 +82,8 @@ def written(tmp_path_factory):
 @pytest.fixture
 def page(browser, written):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [STILL]})
-    browser.get_log("browser"), browser.get_log("performance")
+    for log in ("browser", "performance"):  # of the test before
+        browser.get_log(log)
     browser.get(written.as_uri())
     choose(browser, "model", "qwen3-30b-a3b")
     return browser
