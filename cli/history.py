@@ -51,7 +51,7 @@ def add(
     exit_code: Annotated[
         int | None,
         typer.Option(
-            help="How the run ended. pytest-benchmark's JSON is silent of failed tests: without this, no baseline."
+            help="How the run ended. Of files that do not say it themselves: without it, they are no baseline."
         ),
     ] = None,
     repository: Annotated[

@@ -281,6 +281,26 @@ def store_many(store, count):
             store.promote(id, {"main": "refs/heads/main", "promoted_at": moment(number)})
 
 
+@pytest.mark.parametrize(
+    ("said", "exit_code", "outcome"),
+    [
+        (None, None, "unknown"),
+        (None, 0, "passed"),
+        (None, 1, "failed"),
+        ({"failed": False, "why": []}, None, "passed"),
+        ({"failed": False, "why": []}, 3, "failed"),
+        ({"failed": True, "why": ["test_x: slower"]}, None, "failed"),
+        ({"failed": True, "why": ["test_x: slower"]}, 0, "failed"),  # a shell that lost the exit code
+    ],
+)
+def test_how_a_run_ended_is_what_it_says_itself_or_what_is_handed_in(store, said, exit_code, outcome):
+    data = benchmark_json(record(40e-6)) | ({} if said is None else {"moegate": said})
+    id, _, _ = store.add(document(data, exit_code=exit_code, origin="test"))
+    with history_of(store) as history:
+        run = history.find(id)
+        assert (run.outcome, run.failures) == (outcome, len((said or {"why": []})["why"]))
+
+
 def test_ten_thousand_runs_are_queried_in_two_seconds(store, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # waits for the disk are not what is timed
     store_many(store, 10_000)
