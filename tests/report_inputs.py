@@ -85,12 +85,22 @@ def check_report():
 
 
 def faults_report():
-    """The JSON of planted faults."""
+    """The JSON of planted faults: one of a matrix, one found by a hunt, one that survives, one not planted."""
+    kills = {"NUM-01": [4, 6], "NUM-03": [1, 6], "META-02": [0, 5]}
     return {
         "schema": 1,
-        "score": 0.5,
+        "score": 2 / 3,
         "faults": [
-            {"id": "gate-up-swapped", "area": "activation", "killed": True, "by": ["NUM-01", "NUM-03"], "cases": 4},
+            {
+                "id": "gate-up-swapped",
+                "area": "activation",
+                "killed": True,
+                "by": ["NUM-01"],
+                "cases": 4,
+                "kills": kills,
+            },
+            {"id": "tie-rule-lost", "area": "routing", "killed": True, "by": ["ROUTE-05"], "cases": 9},
             {"id": "scale-twice", "area": "quant", "killed": False, "by": None, "cases": 650},
         ],
+        "not_hunted": [{"id": "graph-stale", "area": "graph", "why": "there is no GPU here"}],
     }

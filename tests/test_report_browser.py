@@ -216,6 +216,12 @@ def test_verdicts_properties_and_faults_are_filtered(page):
     assert "assignment: naive -> aligned" in slower
     find(page, "[data-rows=check-1]").send_keys("violated")
     assert [row[:8] for row in rows(page, "check-1")] == ["ROUTE-03"]
+    seen = [
+        [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+        for row in page.find_elements(By.CSS_SELECTOR, "#faults-1 tfoot tr")
+    ]
+    assert seen == [["1", "1", "1"], ["0", "0", "1"]]  # NUM-01 and NUM-03 saw the same fault, META-02 none
+    assert "graph-stale was not planted: there is no GPU here" in find(page, "#faults-section").text
     find(page, "[data-rows=faults-1]").send_keys("survives quant")
     (survivor,) = rows(page, "faults-1")
     assert "scale-twice" in survivor

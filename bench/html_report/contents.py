@@ -35,7 +35,8 @@ class Contents:
         changes: every change point, newest first.
         gates: gates' records (`GateRecord.as_dict`), newest first.
         checks: conformance reports (`moegate check --json`).
-        faults: reports of planted faults (`moegate faults --json`), with `columns`: the properties that killed any.
+        faults: reports of planted faults (`moegate faults --json`), with `columns`, the properties that killed
+            any, and their `totals`: (kills, kills that no other property has).
         decisions: by layer and platform.
         aside: (file, reason) of what is in the store and not in the report.
     """
@@ -170,11 +171,17 @@ def _faults(report: Mapping[str, Any]) -> Mapping[str, Any]:
     rows = []
     for fault in _with(report, ("score", "faults"), "faults")["faults"]:
         row = dict(_with(fault, ("id", "area", "killed", "by", "cases"), "faults"))
-        by = row["by"]
-        row["by"] = [] if not by else [by] if isinstance(by, str) else [str(each) for each in by]
+        by = [row["by"]] if isinstance(row["by"], str) else list(row["by"] or [])
+        # A matrix says of every property in how many of its cases it saw the fault; a hunt stops at the first kill.
+        counts = row.get("kills") or {}
+        row["cells"] = {str(name): "" for name in by} | {
+            str(name): f"in {kills} of {cases} cases" for name, (kills, cases) in counts.items() if kills
+        }
         rows.append(row)
-    columns = sorted({each for row in rows for each in row["by"]})
-    return {**report, "faults": rows, "columns": columns}
+    columns = sorted({name for row in rows for name in row["cells"]})
+    seen = {name: [row for row in rows if name in row["cells"]] for name in columns}
+    totals = {name: (len(found), sum(len(row["cells"]) == 1 for row in found)) for name, found in seen.items()}
+    return {"not_hunted": [], **report, "faults": rows, "columns": columns, "totals": totals}
 
 
 def _with(data: Any, needed: Sequence[str], option: str) -> Mapping[str, Any]:
