@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from history_runs import H200, benchmark_json, commit_id, moment, record, stored
@@ -141,13 +142,14 @@ def test_damaged_and_foreign_files_are_named_and_the_rest_is_read(store):
         (lambda data: data["benchmarks"][0]["extra_info"]["verdict"].update(holds=False), "expected one that holds"),
         (lambda data: data["benchmarks"][0]["stats"].update(median=1.0), "its median is 1.0 in stats"),
         (lambda data: data.update({KEY: {}}), "it comes from a history already"),
+        (lambda data: data["machine_info"].update(load=float("nan")), "not JSON: Out of range float values"),
     ],
 )
 def test_what_is_no_run_is_refused_by_name(damage, named, tmp_path):
     data = benchmark_json(record(40e-6))
     damage(data)
     with pytest.raises(ForeignFileError, match=named.replace("(", ".")):
-        document(data, exit_code=0, origin="test")
+        Store(tmp_path / "history").add(document(data, exit_code=0, origin="test"))
     (tmp_path / "run.json").write_text(json.dumps(data))
     code, said, _ = cli("add", tmp_path / "run.json", "--store", tmp_path / "history")
     assert code == exit_codes.BAD_ARGUMENTS
@@ -156,13 +158,36 @@ def test_what_is_no_run_is_refused_by_name(damage, named, tmp_path):
 
 def test_the_index_is_made_anew_where_it_is_lost_or_broken(store):
     ids = {stored(store, record(40e-6), commit=number, time=number) for number in range(3)}
-    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"no database" * 500)):
+
+    def blot(path):
+        """The head stays, so that SQLite opens it."""
+        content = path.read_bytes()
+        path.write_bytes(content[:4096] + b"?" * (len(content) - 4096))
+
+    for damage in (Path.unlink, blot, lambda path: path.write_bytes(b"no database" * 500)):
         with history_of(store) as history:
             assert {run.id for run in history.runs()} == ids
         damage(default_path(store))
     with history_of(store) as history:
         assert {run.id for run in history.runs()} == ids
         assert "damaged" in history.index.rebuilt
+
+
+def test_a_file_that_cannot_be_read_now_is_named_and_tried_again(store, monkeypatch):
+    id = stored(store, record(40e-6), promoted=False)
+    read = Path.read_bytes
+
+    def fails(path):
+        if path.suffix == ".json":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with history_of(store) as history:
+        assert "Input/output error" in history.aside()[0].reason
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with history_of(store) as history:
+        assert ([run.id for run in history.runs()], history.aside()) == ([id], [])
 
 
 def test_a_file_that_goes_is_forgotten_and_one_that_comes_is_read(store):
