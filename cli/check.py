@@ -17,12 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moegate import exit_codes
+from moegate.conformance.report_formats import as_junit, as_markdown, known_lines, used_text
 from moegate.conformance.selection import PROFILES
 
 
 def check(
     subject: Annotated[
-        str, typer.Option(help="Implementation under test: moegate, torch, or FILE.py:CLASS.")
+        str,
+        typer.Option(
+            help="Implementation under test: moegate, torch, transformers, vllm, sglang, flashinfer, or FILE.py:CLASS; "
+            "each with :VARIANT for one of its variants."
+        ),
     ] = "moegate",
     device: Annotated[str, typer.Option(help="auto, cpu (Triton's interpreter) or cuda.")] = "auto",
     profile: Annotated[str, typer.Option(help="gate (the same cases everywhere), nightly or soak.")] = "gate",
@@ -34,9 +39,14 @@ def check(
     select: Annotated[
         str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")
     ] = None,
+    known: Annotated[
+        str | None, typer.Option(help="A file of known failures (TOML), beside those that ship with moegate.")
+    ] = None,
     json_file: Annotated[
         str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")
     ] = None,
+    junit: Annotated[str | None, typer.Option(help="Write the result as JUnit XML.")] = None,
+    markdown: Annotated[str | None, typer.Option(help="Write the result as Markdown, for a pull request.")] = None,
 ) -> None:
     """Judge a Mixture-of-Experts implementation by the properties of the suite.
 
@@ -63,6 +73,7 @@ def check(
         command += [f"--moegate-profile={profile}", f"--moegate-scale={scale}"]
         command += [f"--moegate-report={report_file}", f"--moegate-progress={progress_file}"]
         command += [f"--moegate-spec={spec}"] if spec else []
+        command += [f"--moegate-known={known}"] if known else []
         command += ["-k", select] if select else []
         command += ["-n", str(workers)] if workers > 1 else []
         environment = dict(os.environ)
@@ -87,6 +98,9 @@ def check(
         typer.echo(json.dumps(report, indent=2))
     elif json_file:
         Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
+    for path, text in ((junit, as_junit), (markdown, as_markdown)):
+        if path:
+            Path(path).write_text(text(report))
     _print(report, status, output, console)
     raise typer.Exit(_exit_code(report, status))
 
@@ -160,16 +174,18 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
     for name in ("property", "cases", "budget used", "verdict", "what must hold"):
         table.add_column(name, justify="right" if name in ("cases", "budget used") else "left", overflow="fold")
     for row in report["properties"]:
-        used = "-" if row["budget_used"] is None else f"{row['budget_used']:.2f}"
-        style = "red" if row["verdict"] == "violated" else None
+        used = used_text(row["budget_used"])
+        style = {"violated": "red", "known": "yellow"}.get(row["verdict"])
         table.add_row(row["id"], str(row["cases"]), used, row["verdict"], row["sentence"], style=style)
     for row in report["properties"]:
         if row["finding"]:
             console.print(row["finding"], markup=False, highlight=False, soft_wrap=True)
-    if status not in (0, 1) or (status == 1 and report["verdict"] == "holds" and not report["not_judged"]):
+    if status not in (0, 1) or (status == 1 and report["verdict"] == "holds"):
         # Something failed that is no finding: a test that could not run, a worker that died.
         console.print(output[-6000:], markup=False, highlight=False)
     console.print(table)
+    if report["last_run"]:
+        console.print(f"this adapter was last run with: {report['last_run']}", highlight=False)
     numerics = ", ".join(f"{name} {value}" for name, value in report["numerics"].items())
     console.print(f"numerics declared: {numerics}", highlight=False)
     variants = ", ".join(f"{count} {variant}" for variant, count in report["executions_by_variant"].items())
@@ -186,8 +202,11 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
         console.print(f"kernel variants: {sum(report['kernels'].values())} ({kernels})", highlight=False)
     for fact, count in report["facts"].items():
         console.print(f"{fact}: {count}", highlight=False)
-    for reason in report["not_judged"]:
-        console.print(f"not judged: {reason}", style="red", highlight=False)
+    for line in known_lines(report):
+        console.print(line, style="yellow", highlight=False)
+    for kind in ("not_judged", "stale"):
+        for reason in report[kind]:
+            console.print(f"{kind.replace('_', ' ')}: {reason}", style="red", highlight=False)
     style = "green" if _exit_code(report, status) == exit_codes.HOLDS else "red"
     console.print(f"verdict: {report['verdict']}", style=style)
 
