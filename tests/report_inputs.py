@@ -67,12 +67,17 @@ def gate_record(**changes):
 
 
 def check_report():
-    """A conformance report's JSON."""
-    rows = [("NUM-01", "every element is within its error budget", 4000, 0.41, "holds", None),
-            ("ROUTE-03", "a row's ids are distinct", 1200, None, "violated", f"ROUTE-03: {HOSTILE}")]  # fmt: skip
-    names = ("id", "sentence", "cases", "budget_used", "verdict", "finding")
+    """A conformance report's JSON: a property that holds, one that is violated, and a known failure."""
+    found = f"ROUTE-03: {HOSTILE}"
+    names = ("id", "sentence", "cases", "budget_used", "budget_used_median", "verdict", "finding", "replay")
+    rows = [
+        ("NUM-01", "every element is within its error budget", 4000, 0.41, 0.12, "holds", None, None),
+        ("NUM-02", "the RMS error of every row is within its budget", 4000, "inf", 0.1, "known", None, None),
+        ("ROUTE-03", "a row's ids are distinct", 1200, None, None, "violated", found, "moegate check --spec here"),
+    ]
+    known = {"issue": "https://example.org/1", "property": "NUM-02", "state": "tolerated", "cases": 3}
     return {
-        "schema": 1,
+        "schema": 2,
         "verdict": "violated",
         "subject": "mine",
         "device": "cuda",
@@ -81,6 +86,8 @@ def check_report():
         "properties": [dict(zip(names, row, strict=True)) for row in rows],
         "feature_pairs": {"declared": 100, "run": 90},
         "not_judged": [],
+        "stale": [],
+        "known_failures": [known],
     }
 
 

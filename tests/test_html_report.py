@@ -133,6 +133,15 @@ def test_nothing_to_show_is_said_and_bad_paths_are_refused(tmp_path):
     assert "half.json" in cli("--check", "half.json")[1]
 
 
+def test_conformance_shows_known_failures_infinite_budgets_and_how_to_replay():
+    page = text_of(render(gather(None, version="1", decisions={}, checks=[check_report()])))
+    (row,) = re.findall(r"NUM-02</th>.*?</tr>", page, flags=re.DOTALL)
+    assert "inf" in row
+    assert '<strong class="warn">known</strong>' in row
+    assert "known failure: NUM-02, https://example.org/1: tolerated, 3 cases" in page
+    assert "moegate check --spec here" in page
+
+
 def test_stored_gates_are_shown_once(tmp_path):
     Store(tmp_path / "history").add_gate(gate_record())
     (tmp_path / "gate.json").write_text(json.dumps(gate_record()))

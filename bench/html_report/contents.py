@@ -19,6 +19,9 @@ MOST_POINTS = 400
 MOST_GATES = 5
 
 
+_BUDGET = ("budget_used", "budget_used_median")
+
+
 class UnreadableError(ValueError):
     """A file handed to the report that is not what its option says."""
 
@@ -164,7 +167,14 @@ def _gate(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check(report: Mapping[str, Any]) -> Mapping[str, Any]:
     needed = ("verdict", "subject", "device", "profile", "executions", "properties", "feature_pairs", "not_judged")
-    return _with(report, needed, "check")
+    known = {"stale": [], "known_failures": [], **_with(report, needed, "check")}
+    rows = []
+    for row in known["properties"]:
+        row = _with(row, ("id", "sentence", "cases", "budget_used", "verdict", "finding"), "check")
+        # Infinity comes as a word, since JSON has none.
+        used, median = (None if row.get(name) is None else float(row[name]) for name in _BUDGET)
+        rows.append({"replay": None, **row, "budget_used": used, "budget_used_median": median})
+    return {**known, "properties": rows}
 
 
 def _faults(report: Mapping[str, Any]) -> Mapping[str, Any]:
