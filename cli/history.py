@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moegate.bench.history.queries import History
 
 SCHEMA = "moegate-history-answer/1"
+NEWEST = 1000
 VARIABLE = "MOEGATE_HISTORY"
 
 app = typer.Typer(
@@ -166,6 +167,9 @@ def changes(
     every: AllOption = False,
     min_change: Annotated[float, typer.Option(min=0, help="The least relative change that counts.")] = 0.01,
     max_p: Annotated[float, typer.Option(help="The largest p-value that counts.")] = 0.001,
+    newest: Annotated[
+        int, typer.Option("--newest", "-n", min=1, help="Search so many runs of each GPU model, the newest.")
+    ] = NEWEST,
     fail_recent: Annotated[
         int, typer.Option(min=0, help="Exit with 1 if a series got slower within its last N commits.")
     ] = 0,
@@ -183,7 +187,7 @@ def changes(
         _refuse("changes", f"--max-p: expected a number in (0, 1), got {max_p}")
     which = _filter(device, model, tokens, routing, dtype, subject)
     with _open(console, store) as history:
-        series = history.series(which, promoted=not every)
+        series = history.series(which, promoted=not every, newest=newest)
         long_enough = [one for one in series if is_searchable(one)]
         rows = [change.as_dict() for change in changes_of(long_enough, max_p=max_p, min_change=min_change)]
         _write(
@@ -194,8 +198,8 @@ def changes(
         console.print(changes_table(rows))
     kind = "clean run that passed" if every else "promoted run"
     console.print(
-        f"{len(rows)} change points in {len(long_enough)} of {len(series)} series over every {kind}; "
-        f"a series needs {2 * LEAST} commits"
+        f"{len(rows)} change points in {len(long_enough)} of {len(series)} series over every {kind} among the newest "
+        f"{newest} of each GPU model; a series needs {2 * LEAST} commits"
     )
     if not long_enough:
         raise typer.Exit(exit_codes.NOTHING_DONE)

@@ -89,6 +89,16 @@ def test_a_series_has_one_point_a_commit_in_the_order_of_commits(store):
         assert late in {run.id for run in history.runs(commit=commit_id(1))}
 
 
+def test_the_newest_runs_of_each_gpu_model_are_looked_at(store):
+    for number in range(8):
+        stored(store, record(40e-6), commit=number, time=number)
+    old = [stored(store, record(50e-6, device=H100), commit=number, time=number) for number in range(3)]
+    with History(store.folder) as history:
+        found = {series.key.device: series.points for series in history.series(newest=4)}
+    assert [point.commit for point in found[H200]] == [commit_id(number) for number in (4, 5, 6, 7)]
+    assert [point.run for point in found[H100]] == old  # not crowded out by the other's
+
+
 def test_two_runs_stand_side_by_side_and_what_only_one_has_is_named(store):
     stored(store, record(40e-6), record(50e-6, num_tokens=64), commit=1, time=1)
     stored(store, record(44e-6), record(50e-6, num_tokens=128), {**record(9e-6, num_tokens=64), "cache_state": "warm"},

@@ -14,8 +14,10 @@ from ..history.queries import History
 from ..history.store import GATE_SCHEMA
 from .decisions import Cell
 
+NEWEST = 1000
+"""Runs of each GPU model that are looked at, the newest."""
 MOST_POINTS = 400
-"""Commits of one series that are drawn, the newest; changes are searched over all."""
+"""Commits of one series that are drawn, the newest; changes are searched over all that are looked at."""
 MOST_GATES = 5
 
 
@@ -80,7 +82,7 @@ def gather(
     Raises:
         UnreadableError: one of the reports is none, by its option's name.
     """
-    series = [] if history is None else history.series(promoted=promoted)
+    series = [] if history is None else history.series(promoted=promoted, newest=NEWEST)
     changes = list(changes_of(one for one in series if is_searchable(one)))
     stored = [] if history is None else history.gates(MOST_GATES)
     every_gate = sorted((_gate(one) for one in (*gates, *stored)), key=lambda one: str(one["started"]), reverse=True)
