@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -185,6 +186,8 @@ def changes(
     console = wide_console(stderr=json_file == "-")
     if not 0 < max_p < 1:
         _refuse("changes", f"--max-p: expected a number in (0, 1), got {max_p}")
+    if find_spec("ruptures") is None:
+        _refuse("changes", "ruptures is not installed: pip install ruptures")
     which = _filter(device, model, tokens, routing, dtype, subject)
     with _open(console, store) as history:
         series = history.series(which, promoted=not every, newest=newest)

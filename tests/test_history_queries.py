@@ -9,6 +9,7 @@ import pytest
 from history_runs import H200, commit_id, noisy, record, stored
 from hypothesis import given
 from hypothesis import strategies as st
+from needed import need
 from typer.testing import CliRunner
 
 from moegate import exit_codes
@@ -18,6 +19,7 @@ from moegate.bench.history.queries import History
 from moegate.bench.history.store import Store
 from moegate.main import app
 
+need("ruptures")
 H100 = "NVIDIA H100 80GB HBM3"
 
 

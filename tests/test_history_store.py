@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from history_runs import H200, benchmark_json, commit_id, moment, record, stored
+from needed import need
 from typer.testing import CliRunner
 
 from moegate import exit_codes
@@ -334,6 +335,7 @@ def test_ten_thousand_runs_are_queried_in_two_seconds(store, monkeypatch):
         assert len(history.runs()) == 10_000
         assert history.aside() == []
     print(f"\nindex of 10,000 runs made in {time.perf_counter() - started:.1f} s")
+    need("ruptures")
     queries = (("list",), ("compare", commit_id(9_998)[:8], commit_id(4_000)[:8]), ("changes", "--device", "H200"))
     for arguments in queries:
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()

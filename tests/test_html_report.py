@@ -5,6 +5,7 @@ import re
 
 import pytest
 from history_runs import record, stored
+from needed import need
 from report_inputs import HOSTILE, check_report, faults_report, fill_history, gate_record
 from typer.testing import CliRunner
 
@@ -13,8 +14,10 @@ from moegate.bench.history.queries import History
 from moegate.bench.history.store import Store
 from moegate.bench.html_report.contents import MOST_POINTS, gather
 from moegate.bench.html_report.decisions import LAYERS, PLATFORMS, decision_table
-from moegate.bench.html_report.page import render
 from moegate.main import app
+
+need("jinja2", "plotly", "ruptures")
+from moegate.bench.html_report.page import render  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from history_runs import commit_id, record, stored
+from needed import need
 from report_inputs import COMMITS, HOSTILE, STEP_AT, check_report, faults_report, fill_history, gate_record
 from typer.testing import CliRunner
 
@@ -17,14 +18,13 @@ from moegate import exit_codes
 from moegate.bench.history.store import Store
 from moegate.main import app
 
-if not os.environ.get("CI"):  # there it is an error
-    pytest.importorskip("selenium.webdriver")
-from selenium import webdriver
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.select import Select
-from selenium.webdriver.support.wait import WebDriverWait
+need("selenium", "jinja2", "plotly", "ruptures")
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.select import Select  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 STILL = {"name": "prefers-reduced-motion", "value": "reduce"}  # a click does not wait for a smooth scroll
 LAST = commit_id(COMMITS - 1)[:10]
@@ -158,7 +158,7 @@ def test_a_commit_under_the_pointer_is_told(page):
     points = page.find_elements(By.CSS_SELECTOR, "#trend .scatterlayer .trace .points path")
     assert len(points) == COMMITS
     ActionChains(page).move_to_element(points[4]).perform()
-    hover = WebDriverWait(page, 5).until(lambda page: page.find_elements(By.CSS_SELECTOR, "#trend .hoverlayer text"))
+    hover = WebDriverWait(page, 20).until(lambda page: page.find_elements(By.CSS_SELECTOR, "#trend .hoverlayer text"))
     assert commit_id(4)[:10] in hover[0].text
     assert commit_id(4)[:10] in find(page, "#trend-said").text
     assert "times the floor" in find(page, "#trend-said").text
@@ -204,7 +204,7 @@ def test_light_and_dark_follow_the_system_and_the_button(page):
     page.refresh()
     dark = {"features": [STILL, {"name": "prefers-color-scheme", "value": "dark"}]}
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
-    WebDriverWait(page, 5).until(lambda _: (back(), paper()) == ("rgb(13, 17, 23)", "#0d1117"))
+    WebDriverWait(page, 20).until(lambda _: (back(), paper()) == ("rgb(13, 17, 23)", "#0d1117"))
 
 
 def test_verdicts_properties_and_faults_are_filtered(page):
