@@ -1,6 +1,10 @@
 "use strict";
 (() => {
-  const series = JSON.parse(document.getElementById("data").textContent).series;
+  const { texts, names, num_texts: numTexts, series } = JSON.parse(document.getElementById("data").textContent);
+  for (const one of series) {
+    // Rows without names, and texts by their number: `page.py` has the reason.
+    one.points = one.points.map((row) => Object.fromEntries(row.map((value, at) => [names[at], at < numTexts ? texts[value] : value])));
+  }
   const filters = [...document.querySelectorAll("[data-filter]")];
   const by = (id) => document.getElementById(id);
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
