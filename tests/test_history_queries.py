@@ -226,6 +226,16 @@ def test_quiet_series_stay_quiet_and_a_step_of_3_percent_is_found(kind, most_ala
     assert found >= least_found * 200
 
 
+def test_the_tests_of_a_break_take_away_most_false_alarms_of_short_series():
+    """Of ten commits under two clocks, which is where the search alone errs most often."""
+    rng = random.Random(0)
+    series = [[math.exp(value) for value in noise("bimodal", rng, 10)] for _ in range(400)]
+    alone, confirmed = (sum(bool(find_changes(one, max_p=p)) for one in series) for p in (1 - 1e-9, 0.001))
+    print(f"\n{alone} of 400 flagged by the search alone, {confirmed} once confirmed")
+    assert confirmed <= 0.02 * 400
+    assert alone >= 2 * confirmed
+
+
 def test_a_lone_outlier_and_two_slow_commits_are_no_change_and_three_are():
     quiet = [40e-6 * (1 + 0.001 * (i % 3)) for i in range(30)]
     for slow, count in ((1, 0), (2, 0), (LEAST, 1)):
