@@ -279,12 +279,17 @@ def _nasty_routings(num_experts: int) -> Iterator[RoutingSpec]:
             yield replace(
                 base, logits="equal_groups", groups="some", group_ranking=ranking, correction_bias=bias, top_k=2
             )
+        # Experts of several kept groups tie at the k-th, and the best group is not the first.
+        for own in range(4):
+            yield replace(base, logits="ties", groups="some", top_k=4, seed=own)
         # A mask of 0 ranks above every expert of the kept groups.
         yield replace(base, groups="some", group_ranking="top2_sum", correction_bias="negative", top_k=2)
         # A renormalising sum of 0, and of infinity.
         yield replace(base, logits="infinite_rows", renormalize=True)
         yield replace(base, logits="infinite_rows", renormalize=True, seed=seed + 3)
         yield replace(base, logits="nan_rows", renormalize=True)
+    # So many choices that sorting a row is cheaper than one maximum after the other.
+    yield RoutingSpec(M=9, E=128, top_k=40)
 
 
 def _declares_routing(capabilities: Capabilities, spec: RoutingSpec) -> bool:
