@@ -76,6 +76,8 @@ def expect_tensor(
         raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got layout {value.layout}")
     if sizes and sizes[-1] > 1 and value.stride(-1) != 1 and value.numel():
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}")
     if contiguous and not value.is_contiguous():
