@@ -7,6 +7,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the operands are small, and xdist brings the processes
 
 # Their module fixtures start the processes, and each worker with a test of such a file would start them again.
+# Each of their cases is one bad input.
+BAD_INPUT = ("test_bad_input.py", "test_bad_options.py", "test_hostile_files.py")
+
 SHARED_RUNS = ("test_bench_suite.py", "test_cli.py", "test_packaging.py", "test_plugin.py")
 
 
@@ -30,3 +33,17 @@ def pytest_xdist_make_scheduler(config, log):
             return file if file.endswith(SHARED_RUNS) else nodeid
 
     return Scheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many bad inputs were given, by what they were given to."""
+    counts = {}
+    for report in terminalreporter.stats.get("passed", ()):
+        file, _, name = report.nodeid.partition("::")
+        if file.endswith(BAD_INPUT) and "is_refused" in name and "[" in name:
+            to = name.partition("[")[2].split("-")[0]
+            counts[to] = counts.get(to, 0) + 1
+    if counts:
+        terminalreporter.section("bad inputs")
+        listed = ", ".join(f"{to} {count}" for to, count in sorted(counts.items()))
+        terminalreporter.write_line(f"{sum(counts.values())} distinct bad inputs refused: {listed}")

@@ -262,7 +262,7 @@ FAULTS = {
         lambda patch: (
             patch.setattr(kernel_config, "_tiles", lambda dtype, platform, scheme: kernel_config._HOPPER),
             patch.setattr(kernel_config, "_fit", lambda config, dtype, platform: config),
-            kernel_config.default_kernel_config.cache_clear(),
+            kernel_config._default.cache_clear(),
         ),
         {"CONFIG-05"},
     ),
@@ -279,7 +279,7 @@ def test_a_planted_fault_is_caught_by_a_named_property(fault, monkeypatch):
         assert found & expected, f"caught by {sorted(found)} alone"
     finally:
         logging.disable(logging.NOTSET)
-        kernel_config.default_kernel_config.cache_clear()
+        kernel_config._default.cache_clear()
         lookup.forget()
 
 

@@ -173,7 +173,9 @@ BAD_CALLS: tuple[BadCall, ...] = (
     BadCall("fused_experts", "topk_weights", "has another top_k", mapped("topk_weights", lambda t: t[:, :1])),
     BadCall("fused_experts", "topk_weights", "is bfloat16", mapped("topk_weights", lambda t: t.bfloat16())),
     BadCall("fused_experts", "topk_weights", "is on another device", mapped("topk_weights", on_meta)),
-    BadCall("fused_experts", "topk_weights", "has a NaN", mapped("topk_weights", lambda t: t * float("nan")), debug=True),
+    BadCall(
+        "fused_experts", "topk_weights", "has a NaN", mapped("topk_weights", lambda t: t * float("nan")), debug=True
+    ),
     BadCall("fused_experts", "topk_ids", "has another M", mapped("topk_ids", lambda t: t[:-1])),
     BadCall("fused_experts", "topk_ids", "is int16", mapped("topk_ids", lambda t: t.short())),
     BadCall("fused_experts", "topk_ids", "is on another device", mapped("topk_ids", on_meta)),
@@ -195,9 +197,7 @@ BAD_CALLS: tuple[BadCall, ...] = (
         "has top_k of 0",
         lambda good: {**good, "topk_ids": good["topk_ids"][:, :0], "topk_weights": good["topk_weights"][:, :0]},
     ),
-    BadCall(
-        "fused_experts", "expert_map", "has two dimensions", put(expert_map=torch.zeros(2, 2, dtype=torch.int32))
-    ),
+    BadCall("fused_experts", "expert_map", "has two dimensions", put(expert_map=torch.zeros(2, 2, dtype=torch.int32))),
     BadCall("fused_experts", "expert_map", "is int64", lambda good: {**good, "expert_map": torch.arange(4)}),
     BadCall(
         "fused_experts",
@@ -208,9 +208,7 @@ BAD_CALLS: tuple[BadCall, ...] = (
     BadCall("fused_experts", "expert_map", "uses a local id twice", _expert_map(0, 1, 1, 2), debug=True),
     BadCall("fused_experts", "expert_map", "has a local id out of range", _expert_map(0, 1, 2, 4), debug=True),
     BadCall("fused_experts", "global_num_experts", "is not the number of experts", put(global_num_experts=9)),
-    BadCall(
-        "fused_experts", "apply_router_weight_on_input", "needs top_k 1", put(apply_router_weight_on_input=True)
-    ),
+    BadCall("fused_experts", "apply_router_weight_on_input", "needs top_k 1", put(apply_router_weight_on_input=True)),
     BadCall(
         "fused_experts", "out", "has another shape", lambda good: {**good, "out": good["hidden_states"][:-1].clone()}
     ),
@@ -225,7 +223,11 @@ BAD_CALLS: tuple[BadCall, ...] = (
     BadCall("batched_experts", "expert_num_tokens", "is int64", mapped("expert_num_tokens", lambda t: t.long())),
     BadCall("batched_experts", "expert_num_tokens", "is on another device", mapped("expert_num_tokens", on_meta)),
     BadCall(
-        "batched_experts", "expert_num_tokens", "is above max_tokens", mapped("expert_num_tokens", lambda t: t + 4), True
+        "batched_experts",
+        "expert_num_tokens",
+        "is above max_tokens",
+        mapped("expert_num_tokens", lambda t: t + 4),
+        True,
     ),
     BadCall("batched_experts", "expert_num_tokens", "is negative", mapped("expert_num_tokens", lambda t: t - 2), True),
     BadCall("batched_experts", "out", "overlaps an input", lambda good: {**good, "out": good["hidden_states"]}),

@@ -326,7 +326,7 @@ def _tensors_in(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, to
         inside = [(str(key), each) for key, each in value.items()]
     elif isinstance(value, (list, tuple)):
         inside = [(str(index), each) for index, each in enumerate(value)]
-    elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(getattr(value, "__wrapped__", None)):
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
         inside = list(vars(value).items())
     else:
         return
