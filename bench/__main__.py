@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 
+from ..impl.whole_file import expect_writable, write_whole
 from . import overlap_report
 from .ep_model import ASSUMPTIONS, Link, as_table, estimate, parse_ranks, share_of_rank, whole_layer
 from .ep_model import as_json as model_as_json
@@ -31,8 +32,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_ARGUMENTS, f"{self.prog}: {message}\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit code is 0: measured, 1: something is wrong, 3: nothing measured, 4: bad arguments."""
+def command_line() -> argparse.ArgumentParser:
+    """The options."""
     parser = _Parser(prog="moegate bench", description="Time models' layers, beside peers if given, and print a table.")
     parser.add_argument("--models", help="names, comma-separated; default: every model this machine can run")
     parser.add_argument("--tokens", help="numbers of tokens M, comma-separated; default: 1,8,64,512,4096 (CPU: 1,64)")
@@ -55,7 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--link-latency", type=float, metavar="us", help="of one step, for the model")
     parser.add_argument("--json", metavar="FILE", help="write the records; - is standard output")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. The exit code is 0: measured, 1: something is wrong, 3: nothing measured, 4: bad arguments."""
+    parser = command_line()
     options = parser.parse_args(arguments)
+    if options.json is not None and options.json != "-":
+        try:
+            expect_writable("--json", options.json)
+        except ValueError as error:
+            parser.error(str(error))
+    if not 0 < options.budget < math.inf:
+        parser.error(f"--budget: expected a number of seconds above 0, got {options.budget}")
     to_stdout = options.json == "-"
     console = Console(stderr=to_stdout)
     if not console.is_terminal:
@@ -151,14 +165,14 @@ def simulate(
     return run.exit_code
 
 
-def _overlap(parser: _Parser, options: argparse.Namespace, console: Console) -> int:
+def _overlap(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
     """`--overlap`, which needs a GPU and chooses routings and dtypes itself."""
     for name in ("dtype", "peer", "fixed_ceilings"):
         if getattr(options, name):
             parser.error(f"--{name.replace('_', '-')}: expected none with --overlap")
     try:
         device = choose_device(options.device)
-        layers = choose_layers(None if options.models is None else split_words(options.models))
+        layers = choose_layers(None if options.models is None else split_words(options.models, "models"))
         tokens = GPU_TOKENS if options.tokens is None else parse_counts(options.tokens)
     except ValueError as error:
         parser.error(str(error))
@@ -184,7 +198,7 @@ def _write(file: str | None, data: dict[str, Any]) -> None:
     if file == "-":
         print(text)
     else:
-        Path(file).write_text(text + "\n")
+        write_whole(file, text + "\n")
 
 
 if __name__ == "__main__":

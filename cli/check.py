@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,10 @@ from rich.table import Table
 
 from moegate import exit_codes
 from moegate.conformance.selection import PROFILES
+from moegate.json_output import expect_json_file, put_json
+
+# Each is a process that imports torch.
+MOST_WORKERS = 512
 
 
 def check(
@@ -47,10 +52,11 @@ def check(
         _refuse(console, f"--profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
     if device not in ("auto", "cpu", "cuda"):
         _refuse(console, f"--device: expected auto, cpu or cuda, got {device!r}")
-    if scale <= 0:
-        _refuse(console, f"--scale: expected more than 0, got {scale}")
-    if workers < 0:
-        _refuse(console, f"--workers: expected at least 0, got {workers}")
+    if not 0 < scale < math.inf:
+        _refuse(console, f"--scale: expected a number above 0, got {scale}")
+    if not 0 <= workers <= MOST_WORKERS:
+        _refuse(console, f"--workers: expected a number in [0, {MOST_WORKERS}], got {workers}")
+    expect_json_file(console, "check", json_file)
     device = _resolve(device, console)
     workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
 
@@ -78,17 +84,15 @@ def check(
         seconds = time.monotonic() - started
         report = json.loads(report_file.read_text()) if report_file.exists() else None
 
-    if report is None:
+    if report is None or status == exit_codes.BAD_ARGUMENTS:
         console.print(output, markup=False, highlight=False)
         # pytest's usage errors (4) are ours; whatever else left no report judged nothing.
         raise typer.Exit(exit_codes.BAD_ARGUMENTS if status == 4 else exit_codes.NOTHING_DONE)
     report["seconds"] = round(seconds, 1)
-    if json_file == "-":
-        typer.echo(json.dumps(report, indent=2))
-    elif json_file:
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
+    is_written = put_json(console, "check", json_file, report)
     _print(report, status, output, console)
-    raise typer.Exit(_exit_code(report, status))
+    code = _exit_code(report, status)
+    raise typer.Exit(code if is_written or code == exit_codes.FINDING else exit_codes.NOTHING_DONE)
 
 
 def wide_console(*, stderr: bool = False) -> Console:

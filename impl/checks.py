@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -22,9 +22,24 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # What lists every expert is refused beyond this many, before it takes the memory.
 MOST_LISTED = 1 << 20
 
-_debug: ContextVar[bool] = ContextVar(
-    "moegate_debug", default=os.environ.get("MOEGATE_DEBUG", "0").lower() in ("1", "true", "on", "yes")
-)
+DEBUG_VARIABLE = "MOEGATE_DEBUG"
+_ON, _OFF = ("1", "true", "on", "yes"), ("", "0", "false", "off", "no")
+
+
+def switch(variable: str, environment: Mapping[str, str]) -> bool:
+    """Whether an environment variable is on; one that is not set is off.
+
+    Raises:
+        ValueError: neither on nor off.
+    """
+    text = environment.get(variable, "").strip().lower()
+    if text not in (*_ON, *_OFF):
+        raise ValueError(f"{variable}: expected one of {[*_ON, *_OFF]}, got {text!a:.80}")
+    return text in _ON
+
+
+_is_asked_for = switch(DEBUG_VARIABLE, os.environ)
+_debug: ContextVar[bool] = ContextVar("moegate_debug", default=_is_asked_for)
 
 
 @contextmanager

@@ -144,6 +144,9 @@ class Platform:
             if match is None:
                 raise ValueError(f"platform: expected a capability such as cuda:9.0, got {text!a:.80}")
             capability = (int(match[1]), int(match[2]))
+            if capability not in _NVIDIA_SHARED_MEMORY:
+                known = ", ".join(f"cuda:{major}.{minor}" for major, minor in _NVIDIA_SHARED_MEMORY)
+                raise ValueError(f"platform: expected one of {known}, got {text!r}")
             return Platform(vendor, capability, shared_memory=_NVIDIA_SHARED_MEMORY.get(capability, 0))
         if vendor is Vendor.AMD:
             if rest not in _AMD_ARCHITECTURES:

@@ -127,7 +127,7 @@ VALUE_CALLS: tuple[PublicCall, ...] = (
         {"text": TextKind(named="platform")},
         (
             Bad("platform", "has no capability", put(text="cuda")),
-            Bad("capability", "does not exist", put(text="cuda:1.0")),
+            Bad("platform", "has a capability that does not exist", put(text="cuda:1.0")),
             Bad("platform", "has a capability of thousands of digits", put(text="cuda:" + "9" * 5000 + ".0")),
             Bad("platform", "is of an unknown architecture", put(text="rocm:gfx1")),
         ),

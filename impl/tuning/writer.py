@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checks import expect_instance, expect_int, shown
+from ..whole_file import write_whole
 from .kernel_config import KernelConfig
 from .names import ConfigKey
 from .schema import FORMAT, MAX_TOKENS, VERSION, TunedFile, parse, read_bytes
@@ -100,23 +99,7 @@ def write_tuned_file(
     text = dump(key, configs, triton_version=triton_version, about=about)
     parse(target, text.encode())
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return target
+    return write_whole(target, text)
 
 
 def read_tuned_file(path: Path | str) -> TunedFile | None:

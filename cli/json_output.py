@@ -1,0 +1,44 @@
+"""`--json FILE` of every command: looked at before the work, written whole behind it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from moegate import exit_codes
+
+STANDARD_OUTPUT = "-"
+
+
+def expect_json_file(console: Console, command: str, file: str | None) -> None:
+    """Refuse a file that cannot be written before there is a result to lose (exit code 4)."""
+    from moegate.impl.whole_file import expect_writable
+
+    if file is None or file == STANDARD_OUTPUT:
+        return
+    try:
+        expect_writable("--json", file)
+    except ValueError as error:
+        console.print(f"moegate {command}: {error}", markup=False, style="red", soft_wrap=True)
+        raise typer.Exit(exit_codes.BAD_ARGUMENTS) from None
+
+
+def put_json(console: Console, command: str, file: str | None, report: dict[str, Any], indent: int = 2) -> bool:
+    """Write a command's result; False, with what went wrong said, where the disk did not take it."""
+    from moegate.impl.whole_file import write_whole
+
+    if file is None:
+        return True
+    text = json.dumps(report, indent=indent)
+    if file == STANDARD_OUTPUT:
+        typer.echo(text)
+        return True
+    try:
+        write_whole(file, text + "\n")
+    except OSError as error:
+        console.print(f"moegate {command}: --json: not written: {error}", markup=False, style="red", soft_wrap=True)
+        return False
+    return True

@@ -1,0 +1,88 @@
+"""Files that are written whole or not at all: an interruption, a kill or a full disk leaves the old one, or none."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+
+def write_whole(path: Path | str, text: str) -> Path:
+    """Write a text file; once this returns, it is on the disk under its name.
+
+    The text goes to a file beside it, which takes the name when it is complete: readers see the old one or the new
+    one, and of several writers the last one wins. What is no plain file (`/dev/stdout`, a pipe) is written to directly.
+
+    Returns:
+        The file, links followed.
+
+    Raises:
+        OSError: the folder is not there, is read-only or full; with the file's name.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with target.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+        return target
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        _sync(target.parent)
+    except OSError as error:
+        # The file beside it is nobody's business.
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    return target
+
+
+def _sync(folder: Path) -> None:
+    """The folder's entry too must be on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def expect_writable(name: str, path: Path | str) -> None:
+    """Check that a file can be written, before the work whose result it is to hold.
+
+    Args:
+        name: the argument's, for the message.
+        path: the file; there or not.
+
+    Raises:
+        ValueError: no file that can be written there, with the reason.
+    """
+    said = ascii(str(path))
+    if not str(path) or "\0" in str(path):
+        raise ValueError(f"{name}: expected a file, got {said:.300}")
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.stat().st_mode if target.exists() else stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise ValueError(f"{name}: expected a file, got the folder {said:.300}")
+        if not stat.S_ISREG(mode):
+            writable = os.access(target, os.W_OK)
+        elif not target.parent.is_dir():
+            raise ValueError(f"{name}: expected a file in a folder that is there, got {said:.300}")
+        else:
+            handle, probe = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+            os.close(handle)
+            os.unlink(probe)
+            # A name that is too long is one that the probe had not.
+            os.path.lexists(target)
+            writable = len(os.fsencode(target.name)) <= os.pathconf(target.parent, "PC_NAME_MAX")
+    except OSError as error:
+        raise ValueError(f"{name}: expected a file that can be written, got {said:.300}: {error.strerror}") from error
+    if not writable:
+        raise ValueError(f"{name}: expected a file that can be written, got {said:.300}")
