@@ -116,6 +116,7 @@ ALSO_CALLED = {
     ("bench", "--simulate-ep"): ("simulate-ep",),
     ("bench", "--models"): ("model",),
     ("bench", "--lora"): ("rank",),
+    ("bench", "--routing"): ("exponent",),
 }
 COMMON = {
     "check": ("--device", "cpu", "-n", "1"),
