@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from .once import log_once
+
+logger = logging.getLogger(__name__)
 
 
 def write_whole(path: Path | str, text: str) -> Path:
@@ -49,6 +56,29 @@ def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def folder_locked(folder: Path | str) -> Iterator[None]:
+    """Let one process at a time change a folder's files: what is read inside is what is written upon.
+
+    The lock is on the folder itself, leaves no file behind, and ends with its process, however that ends. Where a
+    file system has no locks, that is logged, and writers must be kept apart otherwise.
+
+    Raises:
+        OSError: no such folder.
+    """
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            log_once(logger, logging.WARNING, f"{folder}: cannot be locked against other writers: {error.strerror}")
+        yield
     finally:
         os.close(handle)
 
