@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
+from ..conformance.console import PlainConsole, wide_console
 from ..impl.whole_file import expect_writable, write_whole
 from . import overlap_report
 from .ep_model import ASSUMPTIONS, Link, as_table, estimate, parse_ranks, share_of_rank, whole_layer
@@ -71,10 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 0 < options.budget < math.inf:
         parser.error(f"--budget: expected a number of seconds above 0, got {options.budget}")
     to_stdout = options.json == "-"
-    console = Console(stderr=to_stdout)
-    if not console.is_terminal:
-        # A log has no width of its own, and a table cut off at 80 columns says nothing.
-        console = Console(stderr=to_stdout, width=200)
+    console = wide_console(stderr=to_stdout, log_width=200)
     if options.overlap:
         return _overlap(parser, options, console)
     try:
@@ -97,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return simulate(bench, workloads, *simulation, console, options.json)
         except ValueError as error:
             parser.error(str(error))
-    run = run_workloads(bench, workloads, Console(stderr=True))
+    run = run_workloads(bench, workloads, PlainConsole(stderr=True))
     if run.records:
         console.print(run_table(run))
         machine, ceilings = run.records[0].machine, bench.ceilings(run.records[0].dtype)
@@ -149,7 +147,7 @@ def simulate(
     """
     shares = {(w, n): share_of_rank(w, n) for w in workloads for n in ranks}
     wholes = {w: whole_layer(w) for w in workloads}
-    run = run_workloads(bench, list(dict.fromkeys([*wholes.values(), *shares.values()])), Console(stderr=True))
+    run = run_workloads(bench, list(dict.fromkeys([*wholes.values(), *shares.values()])), PlainConsole(stderr=True))
     seconds = {record.workload: record.timing.median for record in run.records if record.subject == OURS}
     estimates = []
     for (workload, n), share in shares.items():
@@ -180,7 +178,9 @@ def _overlap(parser: argparse.ArgumentParser, options: argparse.Namespace, conso
         console.print(f"nothing measured: two streams need a GPU, and this is {device}")
         return EXIT_NOTHING
     device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-    cells, failures = run_overlap(layers, tokens, device, budget=options.budget, progress_console=Console(stderr=True))
+    cells, failures = run_overlap(
+        layers, tokens, device, budget=options.budget, progress_console=PlainConsole(stderr=True)
+    )
     if cells:
         console.print(overlap_report.overlap_table(cells))
         for line in overlap_report.summary(cells):

@@ -161,5 +161,5 @@ def run_workloads(bench: LayerBench, workloads: Sequence[Workload], progress_con
 
 def progress_bar(console: Console | None) -> Progress:
     """A bar that goes when it is full; None shows none."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console or Console(quiet=True), transient=True)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moegate import exit_codes
+from moegate.conformance.console import wide_console
 from moegate.conformance.selection import PROFILES
 from moegate.json_output import expect_json_file, put_json
 
@@ -93,12 +94,6 @@ def check(
     _print(report, status, output, console)
     code = _exit_code(report, status)
     raise typer.Exit(code if is_written or code == exit_codes.FINDING else exit_codes.NOTHING_DONE)
-
-
-def wide_console(*, stderr: bool = False) -> Console:
-    """A console that a log file does not squeeze into 80 columns."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=140)
 
 
 def _refuse(console: Console, message: str) -> None:

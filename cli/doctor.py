@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moegate import __version__, exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import printable, wide_console
 from moegate.json_output import expect_json_file, put_json
 
 # Distribution, what it is for, and whether the suite cannot run without it.
@@ -73,7 +73,7 @@ def doctor(
         table = Table(box=None, pad_edge=False, show_header=False)
         for line in lines:
             style = {"ok": "green", "missing": "yellow", "broken": "red"}[line.state]
-            table.add_row(line.name, Text(line.state, style=style), Text(line.detail))
+            table.add_row(line.name, Text(line.state, style=style), Text(printable(line.detail)))
         console.print(table)
     broken = any(line.state == "broken" for line in lines) or not is_written
     raise typer.Exit(exit_codes.NOTHING_DONE if broken else exit_codes.HOLDS)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import printable, wide_console
 from moegate.json_output import expect_json_file, put_json
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _print(console: Any, report: dict[str, Any], reasons: tuple[Reason, ...]) ->
     for reason in reasons:
         state = Text("taken", style="green") if reason.taken else Text("passed over", style="yellow")
         why = reason.why + (f" [moved back by: {', '.join(reason.demotions)}]" if reason.demotions else "")
-        table.add_row(Text(reason.candidate.value), state, Text(why), Text(_source(reason.source)))
+        table.add_row(Text(reason.candidate.value), state, Text(printable(why)), Text(_source(reason.source)))
     console.print(table)
     for warning in report["warnings"]:
         console.print(f"warning: {warning}", markup=False, style="yellow")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
 from moegate.json_output import expect_json_file, put_json
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _run(
         _nothing(console, f"--device {device}: the kernels that are tuned run on a GPU")
     platform = Platform.of(where)
     machine = {"device": platform.name, "torch": torch.__version__, "triton": triton.__version__}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
     try:
         with Remote(where) as bench, bar:

@@ -257,8 +257,13 @@ def load_subject(name: str) -> Subject:
     """A subject that ships here, by name, or a user's own: `path/to/file.py:Class` or `package.module:Class`.
 
     Raises:
-        ValueError: an unknown name, a file that is not there, no such class, or a class that is no Subject.
+        ValueError: an unknown name, a file that is not there, no such class, a class that is no Subject, or one
+            with a name that cannot be printed.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"subject: expected a name, got {type(name).__name__}")
+    if not name.isprintable():
+        raise ValueError(f"subject: expected one of {sorted(SHIPPED)} or FILE.py:CLASS, got {name!a:.200}")
     target = SHIPPED.get(name, name)
     place, _, class_name = target.rpartition(":")
     if not place:
@@ -279,4 +284,9 @@ def load_subject(name: str) -> Subject:
     cls = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Subject)):
         raise ValueError(f"subject: expected a class derived from moegate.conformance.subject.Subject, got {name!r}")
-    return cls()
+    subject = cls()
+    for said in (subject.name, *subject.variants):
+        # It stands in every table, report and test's name.
+        if not isinstance(said, str) or not said.isprintable() or len(said) > 100:
+            raise ValueError(f"subject: expected printable names of at most 100 characters, got {said!a:.200}")
+    return subject

@@ -127,6 +127,8 @@ def readable(file: Path) -> Iterator[None]:
     """
     from safetensors import SafetensorError
 
+    if not file.is_file():  # opening a pipe would wait for its writer
+        raise ValueError(f"{ascii(str(file))[1:-1]}: expected a safetensors file, got something else or nothing")
     try:
         yield
     except (SafetensorError, OSError) as error:

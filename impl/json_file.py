@@ -25,7 +25,7 @@ class JsonFileError(ValueError):
 
     def __init__(self, file: Path, key: str, message: str) -> None:
         # A key is the file's own text: escaped, so that no terminal obeys it.
-        where = f", key {ascii(key)[1:-1]}" if key else ""
+        where = f", key {ascii(key)[1:-1]:.100}" if key else ""
         super().__init__(f"{ascii(str(file))[1:-1]}{where}: {message}")
         self.file = file
         self.key = key
