@@ -1,4 +1,4 @@
-"""`--json FILE` of every command: looked at before the work, written whole behind it."""
+"""Files that commands write their results to: looked at before the work, written whole behind it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,42 @@ from moegate import exit_codes
 STANDARD_OUTPUT = "-"
 
 
-def expect_json_file(console: Console, command: str, file: str | None) -> None:
+def expect_output(console: Console, command: str, option: str, file: Any) -> None:
     """Refuse a file that cannot be written before there is a result to lose (exit code 4)."""
     from moegate.impl.whole_file import expect_writable
 
     if file is None or file == STANDARD_OUTPUT:
         return
     try:
-        expect_writable("--json", file)
+        expect_writable(option, file)
     except ValueError as error:
         console.print(f"moegate {command}: {error}", markup=False, style="red", soft_wrap=True)
         raise typer.Exit(exit_codes.BAD_ARGUMENTS) from None
 
 
-def put_json(console: Console, command: str, file: str | None, report: dict[str, Any], indent: int = 2) -> bool:
-    """Write a command's result; False, with what went wrong said, where the disk did not take it."""
+def expect_json_file(console: Console, command: str, file: str | None) -> None:
+    """`expect_output` of `--json`."""
+    expect_output(console, command, "--json", file)
+
+
+def put_text(console: Console, command: str, option: str, file: Any, text: str) -> bool:
+    """Write a result; False, with what went wrong said, where the disk did not take it."""
     from moegate.impl.whole_file import write_whole
 
+    try:
+        write_whole(file, text)
+    except OSError as error:
+        console.print(f"moegate {command}: {option}: not written: {error}", markup=False, style="red", soft_wrap=True)
+        return False
+    return True
+
+
+def put_json(console: Console, command: str, file: str | None, report: Any, indent: int = 2) -> bool:
+    """Write a command's result as JSON, where that is asked for; as `put_text`."""
     if file is None:
         return True
     text = json.dumps(report, indent=indent)
     if file == STANDARD_OUTPUT:
         typer.echo(text)
         return True
-    try:
-        write_whole(file, text + "\n")
-    except OSError as error:
-        console.print(f"moegate {command}: --json: not written: {error}", markup=False, style="red", soft_wrap=True)
-        return False
-    return True
+    return put_text(console, command, "--json", file, text + "\n")

@@ -127,6 +127,7 @@ class LayerCase:
         w13_bias: `[E_local, 2I]` of the activations' dtype or float32, or None.
         w2_bias: `[E_local, H]`, or None.
         stored: scales and zero points of quantised weights, and how activations are quantised; None without.
+        prepared: what the subject made of the weights (see `Subject.prepare`); None before it did.
     """
 
     w13: Tensor
@@ -136,6 +137,7 @@ class LayerCase:
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
     stored: StoredExperts | None = None
+    prepared: Any = None
 
     @property
     def num_local_experts(self) -> int:
@@ -149,7 +151,7 @@ class LayerCase:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every operand that is a tensor, by name."""
-        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "prepared"}
         return own if self.stored is None else own | self.stored.tensors()
 
     def layer(self) -> dict[str, Any]:

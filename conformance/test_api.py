@@ -17,6 +17,4 @@ def test_bad_input_is_refused_by_name(moegate_session, moegate_variant, call):
     facet = FACET_OF_FUNCTION.get(call.function, "api")
     if facet not in session.subject.facets(moegate_variant):
         pytest.skip(f"{session.subject.name} ({moegate_variant}) does not define {facet}")
-    session.ledger.settle(
-        judge_bad_call(call, functions, session.device), Spec(), f"{session.command()} --select '{call}'"
-    )
+    session.settle(judge_bad_call(call, functions, session.device), Spec(), f"{session.command()} --select '{call}'")

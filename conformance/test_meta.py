@@ -19,6 +19,9 @@ def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant,
     if not law.property.needs(subject.capabilities):
         pytest.skip(f"{subject.name} does not declare what {law.property.id} needs")
 
+    def run(case):
+        return session.run_experts(session.prepared(case, variant), variant)
+
     def judge(spec):
         spec = law.adapt(spec)  # drawn ones are adapted already, but a replayed one may be another law's
         if not law.applies(spec):
@@ -26,11 +29,9 @@ def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant,
         case = build_experts(spec, session.device)
         trace = reference_of(case)  # before the subject can write into its inputs
         with form_as_verdict() as verdicts:
-            output = session.run_experts(case, variant).clone()
+            output = run(case).clone()
             budget = budget_of(case, trace, subject.numerics)
-            verdict = law.judge(
-                case, output, trace, budget, subject.numerics, lambda c: session.run_experts(c, variant)
-            )
+            verdict = law.judge(case, output, trace, budget, subject.numerics, run)
             verdicts.append(verdict)
         return verdicts
 

@@ -85,7 +85,8 @@ def fused_experts(
         allow_tf32: float32 operands may be rounded to TF32; without it they are multiplied as they are.
         dp_size: ranks with their own tokens, whose tokens may be among these: the oracle asks.
         input_scale: of hidden states that come quantised, as `quantize_activations` gives them with the scales that
-            `quant` says, dense; the activations' dtype is then that of `out`, which must be given.
+            `quant` says, dense; the activations' dtype is then that of `out`, which must be given. Adapters see
+            them times their scales, rounded to that dtype.
         out: [M, H] of the same dtype to write into; None allocates it. It may not overlap an input.
 
     Returns:
@@ -101,8 +102,6 @@ def fused_experts(
     expect_bool("apply_router_weight_on_input", apply_router_weight_on_input)
     expect_bool("allow_tf32", allow_tf32)
     expect_int("dp_size", dp_size, low=1)
-    if input_scale is not None and adapters is not None:
-        raise ValueError("input_scale: expected None beside adapters, which see activations before they are quantised")
     like = hidden_states if input_scale is None else _expect_quantized(hidden_states, input_scale, quant, out)
     if input_scale is None:
         expect_tensor("hidden_states", hidden_states, shape=("M", "H"), dtypes=FLOATS)
@@ -122,7 +121,7 @@ def fused_experts(
     if num_tokens * top_k + 256 * num_local_experts >= 2**31:
         raise ValueError(f"topk_ids: expected fewer than 2^31 pairs and padding, got {num_tokens} x {top_k}")
     lora = expect_token_adapters(
-        adapters, lora_ids, (num_tokens,), num_local_experts, hidden_states, weights.intermediate_size, function
+        adapters, lora_ids, (num_tokens,), num_local_experts, like, weights.intermediate_size, function
     )
     experts = experts_of_call(
         backend,

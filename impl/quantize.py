@@ -107,6 +107,13 @@ def quantize_with_torch(
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales
 
 
+def dequantize_activations(values: torch.Tensor, scales: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """`values * scales` in float32, rounded to `dtype`; arguments as `quantize_activations` gives them, checked."""
+    if group:
+        scales = scales.repeat_interleave(group, dim=1)[:, : values.shape[1]]
+    return (values.float() * scales).to(dtype)
+
+
 def _dynamic(amax: torch.Tensor, largest: float) -> torch.Tensor:
     """The scale that brings the largest magnitude to the end of the range; 1 where all is zero."""
     # By a tensor: torch divides by a number on a GPU as by its reciprocal, which rounds otherwise.

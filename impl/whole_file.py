@@ -14,12 +14,20 @@ from .once import log_once
 
 logger = logging.getLogger(__name__)
 
+PART = ".part"
+"""The suffix of a file that is being written; readers pass them over."""
 
-def write_whole(path: Path | str, text: str) -> Path:
-    """Write a text file; once this returns, it is on the disk under its name.
 
-    The text goes to a file beside it, which takes the name when it is complete: readers see the old one or the new
+def write_whole(path: Path | str, content: str | bytes, *, make_folders: bool = False) -> Path:
+    """Write a file; once this returns, it is on the disk under its name.
+
+    The content goes to a file beside it, which takes the name when it is complete: readers see the old one or the new
     one, and of several writers the last one wins. What is no plain file (`/dev/stdout`, a pipe) is written to directly.
+
+    Args:
+        path: the file; links are followed.
+        content: text becomes UTF-8.
+        make_folders: make the folders that are not there.
 
     Returns:
         The file, links followed.
@@ -28,15 +36,18 @@ def write_whole(path: Path | str, text: str) -> Path:
         OSError: the folder is not there, is read-only or full; with the file's name.
     """
     target = Path(os.path.realpath(path))
+    data = content.encode() if isinstance(content, str) else content
     if target.exists() and not target.is_file():
-        with target.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with target.open("wb") as stream:
+            stream.write(data)
         return target
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+        if make_folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=PART)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.chmod(name, 0o644)
@@ -106,7 +117,7 @@ def expect_writable(name: str, path: Path | str) -> None:
         elif not target.parent.is_dir():
             raise ValueError(f"{name}: expected a file in a folder that is there, got {said:.300}")
         else:
-            handle, probe = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+            handle, probe = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=PART)
             os.close(handle)
             os.unlink(probe)
             # A name that is too long is one that the probe had not.

@@ -6,11 +6,11 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the operands are small, and xdist brings the processes
 
-# Their module fixtures start the processes, and each worker with a test of such a file would start them again.
 # Each of their cases is one bad input.
 BAD_INPUT = ("test_bad_input.py", "test_bad_options.py", "test_hostile_files.py")
 
-SHARED_RUNS = ("test_bench_suite.py", "test_cli.py", "test_packaging.py", "test_plugin.py")
+# Their module fixtures start the processes, and each worker with a test of such a file would start them again.
+SHARED_RUNS = ("test_bench_suite.py", "test_cli.py", "test_packaging.py", "test_plugin.py", "test_report_browser.py", "test_crashes.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -132,7 +132,7 @@ def refused(store: Store, how: str, folder: Path) -> dict:
     with os.fdopen(reading, "rb") as pipe:
         said = pipe.read().decode()
     os.waitpid(child, 0)
-    left = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.tmp"))
+    left = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.part"))
     try:
         after: object = sorted(store.read(folder))
     except Exception as error:

@@ -94,7 +94,6 @@ JOBS += [
 # With adapters: every tile of Hopper at the ranks of either end, one of each elsewhere, both formats, rows of gate and
 # up that meet in a tile, alternate, or are not there, and weights of few bits.
 WITH_LORA = [
-    "lora_rows_kernel",
     "lora_shrink_kernel",
     "grouped_gemm_kernel",
     "batched_gemm_kernel",
@@ -149,7 +148,6 @@ KERNELS = {
     "amax_kernel",
     "quantized_activation_kernel",
     "batched_quantized_activation_kernel",
-    "lora_rows_kernel",
     "lora_shrink_kernel",
 }
 # e4m3 is no type of sm_80: what only fp8 experts launch is not for it. int8 activations have a scale a token.

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import struct
+import subprocess
+import sys
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ from safetensors.torch import save, save_file
 from moegate.conformance.console import PlainConsole, printable
 from moegate.conformance.properties.bad_input import time_limit
 from moegate.conformance.spec import parse_spec
-from moegate.conformance.subject import load_subject
+from moegate.conformance.loading import load_subject
 from moegate.impl.checkpoint import load_layer
 from moegate.impl.json_file import MAX_BYTES
 from moegate.impl.lora.peft import CONFIG, WEIGHTS, load_peft
@@ -412,14 +414,15 @@ def test_a_line_that_is_no_spec_is_refused_and_never_run(line: str) -> None:
     assert len(str(caught.value)) < 2000
 
 
-def test_junit_files_stay_xml_whatever_a_finding_says(pytester: pytest.Pytester) -> None:
+def test_junit_files_stay_xml_whatever_a_finding_says(tmp_path: Path) -> None:
     names = [name for name in HOSTILE_NAMES if len(name) < 100]
-    pytester.makepyfile(
+    (tmp_path / "test_it.py").write_text(
         f"import pytest\n@pytest.mark.parametrize('name', {names!r})\n"
         "def test_it(name, record_property):\n    record_property('subject', name)\n    assert False, name\n"
     )
-    pytester.runpytest_subprocess("--junitxml=out.xml", "-p", "no:cacheprovider")
-    root = xml.etree.ElementTree.parse(pytester.path / "out.xml").getroot()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=out.xml"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=120)
+    root = xml.etree.ElementTree.parse(tmp_path / "out.xml").getroot()
     assert len(list(root.iter("testcase"))) == len(names)
     assert not list(root.iter("script"))
 

@@ -21,6 +21,8 @@ from moegate.impl.lora.adapter import Adapter, LowRank, lora_scaling
 from moegate.impl.lora.table import RANKS, AdapterTable
 from moegate.impl.oracle.call import experts_of_call
 from moegate.impl.path import record_path
+from moegate.impl.quantization import ActivationScale
+from moegate.impl.quantize import quantize_activations, quantize_experts
 from moegate.impl.tuning.kernel_config import KernelConfig, use_kernel_configs
 from moegate.reference.lora import scaling
 
@@ -44,11 +46,14 @@ def table(**options: Any) -> AdapterTable:
     return AdapterTable(**{"num_slots": 2, "max_rank": 8} | sizes | options)
 
 
-def adapter(rank: int = 4, experts: range = range(E), scale: float = 1.0, seed: int = 0) -> Adapter:
+def adapter(
+    rank: int = 4, experts: range = range(E), scale: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
 
     def pair(n: int, k: int) -> LowRank:
-        return LowRank(torch.randn(rank, k, generator=generator), torch.randn(n, rank, generator=generator), scale)
+        a, b = torch.randn(rank, k, generator=generator), torch.randn(n, rank, generator=generator)
+        return LowRank(a.to(dtype), b.to(dtype), scale)
 
     parts = {"gate": (I, H), "up": (I, H), "down": (H, I)}
     return Adapter(**{name: {e: pair(*size) for e in experts} for name, size in parts.items()})
@@ -287,6 +292,45 @@ def test_a_table_makes_the_oracle_take_triton_on_a_gpu_where_flashinfer_would_be
         *(None, config.activation, False, False, True, 1),
     )
     assert decided.backend == "triton"
+
+
+@pytest.mark.parametrize("rows", [6, 40])
+@pytest.mark.parametrize(
+    ("weight_scale", "scale"), [("channel", ActivationScale.TOKEN), ("block", ActivationScale.GROUP)]
+)
+def test_adapters_see_tokens_that_come_quantised_times_their_scales(
+    weight_scale: str, scale: ActivationScale, rows: int
+) -> None:
+    """Scales are powers of two, so what was quantised comes back exactly, and the outputs are equal bit for bit."""
+    generator = torch.Generator().manual_seed(7)
+    groups = 2 if scale is ActivationScale.GROUP else 1
+    few_bits = torch.randn(rows, groups, H // groups, generator=generator).mul(64).to(torch.float8_e4m3fn).float()
+    few_bits[..., 3] = 448.0
+    powers = torch.exp2(torch.randint(-9, -4, (rows, groups, 1), generator=generator).float())
+    x = (few_bits * powers).reshape(rows, H).to(DEVICE, torch.float16)
+    w13, w2, quant = quantize_experts(
+        (torch.randn(E, 2 * I, H, generator=generator) / 6).to(DEVICE),
+        (torch.randn(E, H, I, generator=generator) / 4).to(DEVICE),
+        "fp8_w8a8",
+        weight_scale=weight_scale,
+        per_act_token_quant=groups == 1,
+        block_shape=None if groups == 1 else (16, 16),
+    )
+    values, input_scale = quantize_activations(x, torch.float8_e4m3fn, scale, group=0 if groups == 1 else 16)
+    ids = torch.stack([torch.arange(rows) % E, torch.arange(rows) * 3 % E], dim=1).to(DEVICE, torch.int32)
+    ids[:, 1] = torch.where(ids[:, 0] == ids[:, 1], -1, ids[:, 1])
+    adapters = table(dtype=torch.float16)
+    adapters.load(adapter(dtype=torch.float16))
+    adapters.load(adapter(rank=8, seed=1, dtype=torch.float16))
+    lora_ids = (torch.arange(rows) % 3 - 1).to(DEVICE, torch.int32)
+    options = {"quant": quant, "adapters": adapters, "lora_ids": lora_ids, "backend": BACKEND}
+    operands = (w13, w2, torch.full(ids.shape, 0.5, device=DEVICE), ids)
+    plain = fused_experts(x, *operands, **options)
+    without = fused_experts(x, *operands, quant=quant, backend=BACKEND)
+    out = torch.empty_like(x)
+    fused_experts(values, *operands, **options, input_scale=input_scale, out=out)
+    assert torch.equal(plain, out)
+    assert not torch.equal(plain, without)
 
 
 def test_a_layer_takes_a_table_and_ids() -> None:

@@ -5,15 +5,14 @@ from planted import Fault, expect_caught
 
 EXPAND = "kernels/lora_expand.py"
 SHRINK = "kernels/lora_shrink.py"
-ROWS = "kernels/lora_rows.py"
 LORA = ("test_lora.py",)
 
 FAULTS = (
     Fault(
         "minus-one-is-slot-0",
-        ROWS,
-        "known_slot(tl.load(lora_ids_ptr + index, mask=real, other=-1), num_slots)",
-        "tl.where(real, tl.maximum(tl.load(lora_ids_ptr + index, mask=real, other=-1), 0), -1)",
+        SHRINK,
+        "known_slot(tl.load(lora_ids_ptr + token, mask=real, other=-1), num_slots)",
+        "tl.where(real, tl.maximum(tl.load(lora_ids_ptr + token, mask=real, other=-1), 0), -1)",
         LORA,
         ("LORA-01", "LORA-02", "LORA-03", "LORA-05"),
     ),
@@ -44,17 +43,17 @@ FAULTS = (
     ),
     Fault(
         "first-adapter-of-a-block-alone",
-        ROWS,
-        "    tl.store(first, count)\n",
-        "    tl.store(first, tl.minimum(count, 1))\n",
+        "kernels/lora_rows.py",
+        "    tl.store(first, count, mask=store)\n",
+        "    tl.store(first, tl.minimum(count, 1), mask=store)\n",
         LORA,
         ("LORA-02", "LORA-05"),
     ),
     Fault(
         "adapter-of-another-token",
-        ROWS,
-        "index = (rows // top_k)",
-        "index = (rows % top_k)",
+        SHRINK,
+        "token = (rows // top_k)",
+        "token = (rows % top_k)",
         LORA,
         ("LORA-01", "LORA-02", "LORA-05"),
     ),

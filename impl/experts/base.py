@@ -11,6 +11,8 @@ import torch
 from ..config import ActivationFunction, MoEConfig
 from ..lora.table import TokenAdapters
 from ..platform import Platform
+from ..quantization import ActivationScale
+from ..quantize import dequantize_activations
 from ..weights import ExpertsWeights
 from .readiness import READY, Readiness
 
@@ -71,6 +73,14 @@ class ExpertsCall:
     allow_tf32: bool
     lora: TokenAdapters | None = None
     input_scale: torch.Tensor | None = None
+
+    def adapted_states(self, dtype: torch.dtype) -> torch.Tensor:
+        """The hidden states that adapters see, [M, H]: before they are quantised, or what `dtype` can tell of them."""
+        if self.input_scale is None:
+            return self.hidden_states
+        quant = self.weights.quant
+        group = quant.group if quant is not None and quant.activation_scale is ActivationScale.GROUP else 0
+        return dequantize_activations(self.hidden_states, self.input_scale, group, dtype)
 
 
 class StandardExperts(Experts):

@@ -48,13 +48,14 @@ class CpuExperts(StandardExperts):
 
         w13 = _Weight(weights.w13, quant, is_first=True, parts=call.activation.rows_a_column)
         x = _Rows(call.hidden_states, quant, is_first=True, scales=call.input_scale)
+        adapted = call.hidden_states if lora is None else call.adapted_states(dtype)
         hidden = torch.empty((len(held), weights.intermediate_size), dtype=dtype)
         start = 0
         for e, pairs in runs:
             gate_up = w13.times(x, pairs // top_k, e)
             if lora is not None:
                 token = pairs // top_k
-                add_adapters_with_torch(gate_up, call.hidden_states[token], lora.lora_ids[token], lora.table.w13, e)
+                add_adapters_with_torch(gate_up, adapted[token], lora.lora_ids[token], lora.table.w13, e)
             if call.apply_router_weight_on_input:
                 gate_up *= routing_weights[pairs]
             if weights.w13_bias is not None:

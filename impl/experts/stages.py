@@ -10,7 +10,7 @@ from ..kernels.lora_rows import AdapterRows
 from ..kernels.lora_shrink import Shrunk, lora_shrink
 from ..kernels.quantize import Rows, quantize_rows
 from ..kernels.tile import GemmOperands, gemm_operands
-from ..lora.table import AdapterTable
+from ..lora.table import AdapterTable, StackedLowRank
 from ..platform import Platform
 from ..quantization import ActivationScale
 from ..weights import ExpertsWeights
@@ -134,9 +134,12 @@ class LayerAdapters:
         self._table, self._rows, self._platform, self._allow_tf32 = table, rows, platform, allow_tf32
 
     def w13(self, hidden_states: torch.Tensor) -> Shrunk:
-        """Of the first GEMM: its input as it came, before it is quantised."""
-        return lora_shrink(hidden_states, self._table.w13, self._rows, self._platform, allow_tf32=self._allow_tf32)
+        """Of the first GEMM: its input as it came, before it is quantised. To be asked for first."""
+        return self._shrink(hidden_states, self._table.w13, make_lists=True)
 
     def w2(self, hidden: torch.Tensor) -> Shrunk:
         """Of the second GEMM: the activation's rows, before they are quantised."""
-        return lora_shrink(hidden, self._table.w2, self._rows, self._platform, allow_tf32=self._allow_tf32)
+        return self._shrink(hidden, self._table.w2, make_lists=False)
+
+    def _shrink(self, x: torch.Tensor, low_rank: StackedLowRank, *, make_lists: bool) -> Shrunk:
+        return lora_shrink(x, low_rank, self._rows, self._platform, make_lists=make_lists, allow_tf32=self._allow_tf32)

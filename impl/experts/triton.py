@@ -125,7 +125,7 @@ class TritonExperts(StandardExperts):
             mul_weight=call.apply_router_weight_on_input,
             a_row_is_token=True,
             config=configs.w13,
-            shrunk=None if lora is None else lora.w13(call.hidden_states),
+            shrunk=None if lora is None else lora.w13(call.adapted_states(out.dtype)),
             **routing,
         )
         hidden, hidden_scale = activate_hidden(

@@ -2,7 +2,8 @@
 
 Where few pairs meet in a group of adapter and expert, every pair is its own: nothing is prepared. Else a block of rows
 lists its adapters once a call, so that whoever works on the block reads each adapter once, and knows with one load
-whether there are any.
+whether there are any. The first kernel that asks makes the lists, for itself and for those behind it: a launch of its
+own for them would be what a batch without adapters pays most for.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import path
 from ..lora.table import StackedLowRank
 from .sizes import cdiv
-from .slabs import tokens_of_slab
 
 
 @triton.jit
@@ -39,46 +38,28 @@ def adapters_of_block(lists_ptr, block, num_listed, BLOCK_M: tl.constexpr):
     return tl.load(first), tl.load(first + 1 + place, mask=place < num_listed, other=0)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_slots", "num_listed", "max_tokens", "top_k"])
-def lora_rows_kernel(
-    lora_ids_ptr,
-    sorted_token_ids_ptr,
-    expert_num_tokens_ptr,
-    slots_ptr,
-    lists_ptr,
-    num_pairs,
-    num_slots,
-    num_listed,
-    max_tokens,
-    top_k,
-    SLABS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-):
-    """The slot of each row of one block, and the list of them."""
-    block = tl.program_id(0)
+@triton.jit
+def list_adapters(slots, wanted, slots_ptr, lists_ptr, block, num_slots, num_listed, store, BLOCK_M: tl.constexpr):
+    """How many adapters the rows of a block have, and the slot at place `wanted` of their ascending list, else -1.
+
+    `slots` [BLOCK_M] are the rows'. One program of a block is to `store` them with the list, for the kernels behind.
+    """
     lane = tl.arange(0, BLOCK_M)
-    if SLABS:
-        blocks_of_a_slab = tl.cdiv(max_tokens, BLOCK_M)
-        expert = block // blocks_of_a_slab
-        rows = block % blocks_of_a_slab * BLOCK_M + lane
-        real = rows < tokens_of_slab(expert_num_tokens_ptr, expert, max_tokens)
-        index = expert.to(tl.int64) * max_tokens + rows
-    else:
-        # Blocks behind the rows in use are padding.
-        rows = tl.load(sorted_token_ids_ptr + block.to(tl.int64) * BLOCK_M + lane)
-        real = rows < num_pairs
-        index = (rows // top_k).to(tl.int64)
-    slots = known_slot(tl.load(lora_ids_ptr + index, mask=real, other=-1), num_slots)
-    tl.store(slots_ptr + block.to(tl.int64) * BLOCK_M + lane, slots)
     first = lists_ptr + block.to(tl.int64) * (1 + num_listed)
     count = 0
-    for start in range(0, num_slots, BLOCK_SLOTS):
-        here = start + tl.arange(0, BLOCK_SLOTS)
-        present = tl.max((slots[None, :] == here[:, None]).to(tl.int32), axis=1)
-        tl.store(first + count + tl.cumsum(present, 0), here, mask=present > 0)
-        count += tl.sum(present, axis=0)
-    tl.store(first, count)
+    slot = -1
+    # A block without adapters is told by one reduction.
+    if tl.max(slots, axis=0) >= 0:
+        for start in range(0, num_slots, 16):
+            here = start + tl.arange(0, 16)
+            present = tl.max((slots[None, :] == here[:, None]).to(tl.int32), axis=1)
+            place = count + tl.cumsum(present, 0) - 1
+            tl.store(first + 1 + place, here, mask=(present > 0) & store)
+            slot = tl.maximum(slot, tl.max(tl.where((present > 0) & (place == wanted), here, -1), axis=0))
+            count += tl.sum(present, axis=0)
+    tl.store(slots_ptr + block.to(tl.int64) * BLOCK_M + lane, slots, mask=store & (lane >= 0))
+    tl.store(first, count, mask=store)
+    return count, slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +81,8 @@ class AdapterRows:
         num_experts: ids that pairs may name, E.
         sorted_token_ids, expert_ids: the alignment.
         expert_num_tokens: `[E_local]` int32 of slabs.
-        slots: `[num_blocks * block_size]` int32, each row's slot or -1; None where pairs ask.
+        slots: `[num_blocks * block_size]` int32, each row's slot or -1, once the first shrink wrote them; None where
+            pairs ask.
         lists: `[num_blocks, 1 + num_listed]` int32: how many adapters a block has, then their slots; likewise.
     """
 
@@ -132,8 +114,6 @@ class AdapterRows:
         return min(self.num_slots, self.block_size)
 
 
-# Slots that are looked for at once.
-_BLOCK_SLOTS = 64
 # Up to this many rows a block, and columns a part, pairs may ask for themselves: each reads its adapter anew.
 _FEW_ROWS, _FEW_COLUMNS = 32, 32
 
@@ -174,26 +154,7 @@ def adapters_of_slabs(
 
 
 def _listed(rows: AdapterRows) -> AdapterRows:
-    """The rows with the slots and lists of their blocks, from one launch."""
+    """The rows with room for the slots and lists of their blocks."""
     like = rows.lora_ids
     slots = like.new_empty(rows.num_blocks * rows.block_size)
-    lists = like.new_empty(rows.num_blocks, 1 + rows.num_listed)
-    path.launch(
-        lora_rows_kernel,
-        (rows.num_blocks,),
-        like,
-        rows.sorted_token_ids,
-        rows.expert_num_tokens,
-        slots,
-        lists,
-        rows.num_rows,
-        rows.num_slots,
-        rows.num_listed,
-        rows.max_tokens,
-        rows.top_k,
-        SLABS=rows.kind == "slabs",
-        BLOCK_M=rows.block_size,
-        BLOCK_SLOTS=_BLOCK_SLOTS,
-        num_warps=4,
-    )
-    return replace(rows, slots=slots, lists=lists)
+    return replace(rows, slots=slots, lists=like.new_empty(rows.num_blocks, 1 + rows.num_listed))

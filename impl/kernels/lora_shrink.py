@@ -17,9 +17,10 @@ import triton.language as tl
 from .. import path
 from ..lora.table import StackedLowRank
 from ..platform import Platform, Vendor
-from .lora_rows import AdapterRows, known_slot
+from .lora_rows import AdapterRows, known_slot, list_adapters
 from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
+from .slabs import tokens_of_slab
 
 
 @triton.jit(
@@ -43,10 +44,12 @@ def lora_shrink_kernel(
     rank_ptr,
     scale_ptr,
     out_ptr,
+    lora_ids_ptr,
     slots_ptr,
     lists_ptr,
     sorted_token_ids_ptr,
     expert_ids_ptr,
+    expert_num_tokens_ptr,
     expert_map_ptr,
     has_expert_map,
     num_pairs,
@@ -65,6 +68,7 @@ def lora_shrink_kernel(
     x_top_k,
     top_k,
     ROWS: tl.constexpr,
+    MAKE_LISTS: tl.constexpr,
     PARTS: tl.constexpr,
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -75,9 +79,9 @@ def lora_shrink_kernel(
 ):
     """BLOCK_N columns of one run for the rows of one block that have one adapter.
 
-    ROWS says what a block is: one of `pairs` alone, where `slots` are the tokens' ids and `expert_ids` the pairs'; of
-    `aligned` blocks and those of `slabs` a program gathers the rows of one slot of the block's list and takes
-    BLOCK_ROWS at a time; behind the list's end it returns after one load.
+    ROWS says what a block is: one of `pairs` alone, where `expert_ids` are the pairs'; of `aligned` blocks and those of
+    `slabs` a program gathers the rows of one slot of the block's list and takes BLOCK_ROWS at a time; behind the list's
+    end it returns after one load. MAKE_LISTS: the lists are not there yet, and this is who makes them.
     """
     pid = tl.program_id(0)
     run = tl.program_id(1)
@@ -85,7 +89,7 @@ def lora_shrink_kernel(
     lane = tl.arange(0, BLOCK_ROWS)
     lane_m = tl.arange(0, BLOCK_M)
     if ROWS == "pairs":
-        slot = known_slot(tl.load(slots_ptr + pid // top_k), num_slots)
+        slot = known_slot(tl.load(lora_ids_ptr + pid // top_k), num_slots)
         expert = local_expert(
             expert_ids_ptr,
             stride_topk_ids,
@@ -102,11 +106,8 @@ def lora_shrink_kernel(
         count = 1
     else:
         block = pid // num_listed
+        wanted = pid % num_listed
         # All that needs no other answer is asked for at once.
-        list_ptr = lists_ptr + block.to(tl.int64) * (1 + num_listed)
-        listed = tl.load(list_ptr)
-        slot = tl.load(list_ptr + 1 + pid % num_listed)
-        slots = tl.load(slots_ptr + block.to(tl.int64) * BLOCK_M + lane_m)
         if ROWS == "aligned":
             expert = tl.load(expert_ids_ptr + block)
             rows = tl.load(sorted_token_ids_ptr + block.to(tl.int64) * BLOCK_M + lane_m)
@@ -114,7 +115,25 @@ def lora_shrink_kernel(
             blocks_of_a_slab = tl.cdiv(max_tokens, BLOCK_M)
             expert = block // blocks_of_a_slab
             rows = block % blocks_of_a_slab * BLOCK_M + lane_m
-        if pid % num_listed >= listed:
+        if MAKE_LISTS:
+            if ROWS == "aligned":
+                # Blocks behind the rows in use are padding.
+                real = rows < num_pairs
+                token = (rows // top_k).to(tl.int64)
+            else:
+                real = rows < tokens_of_slab(expert_num_tokens_ptr, expert, max_tokens)
+                token = expert.to(tl.int64) * max_tokens + rows
+            slots = known_slot(tl.load(lora_ids_ptr + token, mask=real, other=-1), num_slots)
+            first_of_block = (wanted == 0) & (run == 0) & (tl.program_id(2) == 0)
+            listed, slot = list_adapters(
+                slots, wanted, slots_ptr, lists_ptr, block, num_slots, num_listed, first_of_block, BLOCK_M
+            )
+        else:
+            list_ptr = lists_ptr + block.to(tl.int64) * (1 + num_listed)
+            listed = tl.load(list_ptr)
+            slot = tl.load(list_ptr + 1 + wanted)
+            slots = tl.load(slots_ptr + block.to(tl.int64) * BLOCK_M + lane_m)
+        if wanted >= listed:
             return
         mine = slots == slot
         count = tl.sum(mine.to(tl.int32), axis=0)
@@ -184,7 +203,13 @@ _FEW_REGISTERS: dict[str, Any] = {"maxnreg": 128}
 
 
 def lora_shrink(
-    x: torch.Tensor, low_rank: StackedLowRank, rows: AdapterRows, platform: Platform, *, allow_tf32: bool
+    x: torch.Tensor,
+    low_rank: StackedLowRank,
+    rows: AdapterRows,
+    platform: Platform,
+    *,
+    make_lists: bool,
+    allow_tf32: bool,
 ) -> Shrunk:
     """Launch the kernel on checked arguments.
 
@@ -193,6 +218,7 @@ def lora_shrink(
         low_rank: the projection.
         rows: of the call.
         platform: where it runs.
+        make_lists: this is the call's first product, which lists the adapters of blocks.
         allow_tf32: float32 operands may be rounded to TF32.
     """
     k, parts, width = x.shape[-1], low_rank.num_parts, low_rank.width
@@ -202,14 +228,13 @@ def lora_shrink(
     num_n = cdiv(parts * width, block_n)
     strides = (x.stride(0), x.stride(1)) if rows.kind == "slabs" else (0, x.stride(0))
     if rows.topk_ids is not None:
-        blocks, slots, experts_of = rows.num_rows, rows.lora_ids, rows.topk_ids
+        blocks, experts_of = rows.num_rows, rows.topk_ids
         most_runs = next((runs for pairs, runs in _MOST_RUNS if rows.num_rows <= pairs), 1)
         runs = max(1, min(most_runs, k // (block_k if on_cpu else _LEAST_RUN)))
         of_a_run = cdiv(cdiv(k, runs), block_k)
         dtype, stride_topk_ids = torch.float32, rows.topk_ids.stride(0)
     else:
-        blocks, slots = rows.num_blocks * rows.num_listed, rows.slots
-        experts_of = rows.expert_num_tokens if rows.kind == "slabs" else rows.expert_ids
+        blocks, experts_of = rows.num_blocks * rows.num_listed, rows.expert_ids
         most_runs, of_a_run, dtype, stride_topk_ids = 1, cdiv(k, block_k), x.dtype, 0
     runs = cdiv(k, of_a_run * block_k)
     values = torch.empty((runs, rows.num_rows, parts * width), dtype=dtype, device=x.device)
@@ -221,10 +246,12 @@ def lora_shrink(
         low_rank.ranks,
         low_rank.scales,
         values,
-        slots,
+        rows.lora_ids,
+        rows.slots,
         rows.lists,
         rows.sorted_token_ids,
         experts_of,
+        rows.expert_num_tokens,
         *map_arguments(rows.lora_ids, rows.expert_map),
         rows.num_rows,
         k,
@@ -241,6 +268,7 @@ def lora_shrink(
         1 if rows.kind == "slabs" else rows.num_rows // max(1, x.shape[0]),
         rows.top_k,
         ROWS=rows.kind,
+        MAKE_LISTS=make_lists and rows.lists is not None,
         PARTS=parts,
         EVEN_K=k % block_k == 0,
         INPUT_PRECISION="tf32" if allow_tf32 else "ieee",
