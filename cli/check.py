@@ -21,7 +21,7 @@ from moegate import exit_codes
 from moegate.conformance.console import wide_console
 from moegate.conformance.report_formats import as_junit, as_markdown, known_lines, used_text
 from moegate.conformance.selection import PROFILES
-from moegate.json_output import expect_json_file, put_json
+from moegate.json_output import expect_output, put_json, put_text
 
 # Each is a process that imports torch.
 MOST_WORKERS = 512
@@ -67,7 +67,8 @@ def check(
         _refuse(console, f"--scale: expected a number above 0, got {scale}")
     if not 0 <= workers <= MOST_WORKERS:
         _refuse(console, f"--workers: expected a number in [0, {MOST_WORKERS}], got {workers}")
-    expect_json_file(console, "check", json_file)
+    for option, file in (("--json", json_file), ("--junit", junit), ("--markdown", markdown)):
+        expect_output(console, "check", option, file)
     device = _resolve(device, console)
     workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -11,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
+from moegate.json_output import expect_output, put_json, put_text
 
 if TYPE_CHECKING:
     from moegate.bench.gate.measuring import Plan
@@ -107,8 +107,9 @@ def gate(
     arguments.
     """
     console = wide_console(stderr="-" in (json_file, markdown_file))
+    for option, file in (("--json", json_file), ("--markdown", markdown_file)):
+        expect_output(console, "gate", option, file)
     from moegate.bench.gate.measuring import Plan
-    from moegate.bench.gate.record import write_json
     from moegate.bench.gate.run import Request, run_gate
     from moegate.bench.gate.sides import BadSidesError, SideError
 
@@ -139,12 +140,9 @@ def gate(
         _stop(console, str(error), exit_codes.NOTHING_DONE)
     except KeyboardInterrupt:
         _stop(console, "interrupted; the same command goes on from what was measured", exit_codes.NOTHING_DONE)
-    if json_file == "-":
-        typer.echo(json.dumps(record.as_dict(), indent=1))
-    elif json_file:
-        write_json(Path(json_file), record.as_dict())
-    _print(console, record, markdown_file)
-    raise typer.Exit(record.exit_code)
+    is_written = put_json(console, "gate", json_file, record.as_dict(), indent=1)
+    is_written &= _print(console, record, markdown_file)
+    raise typer.Exit(record.exit_code if is_written or record.exit_code else exit_codes.NOTHING_DONE)
 
 
 def _workloads(
@@ -210,7 +208,6 @@ def _self_test(
     from dataclasses import replace
 
     from moegate.bench.gate import trial
-    from moegate.bench.gate.record import write_json
     from moegate.bench.gate.self_test import run_self_test
 
     try:
@@ -221,10 +218,7 @@ def _self_test(
     most = replace(plan, pairs=max(plan.pairs, 100))
     with _bar(console) as bar:
         data = run_self_test(Path.cwd(), workloads, device, most, _cache(), levels=fractions, progress=_progress(bar))
-    if json_file == "-":
-        typer.echo(json.dumps(data))
-    elif json_file:
-        write_json(Path(json_file), data)
+    put_json(console, "gate", json_file, data)
     for name, reason in data["failed"].items():
         console.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
     machine = data["machine"]
@@ -254,16 +248,17 @@ def _progress(bar: Progress) -> Any:
     return show
 
 
-def _print(console: Console, record: GateRecord, markdown_file: str | None) -> None:
+def _print(console: Console, record: GateRecord, markdown_file: str | None) -> bool:
+    """Show the report, and write it where that is asked for; whether that was done."""
     from moegate.bench.gate.markdown import markdown
 
     text = markdown(record)
     if markdown_file == "-":
         typer.echo(text)
-        return
-    if markdown_file:
-        Path(markdown_file).write_text(text)
+        return True
+    is_written = markdown_file is None or put_text(console, "gate", "--markdown", markdown_file, text)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return is_written
 
 
 def _stop(console: Console, message: str, code: int) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict
@@ -14,8 +13,9 @@ import typer
 from rich.console import Console
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
 from moegate.history_tables import changes_table, print_comparison, range_table, runs_table
+from moegate.json_output import expect_output, put_json
 
 if TYPE_CHECKING:
     from moegate.bench.history.answers import Filter
@@ -32,7 +32,16 @@ app = typer.Typer(
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help=f"The history's folder; {VARIABLE}, else .moegate/history, if left out.")
 ]
-JsonOption = Annotated[str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")]
+
+
+def _looked_at(file: str | None) -> str | None:
+    expect_output(wide_console(stderr=True), "history", "--json", file)
+    return file
+
+
+JsonOption = Annotated[
+    str | None, typer.Option("--json", callback=_looked_at, help="Write the result as JSON; - is standard output.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="The GPU's model, or a part of its name.")]
 ModelOption = Annotated[str | None, typer.Option(help="The model's name.")]
 TokensOption = Annotated[int | None, typer.Option("--tokens", "-M", help="The number of tokens M.")]
@@ -335,9 +344,10 @@ def _aside(history: History) -> dict[str, Any]:
 
 
 def _write(json_file: str | None, data: dict[str, Any]) -> None:
-    if json_file:
-        text = json.dumps({"schema": SCHEMA, **data}, indent=2)
-        typer.echo(text) if json_file == "-" else Path(json_file).write_text(text + "\n")
+    console = wide_console(stderr=True)
+    # What was asked about is in the store: only the answer is lost where it cannot be written.
+    if not put_json(console, "history", json_file, {"schema": SCHEMA, **data}):
+        raise typer.Exit(exit_codes.NOTHING_DONE)
 
 
 def _range(console: Console, history: History, first: str, last: str, which: Filter, json_file: str | None) -> bool:

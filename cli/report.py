@@ -10,8 +10,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from moegate import __version__, exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
 from moegate.history import StoreOption, history_folder
+from moegate.json_output import expect_output, put_json
 
 SCHEMA = "moegate-report/1"
 
@@ -34,6 +35,7 @@ def report(
     Exit codes: 0 written, 3 there is nothing to show, 4 a file that cannot be read, or a missing package.
     """
     console = wide_console(stderr=json_file == "-")
+    expect_output(console, "report", "--json", json_file)
     try:
         from moegate.bench.history.queries import History
         from moegate.bench.html_report.contents import UnreadableError, gather
@@ -69,11 +71,9 @@ def report(
         markup=False,
         soft_wrap=True,
     )
-    if json_file:
-        said = {"schema": SCHEMA, "file": str(output), **counts, "set_aside": [list(each) for each in contents.aside]}
-        text = json.dumps(said, indent=2)
-        typer.echo(text) if json_file == "-" else Path(json_file).write_text(text + "\n")
-    raise typer.Exit(exit_codes.HOLDS)
+    said = {"schema": SCHEMA, "file": str(output), **counts, "set_aside": [list(each) for each in contents.aside]}
+    is_written = put_json(console, "report", json_file, said)
+    raise typer.Exit(exit_codes.HOLDS if is_written else exit_codes.NOTHING_DONE)
 
 
 def _read(path: Path) -> Any:

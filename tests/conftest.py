@@ -10,7 +10,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the operands are small, and xdi
 BAD_INPUT = ("test_bad_input.py", "test_bad_options.py", "test_hostile_files.py")
 
 # Their module fixtures start the processes, and each worker with a test of such a file would start them again.
-SHARED_RUNS = ("test_bench_suite.py", "test_cli.py", "test_packaging.py", "test_plugin.py", "test_report_browser.py", "test_crashes.py")
+SHARED_RUNS = (
+    "test_bench_suite.py",
+    "test_cli.py",
+    "test_packaging.py",
+    "test_plugin.py",
+    "test_report_browser.py",
+    "test_crashes.py",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,6 @@ An option or a variable that joins without bad values of its own fails a test he
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from option_values import ALSO_CALLED, BESIDE, COMMON, LONG, NAMES, OPTIONS
 from typer.testing import CliRunner
 
 from moegate import exit_codes
@@ -29,100 +29,6 @@ from moegate.impl.tuning import lookup
 from moegate.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = "9" * 5000
-
-JSON = ("", ".", "no/such/folder/file.json", "a\0b", "x" * 300, "file.json/below", "\x1b[2J/x.json")
-_INT = ("much", "", "1.5", "nan", "1e3", LONG)
-_COUNT = (*_INT, "0", "-1", "-9223372036854775809")
-_NUMBER = ("much", "", "nan", "inf", "-inf", "0", "-1", "1,5")
-_NAME = ("", "nosuch", "\x1b[31mred", "../../etc/passwd", "a b", "a\nb")
-
-# By command and option, values that must be refused. What a child of the command refuses takes seconds: one of each.
-OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "check": {
-        "--subject": ("nosuch.py:Subject",),
-        "--device": _NAME,
-        "--profile": _NAME,
-        "--workers": (*_INT, "-1", "100000", LONG),
-        "--scale": _NUMBER,
-        "--spec": ("__import__('os').abort()",),
-        "--select": ("not (",),
-        "--json": JSON,
-    },
-    "explain": {
-        "--platform": (*_NAME, "cuda", "cuda:1.0", "cuda:9", "rocm:gfx1", "cpu:0", f"cuda:{LONG}.0"),
-        "--dtype": _NAME,
-        "--block-shape": (*_NAME, "128", "128,128,128", "128,", "-1,128", "1.5,128", "128,100", f"{LONG},128"),
-        "--activation": _NAME,
-        "--dp": _COUNT,
-        "--ep": (*_COUNT, "129"),
-        "--tp": (*_COUNT, "5"),
-        "--experts": _COUNT,
-        "--top-k": (*_COUNT, "129"),
-        "--hidden": _COUNT,
-        "--intermediate": _COUNT,
-        "--backend": _NAME[1:],
-        "--without": _NAME,
-        "--json": JSON,
-    },
-    "tune": {
-        "--model": _NAME,
-        "--shape": (*_NAME, "E=8", "E=8,N=64,H=64", "E=0,N=64,H=64,top_k=2", "E=8,N=64,H=64,top_k=9", f"E={LONG},N=1"),
-        "--tokens": (*_NAME, "0", "-1", "1,,2", "1.5", LONG, "1;2"),
-        "--dtype": _NAME,
-        "--device": ("", "nosuch", "cpu:x", "\x1b[31m", "meta"),
-        "--minutes": _NUMBER,
-        "--limit": _COUNT,
-        "--output": (__file__, "a\0b", f"{__file__}/below"),
-        "--json": JSON,
-    },
-    "doctor": {"--json": JSON},
-    "bench": {
-        "--models": _NAME,
-        "--tokens": (*_NAME, "0", "-1", "1,,2", "1.5", LONG),
-        "--routing": (*_NAME, "zipf", "zipfx", "zipf-1", "zipfnan", "zipfinf"),
-        "--dtype": _NAME,
-        "--device": ("nosuch", "cpu:x", "\x1b[31m", "meta"),
-        "--peer": (*_NAME, "nosuch.py:f", f"{__file__}:nosuch"),
-        "--budget": _NUMBER,
-        "--lora": (*_COUNT, "257"),
-        "--adapters": _COUNT,
-        "--simulate-ep": (*_NAME, "1", "0", "-1", "257", "2,,4", LONG),
-        "--link-bandwidth": _NUMBER,
-        "--link-latency": ("much", "", "nan", "inf", "-1"),
-        "--json": JSON,
-    },
-}
-# What else must be there for an option to be looked at.
-BESIDE = {
-    ("tune", "--model"): (),
-    ("tune", "--shape"): (),
-    ("bench", "--simulate-ep"): ("--link-bandwidth", "400", "--link-latency", "10"),
-    ("bench", "--link-bandwidth"): ("--simulate-ep", "2", "--link-latency", "10"),
-    ("bench", "--link-latency"): ("--simulate-ep", "2", "--link-bandwidth", "400"),
-    ("bench", "--adapters"): ("--lora", "16"),
-}
-# How messages may call an option besides.
-ALSO_CALLED = {
-    ("check", "--select"): ("'-k'",),
-    ("explain", "--dp"): ("dp_size",),
-    ("explain", "--ep"): ("ep_size",),
-    ("explain", "--tp"): ("tp_size",),
-    ("explain", "--experts"): ("num_experts",),
-    ("explain", "--hidden"): ("hidden_size",),
-    ("explain", "--intermediate"): ("intermediate_size",),
-    ("bench", "--link-bandwidth"): ("link-bandwidth",),
-    ("bench", "--link-latency"): ("link-latency",),
-    ("bench", "--simulate-ep"): ("simulate-ep",),
-    ("bench", "--models"): ("model",),
-    ("bench", "--lora"): ("rank",),
-    ("bench", "--routing"): ("exponent",),
-}
-COMMON = {
-    "check": ("--device", "cpu", "-n", "1"),
-    "tune": ("--model", "qwen3-30b-a3b"),
-    "bench": ("--models", "qwen3-30b-a3b", "--tokens", "1", "--device", "cpu"),
-}
 
 
 def _cases() -> list[Any]:
@@ -141,12 +47,14 @@ def test_a_bad_option_is_refused_by_name(
     command: str, option: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file.json").write_text("{}")
+    for name, content in {"file.json": "{}", "empty.json": "", "list.json": "[[[1]]]"}.items():
+        (tmp_path / name).write_text(content)
+    before = sorted(os.listdir(tmp_path))
     beside = BESIDE.get((command, option), COMMON.get(command, ()))
     if beside and (command, option) in BESIDE:
         beside = (*COMMON.get(command, ()), *beside)
     with time_limit(60):
-        done = CliRunner().invoke(app, [command, *beside, f"{option}={value}"])
+        done = CliRunner().invoke(app, [*command.split(), *beside, f"{option}={value}"])
     unforeseen = done.exception is not None and not isinstance(done.exception, SystemExit)
     assert not unforeseen, repr(done.exception)
     said = " ".join(done.output.split())
@@ -157,22 +65,29 @@ def test_a_bad_option_is_refused_by_name(
     assert any(name in complaint for name in names)
     assert "\x1b" not in done.output.replace("\x1b[31m" if "\x1b" not in value else "\0", "")
     assert "Traceback" not in said
-    assert sorted(os.listdir(tmp_path)) == ["file.json"]
+    assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "file.json").read_text() == "{}"
 
 
-def _options_of(command: str) -> set[str]:
-    if command == "bench":
-        parser: argparse.ArgumentParser = bench_main.command_line()
-        named = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
-        return {action.option_strings[-1] for action in named if action.nargs != 0}
-    parameters = typer.main.get_command(app).commands[command].params  # pyright: ignore
-    return {parameter.opts[0] for parameter in parameters if not getattr(parameter, "is_flag", False)} - {"--help"}
+def _commands() -> dict[str, set[str]]:
+    """The options of every command that take a value."""
+    found: dict[str, set[str]] = {}
+
+    def walk(command: Any, words: tuple[str, ...]) -> None:
+        for name, inside in getattr(command, "commands", {}).items():
+            walk(inside, (*words, name))
+        if not hasattr(command, "commands"):
+            options = [each for each in command.params if each.opts[0].startswith("-")]
+            found[" ".join(words)] = {each.opts[0] for each in options if not getattr(each, "is_flag", False)}
+
+    walk(typer.main.get_command(app), ())
+    named = [action for action in bench_main.command_line()._actions if action.nargs != 0]
+    found["bench"] = {action.option_strings[-1] for action in named}
+    return found
 
 
-@pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
-def test_every_option_has_bad_values(command: str) -> None:
-    assert set(OPTIONS.get(command, {})) == _options_of(command)
+def test_every_option_has_bad_values() -> None:
+    assert {command: set(options) for command, options in OPTIONS.items()} == _commands()
 
 
 # --- the environment ---------------------------------------------------------------------------------------------
@@ -189,7 +104,7 @@ def _order(variable: str, value: str) -> Any:
 
 # By variable, what reads it, and values that must be refused.
 VARIABLES: dict[str, tuple[Callable[[str, str], Any], tuple[str, ...]]] = {
-    "MOEGATE_BACKEND": (lambda variable, value: select.parse_request(None, {variable: value}), _NAME[1:]),
+    "MOEGATE_BACKEND": (lambda variable, value: select.parse_request(None, {variable: value}), NAMES),
     "MOEGATE_TUNED_CONFIG_FOLDER": (
         lambda variable, value: lookup.config_folders({variable: value}),
         ("no/such/folder", __file__, "a\0b", "x" * 5000, "~nosuchuser/x", "\x1b[2J"),

@@ -15,11 +15,7 @@ from moegate.conformance.loading import load_subject
 from moegate.conformance.numerics import Numerics
 from moegate.conformance.properties.num import budget_of, judge_values, reference_of
 from moegate.conformance.spec import ExpertsSpec
-<<<<<<< HEAD
 from moegate.conformance.statistics import statistics
-from moegate.conformance.subject import load_subject
-=======
->>>>>>> subjects
 
 DECLARED = json.loads(files("moegate.conformance").joinpath("declarations.json").read_text())
 ROUNDING_POINTS = (

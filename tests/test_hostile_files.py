@@ -23,9 +23,9 @@ from rich.table import Table
 from safetensors.torch import save, save_file
 
 from moegate.conformance.console import PlainConsole, printable
+from moegate.conformance.loading import load_subject
 from moegate.conformance.properties.bad_input import time_limit
 from moegate.conformance.spec import parse_spec
-from moegate.conformance.loading import load_subject
 from moegate.impl.checkpoint import load_layer
 from moegate.impl.json_file import MAX_BYTES
 from moegate.impl.lora.peft import CONFIG, WEIGHTS, load_peft
