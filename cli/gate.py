@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -115,15 +116,19 @@ def gate(
 
     try:
         plan = Plan(pairs=pairs, again=again, rounds=rounds, minutes=minutes, seed=seed)
+        thresholds, fractions = _thresholds(threshold or []), _fractions(levels)
+        for word in accept or ():
+            if not (word.strip() and word.isprintable()):
+                raise ValueError(f"accept: expected a change or WHAT:WHERE, got {word!a:.80}")
         workloads, where = _workloads(console, device, models, tokens, routing, dtype)
         if self_test:
-            _self_test(console, workloads, where, plan, levels, json_file)
+            _self_test(console, workloads, where, plan, fractions, json_file)
         sides = _sides(base, head, base_tree, head_tree, subject, prepare, allow_dirty)
         request = Request(
             workloads,
             where,
             plan,
-            _thresholds(threshold or []),
+            thresholds,
             clock,
             tuple(accept or ()),
             allow_busy,
@@ -194,7 +199,9 @@ def _thresholds(words: list[str]) -> Thresholds:
         try:
             value = float(percent) / 100
         except ValueError:
-            raise ValueError(f"threshold: expected PERCENT or PATTERN=PERCENT, got {word!r}") from None
+            value = math.nan
+        if not 0 < value < math.inf or (separator and not pattern):
+            raise ValueError(f"threshold: expected PERCENT or PATTERN=PERCENT, got {word!a:.80}")
         if separator:
             by_pattern[pattern] = value
         else:
@@ -202,18 +209,24 @@ def _thresholds(words: list[str]) -> Thresholds:
     return Thresholds(default, by_pattern)
 
 
+def _fractions(levels: str) -> list[float]:
+    try:
+        fractions = [float(level) / 100 for level in levels.split(",")] if levels.strip() else []
+        if all(0 < fraction < math.inf for fraction in fractions):
+            return fractions
+    except ValueError:
+        pass
+    raise ValueError(f"levels: expected percents such as 1,2,3,5, got {levels!a:.80}")
+
+
 def _self_test(
-    console: Console, workloads: list[Workload], device: str, plan: Plan, levels: str, json_file: str | None
+    console: Console, workloads: list[Workload], device: str, plan: Plan, fractions: list[float], json_file: str | None
 ) -> NoReturn:
     from dataclasses import replace
 
     from moegate.bench.gate import trial
     from moegate.bench.gate.self_test import run_self_test
 
-    try:
-        fractions = [float(level) / 100 for level in levels.split(",") if level.strip()]
-    except ValueError:
-        raise ValueError(f"levels: expected percents such as 1,2,3,5, got {levels!r}") from None
     # As many pairs as the time allows: each is evidence.
     most = replace(plan, pairs=max(plan.pairs, 100))
     with _bar(console) as bar:

@@ -77,6 +77,7 @@ def add(
 
     console = wide_console(stderr=json_file == "-")
     target = Store(history_folder(store))
+    _expect_checkout(repository)
     stored, refused = [], False
     for file in files:
         try:
@@ -173,7 +174,7 @@ def changes(
     dtype: DtypeOption = None,
     subject: SubjectOption = None,
     every: AllOption = False,
-    min_change: Annotated[float, typer.Option(min=0, help="The least relative change that counts.")] = 0.01,
+    min_change: Annotated[float, typer.Option(min=0, max=1e6, help="The least relative change that counts.")] = 0.01,
     max_p: Annotated[float, typer.Option(help="The largest p-value that counts.")] = 0.001,
     fail_recent: Annotated[
         int, typer.Option(min=0, help="Exit with 1 if a series got slower within its last N commits.")
@@ -229,6 +230,9 @@ def promote(
     from moegate.bench.history.promotion import PromotionRefusedError, judge
 
     console = wide_console(stderr=json_file == "-")
+    _expect_checkout(repository)
+    if main.startswith("-") or not main.isprintable():
+        _refuse("promote", f"--main: expected a branch, got {main!a:.80}")
     with _open(console, store) as history:
         try:
             found = history.find(run, _filter(device=device))
@@ -301,8 +305,17 @@ def _add(target: Any, file: Path, exit_code: int | None, repository: Path) -> tu
 
 
 def history_folder(store: Path | None) -> Path:
-    """The history's folder: as asked for, else the environment's, else below this folder."""
-    return store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
+    """The history's folder: as asked for, else the environment's, else below this folder; exit code 4 if it is none."""
+    folder = store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
+    name = VARIABLE if store is None else "--store"
+    if "\0" in str(folder) or not str(folder).isprintable() or (folder.exists() and not folder.is_dir()):
+        _refuse("history", f"{name}: expected a folder, got {str(folder)!a:.300}")
+    return folder
+
+
+def _expect_checkout(repository: Path) -> None:
+    if "\0" in str(repository) or not repository.is_dir():
+        _refuse("history", f"--repo: expected a folder, got {str(repository)!a:.300}")
 
 
 def _open(console: Console, store: Path | None) -> History:

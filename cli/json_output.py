@@ -13,14 +13,14 @@ from moegate import exit_codes
 STANDARD_OUTPUT = "-"
 
 
-def expect_output(console: Console, command: str, option: str, file: Any) -> None:
+def expect_output(console: Console, command: str, option: str, file: Any, *, make_folders: bool = False) -> None:
     """Refuse a file that cannot be written before there is a result to lose (exit code 4)."""
     from moegate.impl.whole_file import expect_writable
 
     if file is None or file == STANDARD_OUTPUT:
         return
     try:
-        expect_writable(option, file)
+        expect_writable(option, file, make_folders=make_folders)
     except ValueError as error:
         console.print(f"moegate {command}: {error}", markup=False, style="red", soft_wrap=True)
         raise typer.Exit(exit_codes.BAD_ARGUMENTS) from None

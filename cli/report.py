@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,6 +13,8 @@ from moegate.conformance.console import wide_console
 from moegate.history import StoreOption, history_folder
 from moegate.json_output import expect_output, put_json
 
+# Of one report that is handed in.
+MOST_BYTES = 1 << 26
 SCHEMA = "moegate-report/1"
 
 
@@ -36,6 +37,7 @@ def report(
     """
     console = wide_console(stderr=json_file == "-")
     expect_output(console, "report", "--json", json_file)
+    expect_output(console, "report", "--output", output, make_folders=True)
     try:
         from moegate.bench.history.queries import History
         from moegate.bench.html_report.contents import UnreadableError, gather
@@ -44,8 +46,8 @@ def report(
         from moegate.impl.whole_file import write_whole
     except ModuleNotFoundError as error:
         _refuse(f"{error.name} is not installed: pip install {error.name}")
-    files = {"gates": gate or [], "checks": check or [], "faults": faults or []}
-    handed_in = {name: [_read(path) for path in paths] for name, paths in files.items()}
+    files = {"gates": ("gate", gate), "checks": ("check", check), "faults": ("faults", faults)}
+    handed_in = {name: [_read(option, path) for path in paths or []] for name, (option, paths) in files.items()}
     folder = history_folder(store)
     if store is not None and not folder.is_dir():
         _refuse(f"--store: expected a folder, got {folder}")
@@ -76,11 +78,16 @@ def report(
     raise typer.Exit(exit_codes.HOLDS if is_written else exit_codes.NOTHING_DONE)
 
 
-def _read(path: Path) -> Any:
+def _read(option: str, path: Path) -> dict[str, Any]:
+    from moegate.impl.json_file import JsonFileError, parse_object, read_bytes
+
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        _refuse(f"{path}: {error}")
+        content = read_bytes(path, most=MOST_BYTES)
+        if content is None:
+            raise JsonFileError(path, "", "is not there")
+        return parse_object(path, content)
+    except JsonFileError as error:
+        _refuse(f"--{option}: {error}")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -87,8 +87,7 @@ def _folder(console: Console, output: Path | None) -> Path:
 
     folder = output or Path(os.environ.get("MOEGATE_TUNED_CONFIG_FOLDER") or "tuned")
     try:
-        there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-        expect_writable("--output", there / "probe.json")
+        expect_writable("--output", folder / "probe.json", make_folders=True)
     except ValueError as error:  # a NUL in the name among them
         _refuse(console, f"--output: expected a folder that can be written, got {str(folder)!a:.300}: {error}")
     return folder

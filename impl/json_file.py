@@ -31,8 +31,8 @@ class JsonFileError(ValueError):
         self.key = key
 
 
-def read_bytes(path: Path, error: type[JsonFileError] = JsonFileError) -> bytes | None:
-    """A file's bytes; None where there is none.
+def read_bytes(path: Path, error: type[JsonFileError] = JsonFileError, *, most: int = MAX_BYTES) -> bytes | None:
+    """A file's bytes, `most` of them; None where there is none.
 
     Raises:
         JsonFileError: something is there that cannot be read as a plain file of sensible size: a symlink loop, a
@@ -42,8 +42,8 @@ def read_bytes(path: Path, error: type[JsonFileError] = JsonFileError) -> bytes 
         os.lstat(path)
     except FileNotFoundError:
         return None
-    except OSError as cause:
-        raise error(path, "", f"cannot be read: {cause.strerror}") from cause
+    except (OSError, ValueError) as cause:  # a NUL in the name is a ValueError
+        raise error(path, "", f"cannot be read: {getattr(cause, 'strerror', cause)}") from cause
     try:
         # Not blocking: a pipe of this name must not stop the process.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -53,9 +53,9 @@ def read_bytes(path: Path, error: type[JsonFileError] = JsonFileError) -> bytes 
         os.close(handle)
         raise error(path, "", "expected a plain file")
     with os.fdopen(handle, "rb") as stream:
-        content = stream.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise error(path, "", f"expected at most {MAX_BYTES} bytes")
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise error(path, "", f"expected at most {most} bytes")
     return content
 
 

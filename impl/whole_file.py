@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -94,12 +95,13 @@ def folder_locked(folder: Path | str) -> Iterator[None]:
         os.close(handle)
 
 
-def expect_writable(name: str, path: Path | str) -> None:
+def expect_writable(name: str, path: Path | str, *, make_folders: bool = False) -> None:
     """Check that a file can be written, before the work whose result it is to hold.
 
     Args:
         name: the argument's, for the message.
         path: the file; there or not.
+        make_folders: folders that are not there will be made, as by `write_whole`.
 
     Raises:
         ValueError: no file that can be written there, with the reason.
@@ -113,17 +115,18 @@ def expect_writable(name: str, path: Path | str) -> None:
         if stat.S_ISDIR(mode):
             raise ValueError(f"{name}: expected a file, got the folder {said:.300}")
         if not stat.S_ISREG(mode):
-            writable = os.access(target, os.W_OK)
-        elif not target.parent.is_dir():
+            if not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        folder = target.parent
+        while make_folders and not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
             raise ValueError(f"{name}: expected a file in a folder that is there, got {said:.300}")
-        else:
-            handle, probe = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=PART)
-            os.close(handle)
-            os.unlink(probe)
-            # A name that is too long is one that the probe had not.
-            os.path.lexists(target)
-            writable = len(os.fsencode(target.name)) <= os.pathconf(target.parent, "PC_NAME_MAX")
+        handle, probe = tempfile.mkstemp(dir=folder, prefix=".", suffix=PART)
+        os.close(handle)
+        os.unlink(probe)
+        if len(os.fsencode(target.name)) > os.pathconf(folder, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except OSError as error:
         raise ValueError(f"{name}: expected a file that can be written, got {said:.300}: {error.strerror}") from error
-    if not writable:
-        raise ValueError(f"{name}: expected a file that can be written, got {said:.300}")

@@ -41,22 +41,24 @@ def kill(store: Store, count: int, folder: Path, seed: int = 0) -> dict:
     """Kill `count` writers, each at a random moment of its work, and look for what they had reported."""
     moments = random.Random(seed)
     result = {"kills": 0, "finished": 0, "reported": 0, "lost": [], "broken": []}
-    first, reported, place = 0, [], folder / "0"
+    first, reported, place = 0, [0, 1, 2], folder / "0"
     place.mkdir(parents=True)
     # How long an item takes says when a kill is likely to fall into one.
     started = time.perf_counter()
-    store.write(place, first)
-    reported.append(first)
-    of_one = time.perf_counter() - started
+    for number in reported:
+        store.write(place, number)
+    of_one = (time.perf_counter() - started) / len(reported)
     while result["kills"] < count:
         first = max(reported, default=first) + 1000
         reading, writing = os.pipe()
         child = _writer(store, place, range(first, first + 200), writing)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
-            time.sleep(moments.uniform(0, 6 * of_one))
+            # Some items, and then a moment within the next one.
+            lines = [pipe.readline() for _ in range(moments.randrange(4))]
+            time.sleep(moments.uniform(0, 1.5 * of_one))
             os.kill(child, signal.SIGKILL)
-            reported += [int(line) for line in pipe.read().split()]
+            reported += [int(line) for line in (*lines, *pipe.read().split()) if line]
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             result["kills"] += 1

@@ -110,8 +110,53 @@ def _read_examples(folder: Path) -> list[int]:
     return numbers
 
 
+# --- the history of benchmarks -----------------------------------------------------------------------------------
+
+
+def _write_history(folder: Path, number: int) -> None:
+    from moegate.bench.history.store import Store as History
+
+    History(folder / "history").promote(f"{number:012x}", {"payload": payload(number)})
+
+
+def _read_history(folder: Path) -> list[int]:
+    from moegate.bench.history.store import Store as History
+
+    history = History(folder / "history")
+    numbers = []
+    for entry in history.entries():
+        _, data = history.read(entry)
+        number = int(data["payload"].partition(":")[0])
+        if data["payload"] != payload(number):
+            raise ValueError(f"{entry.path} is not as it was written")
+        numbers.append(number)
+    return numbers
+
+
+# --- what an interrupted gate goes on from -----------------------------------------------------------------------
+
+
+def _write_cell(folder: Path, number: int) -> None:
+    from moegate.bench.gate.store import Store as Cells
+
+    # One writer to a pair: a gate is one process.
+    cells = Cells(folder / "state")
+    cells.put(number // 1000, f"workload {number}", {"payload": payload(number)})
+
+
+def _read_cells(folder: Path) -> list[int]:
+    from moegate.bench.gate.store import Store as Cells
+
+    cells = Cells(folder / "state")
+    if cells.set_aside:
+        raise ValueError(f"{cells.set_aside}: not whole")
+    return [int(name.split()[1]) for of_pair in cells._cells.values() for name in of_pair]
+
+
 STORES = {
     "tuned files": Store(_write_tuned, _read_tuned),
     "JSON results": Store(_write_report, _read_report, keeps_last=True),
     "example database": Store(_write_example, _read_examples, refuses=False),
+    "benchmark history": Store(_write_history, _read_history),
+    "unfinished gate": Store(_write_cell, _read_cells),
 }

@@ -74,6 +74,7 @@ BEHIND = {
     "parallel.wire": "steps of a shared layer",
     "path": "what the implementation notes of itself",
     "quantize.quantize_with_torch": "a step of `quantize_activations`",
+    "quantize.dequantize_activations": "its arguments are what `quantize_activations` gave",
     "routing.expect_method": "a check itself",
     "layer.RoutingMethod": "plain fields, checked by `MoELayer` against its number of experts",
     "shared_experts.OrderDecision": "answers",
@@ -91,6 +92,7 @@ BEHIND = {
     "tuning.schema": "tests/test_hostile_files.py",
     "tuning.writer.read_tuned_file": "tests/test_hostile_files.py",
     "weights": "checks themselves",
+    "whole_file": "tests/test_crashes.py and, as options, tests/test_bad_options.py",
     "config.ActivationFunction": "made by `expect_activation`",
 }
 

@@ -61,7 +61,12 @@ def test_a_bad_option_is_refused_by_name(
     assert done.exit_code == exit_codes.BAD_ARGUMENTS, said
     # argparse prints the names of all options before its complaint.
     complaint = said.rpartition(f"moegate {command}: ")[2] if command == "bench" else said
-    names = (option, option.lstrip("-").replace("-", "_"), *ALSO_CALLED.get((command, option), ()))
+    names = (
+        option,
+        *((f"{option[2:]}:",) if command in ("bench", "gate") else ()),
+        option.lstrip("-").replace("-", "_"),
+        *ALSO_CALLED.get((command, option), ()),
+    )
     assert any(name in complaint for name in names)
     assert "\x1b" not in done.output.replace("\x1b[31m" if "\x1b" not in value else "\0", "")
     assert "Traceback" not in said
@@ -102,6 +107,18 @@ def _order(variable: str, value: str) -> Any:
     )
 
 
+def _history(variable: str, value: str) -> None:
+    """`moegate history list`, whose error its message is."""
+    Path("file.json").write_text("{}")
+    os.environ[variable] = value
+    try:
+        done = CliRunner().invoke(app, ["history", "list"])
+    finally:
+        del os.environ[variable]
+    if done.exit_code == exit_codes.BAD_ARGUMENTS:
+        raise ValueError(" ".join(done.output.split()))
+
+
 # By variable, what reads it, and values that must be refused.
 VARIABLES: dict[str, tuple[Callable[[str, str], Any], tuple[str, ...]]] = {
     "MOEGATE_BACKEND": (lambda variable, value: select.parse_request(None, {variable: value}), NAMES),
@@ -114,6 +131,7 @@ VARIABLES: dict[str, tuple[Callable[[str, str], Any], tuple[str, ...]]] = {
         ("many", "-1", "1.5", "nan", LONG, "1 2", "\u0661", "1\x1b[2J"),
     ),
     "MOEGATE_DISABLE_SHARED_EXPERTS_STREAM": (_order, ("maybe", "2", "\x1b[2J", "tru")),
+    "MOEGATE_HISTORY": (_history, ("file.json", "\x1b[2J")),
     "MOEGATE_DEBUG": (lambda variable, value: switch(variable, {variable: value}), ("maybe", "2", "\x1b[2J", "tru")),
 }
 
@@ -123,7 +141,10 @@ VARIABLES: dict[str, tuple[Callable[[str, str], Any], tuple[str, ...]]] = {
     [(variable, value) for variable, (_, values) in VARIABLES.items() for value in values],
     ids=ascii,
 )
-def test_a_bad_variable_is_refused_by_name(variable: str, value: str) -> None:
+def test_a_bad_variable_is_refused_by_name(
+    variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert not refusal_of(lambda: VARIABLES[variable][0](variable, value), variable)
 
 
