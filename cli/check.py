@@ -70,6 +70,7 @@ def check(
     for option, file in (("--json", json_file), ("--junit", junit), ("--markdown", markdown)):
         expect_output(console, "check", option, file)
     device = _resolve(device, console)
+    _expect_readable(console, spec, known)
     workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
 
     with tempfile.TemporaryDirectory(prefix="moegate-") as folder:
@@ -113,6 +114,21 @@ def check(
 def _refuse(console: Console, message: str) -> None:
     console.print(f"moegate check: {message}", markup=False, style="red")
     raise typer.Exit(exit_codes.BAD_ARGUMENTS)
+
+
+def _expect_readable(console: Console, spec: str | None, known: str | None) -> None:
+    """Refuse here what a child would refuse seconds later."""
+    from moegate.conformance.known import load_known
+    from moegate.conformance.spec import parse_spec
+
+    for option, read in (
+        ("--spec", lambda: None if spec is None else parse_spec(spec)),
+        ("--known", lambda: load_known(known)),
+    ):
+        try:
+            read()
+        except (ValueError, OSError) as error:
+            _refuse(console, f"{option}: {error}")
 
 
 def _resolve(device: str, console: Console) -> str:
