@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict
@@ -15,8 +14,9 @@ import typer
 from rich.console import Console
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
 from moegate.history_tables import changes_table, print_comparison, range_table, runs_table
+from moegate.json_output import expect_output, put_json
 
 if TYPE_CHECKING:
     from moegate.bench.history.answers import Filter
@@ -34,7 +34,16 @@ app = typer.Typer(
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help=f"The history's folder; {VARIABLE}, else .moegate/history, if left out.")
 ]
-JsonOption = Annotated[str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")]
+
+
+def _looked_at(file: str | None) -> str | None:
+    expect_output(wide_console(stderr=True), "history", "--json", file)
+    return file
+
+
+JsonOption = Annotated[
+    str | None, typer.Option("--json", callback=_looked_at, help="Write the result as JSON; - is standard output.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="The GPU's model, or a part of its name.")]
 ModelOption = Annotated[str | None, typer.Option(help="The model's name.")]
 TokensOption = Annotated[int | None, typer.Option("--tokens", "-M", help="The number of tokens M.")]
@@ -70,6 +79,7 @@ def add(
 
     console = wide_console(stderr=json_file == "-")
     target = Store(history_folder(store))
+    _expect_checkout(repository)
     stored, refused = [], False
     for file in files:
         try:
@@ -166,7 +176,7 @@ def changes(
     dtype: DtypeOption = None,
     subject: SubjectOption = None,
     every: AllOption = False,
-    min_change: Annotated[float, typer.Option(min=0, help="The least relative change that counts.")] = 0.01,
+    min_change: Annotated[float, typer.Option(min=0, max=1e6, help="The least relative change that counts.")] = 0.01,
     max_p: Annotated[float, typer.Option(help="The largest p-value that counts.")] = 0.001,
     newest: Annotated[
         int, typer.Option("--newest", "-n", min=1, help="Search so many runs of each GPU model, the newest.")
@@ -227,6 +237,9 @@ def promote(
     from moegate.bench.history.promotion import PromotionRefusedError, judge
 
     console = wide_console(stderr=json_file == "-")
+    _expect_checkout(repository)
+    if main.startswith("-") or not main.isprintable():
+        _refuse("promote", f"--main: expected a branch, got {main!a:.80}")
     with _open(console, store) as history:
         try:
             found = history.find(run, _filter(device=device))
@@ -299,8 +312,17 @@ def _add(target: Any, file: Path, exit_code: int | None, repository: Path) -> tu
 
 
 def history_folder(store: Path | None) -> Path:
-    """The history's folder: as asked for, else the environment's, else below this folder."""
-    return store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
+    """The history's folder: as asked for, else the environment's, else below this folder; exit code 4 if it is none."""
+    folder = store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
+    name = VARIABLE if store is None else "--store"
+    if "\0" in str(folder) or not str(folder).isprintable() or (folder.exists() and not folder.is_dir()):
+        _refuse("history", f"{name}: expected a folder, got {str(folder)!a:.300}")
+    return folder
+
+
+def _expect_checkout(repository: Path) -> None:
+    if "\0" in str(repository) or not repository.is_dir():
+        _refuse("history", f"--repo: expected a folder, got {str(repository)!a:.300}")
 
 
 def _open(console: Console, store: Path | None) -> History:
@@ -342,9 +364,10 @@ def _aside(history: History) -> dict[str, Any]:
 
 
 def _write(json_file: str | None, data: dict[str, Any]) -> None:
-    if json_file:
-        text = json.dumps({"schema": SCHEMA, **data}, indent=2)
-        typer.echo(text) if json_file == "-" else Path(json_file).write_text(text + "\n")
+    console = wide_console(stderr=True)
+    # What was asked about is in the store: only the answer is lost where it cannot be written.
+    if not put_json(console, "history", json_file, {"schema": SCHEMA, **data}):
+        raise typer.Exit(exit_codes.NOTHING_DONE)
 
 
 def _range(console: Console, history: History, first: str, last: str, which: Filter, json_file: str | None) -> bool:
