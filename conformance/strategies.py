@@ -305,7 +305,7 @@ def pinned_routings(device: str, capabilities: Capabilities) -> tuple[RoutingSpe
     pools = pools_of(device, capabilities)
     nasty = [spec for spec in _nasty_routings(pools.grouped_experts[0]) if _declares_routing(capabilities, spec)]
     most, experts = capabilities.max_top_k, capabilities.max_experts
-    nasty = [spec for spec in nasty if spec.top_k <= (most or spec.top_k) and spec.E <= (experts or spec.E)]
+    nasty = [spec for spec in nasty if spec.top_k <= (most or spec.top_k) and (experts or spec.E) >= spec.E]
     return (*pairs, *nasty)
 
 
