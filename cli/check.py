@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,13 @@ def check(
     select: Annotated[
         str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")
     ] = None,
+    isolate: Annotated[
+        bool, typer.Option(help="Run the subject in a process of its own: a crash or a hang ends one case.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds for a call of an isolated subject.")] = 120.0,
+    subject_python: Annotated[
+        str | None, typer.Option(help="Isolate the subject under this Python, with the packages that it has.")
+    ] = None,
     known: Annotated[
         str | None, typer.Option(help="A file of known failures (TOML), beside those that ship with moegate.")
     ] = None,
@@ -61,6 +69,10 @@ def check(
         _refuse(console, f"--scale: expected more than 0, got {scale}")
     if workers < 0:
         _refuse(console, f"--workers: expected at least 0, got {workers}")
+    if timeout <= 0:
+        _refuse(console, f"--timeout: expected more than 0, got {timeout}")
+    if subject_python is not None and shutil.which(subject_python) is None:
+        _refuse(console, f"--subject-python: expected an interpreter, got {subject_python!r}")
     device = _resolve(device, console)
     workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
 
@@ -74,6 +86,8 @@ def check(
         command += [f"--moegate-report={report_file}", f"--moegate-progress={progress_file}"]
         command += [f"--moegate-spec={spec}"] if spec else []
         command += [f"--moegate-known={known}"] if known else []
+        command += ["--moegate-isolate", f"--moegate-timeout={timeout}"] if isolate or subject_python else []
+        command += [f"--moegate-python={subject_python}"] if subject_python else []
         command += ["-k", select] if select else []
         command += ["-n", str(workers)] if workers > 1 else []
         environment = dict(os.environ)
@@ -82,7 +96,7 @@ def check(
         if device == "cpu":
             # Small operands: threads would only get in each other's way, and the workers take the cores.
             environment.setdefault("OMP_NUM_THREADS", "1")
-        if device == "cuda":
+        if device == "cuda" and not (isolate or subject_python):
             _precompile(subject, workers, environment, console)
         started = time.monotonic()
         output, status = _run(command, environment, folder, progress_file, console)

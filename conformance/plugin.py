@@ -33,6 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moegate-profile", choices=PROFILES, default="gate", help="how cases are drawn (default: gate)")
     group.addoption("--moegate-scale", type=float, default=1.0, help="multiplies the number of cases")
     group.addoption("--moegate-spec", metavar="LINE", help="run this one spec, as a failure printed it")
+    group.addoption("--moegate-isolate", action="store_true", help="run the subject in a process of its own")
+    group.addoption("--moegate-timeout", type=float, default=120.0, metavar="S", help="seconds for a call there")
+    group.addoption("--moegate-python", metavar="FILE", help="the Python of that process (default: this one)")
     group.addoption("--moegate-known", metavar="FILE", help="known failures beside those that ship (TOML)")
     group.addoption(
         "--moegate-report",
@@ -48,8 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the selection from the options."""
     config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
     config.addinivalue_line("markers", "moegate_executions(examples, runs): what the test will run, for the progress")
-    for name in ("subject", "device", "profile", "scale", "spec", "progress", "known"):
+    for name in ("subject", "device", "profile", "scale", "spec", "progress", "known", "isolate", "timeout", "python"):
         setattr(SELECTION, name, config.getoption(f"moegate_{name}"))
+    SELECTION.isolate = SELECTION.isolate or SELECTION.python is not None
 
 
 @pytest.fixture(scope="session")
