@@ -40,6 +40,9 @@ def check(
     select: Annotated[
         str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")
     ] = None,
+    emit_repro: Annotated[
+        str | None, typer.Option(help="Write the first finding as FILE.py, a script that runs without moegate.")
+    ] = None,
     isolate: Annotated[
         bool, typer.Option(help="Run the subject in a process of its own: a crash or a hang ends one case.")
     ] = False,
@@ -69,6 +72,8 @@ def check(
         _refuse(console, f"--scale: expected more than 0, got {scale}")
     if workers < 0:
         _refuse(console, f"--workers: expected at least 0, got {workers}")
+    if emit_repro is not None and not emit_repro.endswith(".py"):
+        _refuse(console, f"--emit-repro: expected a file that ends in .py, got {emit_repro!r}")
     if timeout <= 0:
         _refuse(console, f"--timeout: expected more than 0, got {timeout}")
     if subject_python is not None and shutil.which(subject_python) is None:
@@ -87,6 +92,7 @@ def check(
         command += [f"--moegate-spec={spec}"] if spec else []
         command += [f"--moegate-known={known}"] if known else []
         command += ["--moegate-isolate", f"--moegate-timeout={timeout}"] if isolate or subject_python else []
+        command += [f"--moegate-emit-repro={emit_repro}"] if emit_repro else []
         command += [f"--moegate-python={subject_python}"] if subject_python else []
         command += ["-k", select] if select else []
         command += ["-n", str(workers)] if workers > 1 else []
@@ -116,6 +122,9 @@ def check(
         if path:
             Path(path).write_text(text(report))
     _print(report, status, output, console)
+    if emit_repro:
+        notes = [line for line in output.splitlines() if line.startswith(emit_repro)]
+        console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(_exit_code(report, status))
 
 

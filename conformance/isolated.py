@@ -96,6 +96,7 @@ class Isolated(Subject):
         self.numerics = described["numerics"]
         self.deviations = described["deviations"]
         self.last_run = described["last_run"]
+        self.standalone = described["standalone"]
         can = described["capabilities"]
         # A function of the case's own does not travel, and streams of another process cannot be held up.
         scorings = tuple(scoring for scoring in can.scorings if scoring != "custom")

@@ -113,6 +113,7 @@ def _described(subject: Subject, device: str) -> dict[str, Any]:
         "numerics": subject.numerics,
         "deviations": dict(subject.deviations),
         "last_run": subject.last_run,
+        "standalone": subject.standalone,
         "capabilities": subject.capabilities,
         "unavailable": unavailable,
         "facets": {variant: subject.facets(variant) for variant in subject.variants},

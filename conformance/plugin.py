@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _ledgers: list[Any] = []
 _collected: list[str] = []
+_notes: list[str] = []
 # Why nothing can be run, each with pytest's exit code for it.
 _refusals: list[tuple[int, str]] = []
 # A package is not there: nothing can be judged here, though nobody asked for anything wrong.
@@ -44,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         help="write what was judged: as JUnit (.xml), Markdown (.md) or JSON; may be given several times",
     )
+    group.addoption("--moegate-emit-repro", metavar="FILE.py", help="write a finding as a script without moegate")
     group.addoption("--moegate-progress", metavar="FILE", help="append one byte to FILE for each execution")
 
 
@@ -178,6 +180,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
     for path in config.getoption("moegate_report"):
         write_report(report, path)
+    if config.getoption("moegate_emit_repro"):
+        from .repro import emit_repro
+        from .session import current_session
+
+        _notes.append(emit_repro(current_session(), report["properties"], config.getoption("moegate_emit_repro")))
 
 
 def _own_ledger() -> Ledger | None:
@@ -237,7 +244,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     report = _report(config, merged)
     complaints = [f"NOT JUDGED: {reason}" for reason in report["not_judged"]]
     complaints += [f"STALE: {reason}" for reason in report["stale"]]
-    for line in (*as_lines(report), *complaints):
+    for line in (*as_lines(report), *complaints, *_notes):
         terminalreporter.line(line)
 
 
