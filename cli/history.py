@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moegate import exit_codes
 from moegate.check import wide_console
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "moegate-history-answer/1"
 NEWEST = 1000
+FEW = 200
+"""New files that are read without a progress bar."""
 VARIABLE = "MOEGATE_HISTORY"
 
 app = typer.Typer(
@@ -308,8 +311,16 @@ def _open(console: Console, store: Path | None) -> History:
     from moegate.bench.history.queries import History
 
     folder = history_folder(store)
+    columns = (TextColumn("reading stored runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        history = History(folder)
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None, visible=False)
+
+            def watch(done: int, total: int) -> None:
+                if total > FEW and done % 50 == 0:
+                    bar.update(task, completed=done, total=total, visible=True)
+
+            history = History(folder, watch=watch)
     except FileNotFoundError:
         _refuse("history", f"--store: expected a folder, got {folder}")
     if history.index.rebuilt:
