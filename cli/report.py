@@ -11,7 +11,7 @@ import typer
 
 from moegate import __version__, exit_codes
 from moegate.check import wide_console
-from moegate.history import StoreOption, history_folder
+from moegate.history_common import StoreOption, history_folder
 
 SCHEMA = "moegate-report/1"
 
