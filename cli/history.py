@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
 from moegate.history_common import (
     AllOption,
     DeviceOption,
@@ -25,6 +25,7 @@ from moegate.history_common import (
     SubjectOption,
     TokensOption,
     aside_of,
+    expect_checkout,
     filter_of,
     history_folder,
     open_history,
@@ -71,6 +72,7 @@ def add(
 
     console = wide_console(stderr=json_file == "-")
     target = Store(history_folder(store))
+    expect_checkout("add", repository)
     stored, refused = [], False
     for file in files:
         try:
@@ -169,7 +171,7 @@ def changes(
     dtype: DtypeOption = None,
     subject: SubjectOption = None,
     every: AllOption = False,
-    min_change: Annotated[float, typer.Option(min=0, help="The least relative change that counts.")] = 0.01,
+    min_change: Annotated[float, typer.Option(min=0, max=1e6, help="The least relative change that counts.")] = 0.01,
     max_p: Annotated[float, typer.Option(help="The largest p-value that counts.")] = 0.001,
     newest: Annotated[
         int, typer.Option("--newest", "-n", min=1, help="Search so many runs of each GPU model, the newest.")
@@ -230,6 +232,9 @@ def promote(
     from moegate.bench.history.promotion import PromotionRefusedError, judge
 
     console = wide_console(stderr=json_file == "-")
+    expect_checkout("promote", repository)
+    if main.startswith("-") or not main.isprintable():
+        refuse("promote", f"--main: expected a branch, got {main!a:.80}")
     with open_history(console, store) as history:
         try:
             found = history.find(run, filter_of(device=device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
+from moegate.json_output import expect_output, put_json
 
 if TYPE_CHECKING:
     from moegate.bench.history.answers import Filter
@@ -28,7 +28,16 @@ VARIABLE = "MOEGATE_HISTORY"
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help=f"The history's folder; {VARIABLE}, else .moegate/history, if left out.")
 ]
-JsonOption = Annotated[str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")]
+
+
+def _looked_at(file: str | None) -> str | None:
+    expect_output(wide_console(stderr=True), "history", "--json", file)
+    return file
+
+
+JsonOption = Annotated[
+    str | None, typer.Option("--json", callback=_looked_at, help="Write the result as JSON; - is standard output.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="The GPU's model, or a part of its name.")]
 ModelOption = Annotated[str | None, typer.Option(help="The model's name.")]
 TokensOption = Annotated[int | None, typer.Option("--tokens", "-M", help="The number of tokens M.")]
@@ -39,8 +48,18 @@ AllOption = Annotated[bool, typer.Option("--all", help="Every clean run that pas
 
 
 def history_folder(store: Path | None) -> Path:
-    """The history's folder: as asked for, else the environment's, else below this folder."""
-    return store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
+    """The history's folder: as asked for, else the environment's, else below this folder; exit code 4 if it is none."""
+    folder = store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
+    name = VARIABLE if store is None else "--store"
+    if "\0" in str(folder) or not str(folder).isprintable() or (folder.exists() and not folder.is_dir()):
+        refuse("", f"{name}: expected a folder, got {str(folder)!a:.300}")
+    return folder
+
+
+def expect_checkout(command: str, repository: Path) -> None:
+    """Refuse a `--repo` that is no folder (exit code 4)."""
+    if "\0" in str(repository) or not repository.is_dir():
+        refuse(command, f"--repo: expected a folder, got {str(repository)!a:.300}")
 
 
 def open_history(console: Console, store: Path | None) -> History:
@@ -95,7 +114,8 @@ def aside_of(history: History) -> dict[str, Any]:
 
 
 def write_answer(json_file: str | None, data: dict[str, Any]) -> None:
-    """Write an answer where JSON is wanted."""
-    if json_file:
-        text = json.dumps({"schema": SCHEMA, **data}, indent=2)
-        typer.echo(text) if json_file == "-" else Path(json_file).write_text(text + "\n")
+    """Write an answer where JSON is wanted; exit code 3 where the disk does not take it."""
+    console = wide_console(stderr=True)
+    # What was asked about is in the store: only the answer is lost where it cannot be written.
+    if not put_json(console, "history", json_file, {"schema": SCHEMA, **data}):
+        raise typer.Exit(exit_codes.NOTHING_DONE)
