@@ -18,6 +18,8 @@ from . import overlap_report
 from .ep_model import ASSUMPTIONS, Link, as_table, estimate, parse_ranks, share_of_rank, whole_layer
 from .ep_model import as_json as model_as_json
 from .formats import FORMATS
+from .gate.timed_subject import TimedSubject
+from .installed_peers import NAMES
 from .layers import LAYERS, choose_layers
 from .lora import LoraOptions, extra_times
 from .overlap_runner import GPU_TOKENS, run_overlap
@@ -41,7 +43,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--routing", default="uniform", help="uniform, zipf<exponent>, all-to-one; comma-separated")
     parser.add_argument("--dtype", help=f"{', '.join(FORMATS)}; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="default: cuda where there is one")
-    parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CALLABLE", help="may be repeated")
+    parser.add_argument("--subject", default=OURS, metavar="FILE.py:CLASS", help="your own layer instead of moegate's")
+    peers = f"another fused_experts beside it, or an engine installed here ({', '.join(NAMES)}); may be repeated"
+    parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CALLABLE", help=peers)
     parser.add_argument("--fixed-ceilings", action="store_true", help="use the fixed H200 ceilings for the floors")
     parser.add_argument("--budget", type=float, default=0.6, help="seconds of samples for each workload")
     parser.add_argument(
@@ -73,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--budget: expected a number of seconds above 0, got {options.budget}")
     to_stdout = options.json == "-"
     console = wide_console(stderr=to_stdout, log_width=200)
+    if options.subject != OURS:
+        for name in ("overlap", "lora", "simulate_ep"):
+            if getattr(options, name):
+                parser.error(f"--{name.replace('_', '-')}: expected none with --subject: it times moegate's own layers")
     if options.overlap:
         return _overlap(parser, options, console)
     try:
@@ -81,9 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device, models=options.models, tokens=options.tokens, routings=options.routing, dtype=options.dtype
         )
         simulation = _simulation(options)
+        subject = TimedSubject(options.subject)
         bench = LayerBench(
             device,
             peers=options.peer,
+            ours=subject.experts,
+            name=options.subject,
+            verify=subject.verify,
             fixed_ceilings=options.fixed_ceilings,
             budget=options.budget,
             lora=None if options.lora is None else LoraOptions(options.lora, options.adapters),
@@ -95,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return simulate(bench, workloads, *simulation, console, options.json)
         except ValueError as error:
             parser.error(str(error))
-    run = run_workloads(bench, workloads, PlainConsole(stderr=True))
+    run = run_workloads(
+        bench, workloads, PlainConsole(stderr=True), lambda workload: subject.unsupported(workload, device)
+    )
     if run.records:
         console.print(run_table(run))
         machine, ceilings = run.records[0].machine, bench.ceilings(run.records[0].dtype)

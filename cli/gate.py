@@ -225,7 +225,7 @@ def _self_test(
     from dataclasses import replace
 
     from moegate.bench.gate import trial
-    from moegate.bench.gate.self_test import run_self_test
+    from moegate.bench.gate.selftest import run_self_test
 
     # As many pairs as the time allows: each is evidence.
     most = replace(plan, pairs=max(plan.pairs, 100))

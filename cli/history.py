@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from moegate.bench.history.queries import History
 
 SCHEMA = "moegate-history-answer/1"
+NEWEST = 1000
 VARIABLE = "MOEGATE_HISTORY"
 
 app = typer.Typer(
@@ -60,7 +62,7 @@ def add(
     exit_code: Annotated[
         int | None,
         typer.Option(
-            help="How the run ended. pytest-benchmark's JSON is silent of failed tests: without this, no baseline."
+            help="How the run ended. Of files that do not say it themselves: without it, they are no baseline."
         ),
     ] = None,
     repository: Annotated[
@@ -176,6 +178,9 @@ def changes(
     every: AllOption = False,
     min_change: Annotated[float, typer.Option(min=0, max=1e6, help="The least relative change that counts.")] = 0.01,
     max_p: Annotated[float, typer.Option(help="The largest p-value that counts.")] = 0.001,
+    newest: Annotated[
+        int, typer.Option("--newest", "-n", min=1, help="Search so many runs of each GPU model, the newest.")
+    ] = NEWEST,
     fail_recent: Annotated[
         int, typer.Option(min=0, help="Exit with 1 if a series got slower within its last N commits.")
     ] = 0,
@@ -191,9 +196,11 @@ def changes(
     console = wide_console(stderr=json_file == "-")
     if not 0 < max_p < 1:
         _refuse("changes", f"--max-p: expected a number in (0, 1), got {max_p}")
+    if find_spec("ruptures") is None:
+        _refuse("changes", "ruptures is not installed: pip install ruptures")
     which = _filter(device, model, tokens, routing, dtype, subject)
     with _open(console, store) as history:
-        series = history.series(which, promoted=not every)
+        series = history.series(which, promoted=not every, newest=newest)
         long_enough = [one for one in series if is_searchable(one)]
         rows = [change.as_dict() for change in changes_of(long_enough, max_p=max_p, min_change=min_change)]
         _write(
@@ -204,8 +211,8 @@ def changes(
         console.print(changes_table(rows))
     kind = "clean run that passed" if every else "promoted run"
     console.print(
-        f"{len(rows)} change points in {len(long_enough)} of {len(series)} series over every {kind}; "
-        f"a series needs {2 * LEAST} commits"
+        f"{len(rows)} change points in {len(long_enough)} of {len(series)} series over every {kind} among the newest "
+        f"{newest} of each GPU model; a series needs {2 * LEAST} commits"
     )
     if not long_enough:
         raise typer.Exit(exit_codes.NOTHING_DONE)

@@ -221,7 +221,8 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the way from an xdist worker to its controller."""
-        return asdict(self) | {name: dict(getattr(self, name)) for name in _COUNTERS}
+        tallies = {id: asdict(tally) | {"used": dict(tally.used)} for id, tally in self.tallies.items()}
+        return {"tallies": tallies} | {name: dict(getattr(self, name)) for name in _COUNTERS}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Ledger:

@@ -110,7 +110,9 @@ class MoELayer(nn.Module):
         aux_stream: of the experts' device; None takes the device's own, where it has one.
         max_captured_tokens: the most tokens that a CUDA graph may be captured with; None: any.
         reduce: the sum over ranks; None: there is one rank, or `parallel` says how they share the layer.
-        adapters: LoRA adapters of the routed experts, whose slots tokens name in `lora_ids`; None without.
+        adapters: LoRA adapters of the routed experts, whose slots tokens name in `lora_ids`; None without. With
+            `parallel` those of this rank's experts (`ExpertPlacement.local_experts`) and columns of I
+            (`shard_of_adapter`), in the same slots on every rank.
         parallel: how ranks exchange tokens, and who holds which experts. Its ranks all make the layer, and all call it,
             also without tokens.
 
@@ -181,14 +183,13 @@ class MoELayer(nn.Module):
                 ("reduce", reduce is not None),
                 ("expert_map", expert_map is not None),
                 ("num_fused_shared_experts", num_fused_shared_experts > 0),
-                ("adapters", adapters is not None),  # whose table no exchange knows yet
             ):
                 if is_given:
                     raise ValueError(f"{name}: expected none beside parallel, which says who holds and adds what")
             if parallel.overlap and shared_experts is not None:
                 setting = replace(setting, dispatch_runs_shared_experts=True)
-            parallel.join(experts, num_experts, routing.top_k)
-        if adapters is not None:
+            parallel.join(experts, num_experts, routing.top_k, adapters)
+        elif adapters is not None:
             rows = like.new_empty((0, hidden_size), dtype=experts.dtype)
             adapters.expect_layer(experts.num_local_experts, rows, experts.intermediate_size, experts.function)
         if max_captured_tokens is not None:
@@ -290,8 +291,6 @@ class MoELayer(nn.Module):
         path.note("shared_experts_order", str(decision.order))
         if path.is_recording():
             path.note("shared_experts_reasons", tuple(reason.as_dict() for reason in decision.reasons))
-        if lora_ids is not None and self.adapters is None:
-            raise ValueError("lora_ids: expected None without adapters, got ids")
         if self.parallel is not None:
             return self.parallel.run(
                 hidden_states,
@@ -302,9 +301,13 @@ class MoELayer(nn.Module):
                 stream=stream,
                 shared_is_reduced=self.setting.uses_external_experts,
                 padded_tokens=padded_tokens,
+                adapters=self.adapters,
+                lora_ids=lora_ids,
             )
         if padded_tokens is not None:
             raise ValueError(f"padded_tokens: expected None for a layer of one rank, got {padded_tokens}")
+        if lora_ids is not None and self.adapters is None:
+            raise ValueError("lora_ids: expected None without adapters, got ids")
         match decision.order:
             case SharedExpertsOrder.NONE:
                 return self._reduced(self._routed(hidden_states, lora_ids))

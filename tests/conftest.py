@@ -11,6 +11,7 @@ BAD_INPUT = ("test_bad_input.py", "test_bad_options.py", "test_hostile_files.py"
 
 # Their module fixtures start the processes, and each worker with a test of such a file would start them again.
 SHARED_RUNS = (
+    "test_bench_comparison.py",
     "test_bench_suite.py",
     "test_cli.py",
     "test_packaging.py",

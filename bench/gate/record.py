@@ -34,7 +34,8 @@ class State(StrEnum):
     NEW = "new"  # the base cannot run it
     MISSING = "missing"  # the head can no longer run it
     RENAMED = "renamed"  # the head has it under another id; `renamed_to` says which
-    WRONG = "wrong"  # a side computes something else
+    WRONG = "wrong"  # the head computes something else
+    BASE_WRONG = "base_wrong"  # the base does, or fails where its own harness has the workload: nothing to compare with
     SKIPPED = "skipped"  # neither side can run it
 
 

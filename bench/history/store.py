@@ -162,8 +162,11 @@ def _walk(folder: Path, kind: str) -> Iterator[Entry]:
 
 
 def _as_bytes(data: Mapping[str, Any]) -> bytes:
-    # NaN is no JSON; a document that holds one is refused here rather than by its next reader.
-    return (json.dumps(data, indent=None, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n").encode()
+    try:
+        # NaN is no JSON; a document that holds one is refused here rather than by its next reader.
+        return (json.dumps(data, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n").encode()
+    except ValueError as error:
+        raise ForeignFileError(f"not JSON: {error}") from None
 
 
 def _digest(content: bytes) -> str:

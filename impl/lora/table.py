@@ -170,6 +170,11 @@ class AdapterTable:
         """The slots that hold an adapter, ascending."""
         return tuple(slot for slot, adapter in enumerate(self._adapters) if adapter is not None)
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The global experts whose adapters are held, in the order of their local ids."""
+        return tuple(sorted(self._local, key=self._local.__getitem__))
+
     def adapter_of(self, slot: int) -> Adapter | None:
         """What a slot holds."""
         return self._adapters[expect_int("slot", slot, low=0, high=self.num_slots - 1)]

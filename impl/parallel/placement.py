@@ -95,6 +95,13 @@ class ExpertPlacement:
         local[first : first + size] = torch.arange(size, dtype=torch.int32)
         return local
 
+    def local_experts(self, rank: int) -> torch.Tensor:
+        """`[E]` int32 on the CPU: logical to local id on `rank`, -1 elsewhere, as `AdapterTable` takes it."""
+        local = torch.full((self.num_experts,), -1, dtype=torch.int32)
+        held = self.experts_of_rank[rank]
+        local[list(held)] = torch.arange(len(held), dtype=torch.int32)
+        return local
+
     def tables(self, device: torch.device | str) -> PlacementTables:
         """The same as tensors on a device.
 
