@@ -6,16 +6,18 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moegate import exit_codes
@@ -26,6 +28,8 @@ from moegate.json_output import expect_output, put_json, put_text
 
 # Each is a process that imports torch.
 MOST_WORKERS = 512
+# pytest's exit code.
+INTERRUPTED = 2
 
 
 def check(
@@ -42,6 +46,9 @@ def check(
         int, typer.Option("--workers", "-n", help="Processes; 0: one a core, at most 8 on one GPU.")
     ] = 0,
     scale: Annotated[float, typer.Option(help="Multiplies the number of cases.")] = 1.0,
+    minutes: Annotated[
+        float | None, typer.Option(help="With --profile soak: so long, in batches of random cases.")
+    ] = None,
     spec: Annotated[str | None, typer.Option(help="Run this one spec, as a failure printed it.")] = None,
     select: Annotated[
         str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")
@@ -76,6 +83,10 @@ def check(
         _refuse(console, f"--device: expected auto, cpu or cuda, got {device!r}")
     if not 0 < scale < math.inf:
         _refuse(console, f"--scale: expected a number above 0, got {scale}")
+    if minutes is not None and not 0 < minutes < math.inf:
+        _refuse(console, f"--minutes: expected a number above 0, got {minutes}")
+    if minutes is not None and profile != "soak":
+        _refuse(console, f"--minutes: expected --profile soak beside it, got {profile}")
     if not 0 <= workers <= MOST_WORKERS:
         _refuse(console, f"--workers: expected a number in [0, {MOST_WORKERS}], got {workers}")
     for option, file in (("--json", json_file), ("--junit", junit), ("--markdown", markdown)):
@@ -101,6 +112,7 @@ def check(
         command += [f"--moegate-profile={profile}", f"--moegate-scale={scale}"]
         command += [f"--moegate-report={report_file}", f"--moegate-progress={progress_file}"]
         command += [f"--moegate-spec={spec}"] if spec else []
+        command += [f"--moegate-minutes={minutes}"] if minutes is not None else []
         command += [f"--moegate-known={known}"] if known else []
         command += ["--moegate-isolate", f"--moegate-timeout={timeout}"] if isolate or subject_python else []
         command += [f"--moegate-emit-repro={emit_repro}"] if emit_repro else []
@@ -190,7 +202,8 @@ def _run(
     command: list[str], environment: dict[str, str], folder: str, progress_file: Path, console: Console
 ) -> tuple[str, int]:
     log = Path(folder, "log")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rate = TaskProgressColumn(show_speed=True)  # executions a second, where nobody knows how many are to come
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
     with log.open("w") as sink, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("executions", total=None)
         child = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
@@ -203,9 +216,15 @@ def _run(
                 progress.update(task, completed=progress_file.stat().st_size)
                 time.sleep(0.2)
         except KeyboardInterrupt:
-            child.terminate()
-            child.wait()
-            raise
+            # What was judged until here is in the report that pytest writes when it is interrupted.
+            child.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=30)
+            console.print(f"moegate check: interrupted after {progress_file.stat().st_size} executions", style="yellow")
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
     return log.read_text(), child.returncode
 
 
@@ -256,4 +275,6 @@ def _exit_code(report: dict[str, Any], status: int) -> int:
         return exit_codes.FINDING
     if not report["properties"]:
         return exit_codes.NOTHING_DONE
+    if status == INTERRUPTED:
+        return exit_codes.INCONCLUSIVE
     return exit_codes.HOLDS if status == 0 else exit_codes.FINDING
