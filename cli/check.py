@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,12 +18,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moegate import exit_codes
+from moegate.conformance.console import wide_console
+from moegate.conformance.report_formats import as_junit, as_markdown, known_lines, used_text
 from moegate.conformance.selection import PROFILES
+from moegate.json_output import expect_output, put_json, put_text
+
+# Each is a process that imports torch.
+MOST_WORKERS = 512
 
 
 def check(
     subject: Annotated[
-        str, typer.Option(help="Implementation under test: moegate, torch, or FILE.py:CLASS.")
+        str,
+        typer.Option(
+            help="Implementation under test: moegate, torch, transformers, vllm, sglang, flashinfer, or FILE.py:CLASS; "
+            "each with :VARIANT for one of its variants."
+        ),
     ] = "moegate",
     device: Annotated[str, typer.Option(help="auto, cpu (Triton's interpreter) or cuda.")] = "auto",
     profile: Annotated[str, typer.Option(help="gate (the same cases everywhere), nightly or soak.")] = "gate",
@@ -34,9 +45,14 @@ def check(
     select: Annotated[
         str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")
     ] = None,
+    known: Annotated[
+        str | None, typer.Option(help="A file of known failures (TOML), beside those that ship with moegate.")
+    ] = None,
     json_file: Annotated[
         str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")
     ] = None,
+    junit: Annotated[str | None, typer.Option(help="Write the result as JUnit XML.")] = None,
+    markdown: Annotated[str | None, typer.Option(help="Write the result as Markdown, for a pull request.")] = None,
 ) -> None:
     """Judge a Mixture-of-Experts implementation by the properties of the suite.
 
@@ -47,11 +63,14 @@ def check(
         _refuse(console, f"--profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
     if device not in ("auto", "cpu", "cuda"):
         _refuse(console, f"--device: expected auto, cpu or cuda, got {device!r}")
-    if scale <= 0:
-        _refuse(console, f"--scale: expected more than 0, got {scale}")
-    if workers < 0:
-        _refuse(console, f"--workers: expected at least 0, got {workers}")
+    if not 0 < scale < math.inf:
+        _refuse(console, f"--scale: expected a number above 0, got {scale}")
+    if not 0 <= workers <= MOST_WORKERS:
+        _refuse(console, f"--workers: expected a number in [0, {MOST_WORKERS}], got {workers}")
+    for option, file in (("--json", json_file), ("--junit", junit), ("--markdown", markdown)):
+        expect_output(console, "check", option, file)
     device = _resolve(device, console)
+    _expect_readable(console, spec, known)
     workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
 
     with tempfile.TemporaryDirectory(prefix="moegate-") as folder:
@@ -63,6 +82,7 @@ def check(
         command += [f"--moegate-profile={profile}", f"--moegate-scale={scale}"]
         command += [f"--moegate-report={report_file}", f"--moegate-progress={progress_file}"]
         command += [f"--moegate-spec={spec}"] if spec else []
+        command += [f"--moegate-known={known}"] if known else []
         command += ["-k", select] if select else []
         command += ["-n", str(workers)] if workers > 1 else []
         environment = dict(os.environ)
@@ -78,28 +98,37 @@ def check(
         seconds = time.monotonic() - started
         report = json.loads(report_file.read_text()) if report_file.exists() else None
 
-    if report is None:
+    if report is None or status == exit_codes.BAD_ARGUMENTS:
         console.print(output, markup=False, highlight=False)
         # pytest's usage errors (4) are ours; whatever else left no report judged nothing.
         raise typer.Exit(exit_codes.BAD_ARGUMENTS if status == 4 else exit_codes.NOTHING_DONE)
     report["seconds"] = round(seconds, 1)
-    if json_file == "-":
-        typer.echo(json.dumps(report, indent=2))
-    elif json_file:
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
+    is_written = put_json(console, "check", json_file, report)
+    for option, path, text in (("--junit", junit, as_junit), ("--markdown", markdown, as_markdown)):
+        is_written &= path is None or put_text(console, "check", option, path, text(report))
     _print(report, status, output, console)
-    raise typer.Exit(_exit_code(report, status))
-
-
-def wide_console(*, stderr: bool = False) -> Console:
-    """A console that a log file does not squeeze into 80 columns."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=140)
+    code = _exit_code(report, status)
+    raise typer.Exit(code if is_written or code == exit_codes.FINDING else exit_codes.NOTHING_DONE)
 
 
 def _refuse(console: Console, message: str) -> None:
     console.print(f"moegate check: {message}", markup=False, style="red")
     raise typer.Exit(exit_codes.BAD_ARGUMENTS)
+
+
+def _expect_readable(console: Console, spec: str | None, known: str | None) -> None:
+    """Refuse here what a child would refuse seconds later."""
+    from moegate.conformance.known import load_known
+    from moegate.conformance.spec import parse_spec
+
+    for option, read in (
+        ("--spec", lambda: None if spec is None else parse_spec(spec)),
+        ("--known", lambda: load_known(known)),
+    ):
+        try:
+            read()
+        except (ValueError, OSError) as error:
+            _refuse(console, f"{option}: {error}")
 
 
 def _resolve(device: str, console: Console) -> str:
@@ -160,16 +189,18 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
     for name in ("property", "cases", "budget used", "verdict", "what must hold"):
         table.add_column(name, justify="right" if name in ("cases", "budget used") else "left", overflow="fold")
     for row in report["properties"]:
-        used = "-" if row["budget_used"] is None else f"{row['budget_used']:.2f}"
-        style = "red" if row["verdict"] == "violated" else None
+        used = used_text(row["budget_used"])
+        style = {"violated": "red", "known": "yellow"}.get(row["verdict"])
         table.add_row(row["id"], str(row["cases"]), used, row["verdict"], row["sentence"], style=style)
     for row in report["properties"]:
         if row["finding"]:
             console.print(row["finding"], markup=False, highlight=False, soft_wrap=True)
-    if status not in (0, 1) or (status == 1 and report["verdict"] == "holds" and not report["not_judged"]):
+    if status not in (0, 1) or (status == 1 and report["verdict"] == "holds"):
         # Something failed that is no finding: a test that could not run, a worker that died.
         console.print(output[-6000:], markup=False, highlight=False)
     console.print(table)
+    if report["last_run"]:
+        console.print(f"this adapter was last run with: {report['last_run']}", highlight=False)
     numerics = ", ".join(f"{name} {value}" for name, value in report["numerics"].items())
     console.print(f"numerics declared: {numerics}", highlight=False)
     variants = ", ".join(f"{count} {variant}" for variant, count in report["executions_by_variant"].items())
@@ -186,8 +217,11 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
         console.print(f"kernel variants: {sum(report['kernels'].values())} ({kernels})", highlight=False)
     for fact, count in report["facts"].items():
         console.print(f"{fact}: {count}", highlight=False)
-    for reason in report["not_judged"]:
-        console.print(f"not judged: {reason}", style="red", highlight=False)
+    for line in known_lines(report):
+        console.print(line, style="yellow", highlight=False)
+    for kind in ("not_judged", "stale"):
+        for reason in report[kind]:
+            console.print(f"{kind.replace('_', ' ')}: {reason}", style="red", highlight=False)
     style = "green" if _exit_code(report, status) == exit_codes.HOLDS else "red"
     console.print(f"verdict: {report['verdict']}", style=style)
 

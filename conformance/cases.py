@@ -127,6 +127,7 @@ class LayerCase:
         w13_bias: `[E_local, 2I]` of the activations' dtype or float32, or None.
         w2_bias: `[E_local, H]`, or None.
         stored: scales and zero points of quantised weights, and how activations are quantised; None without.
+        prepared: what the subject made of the weights (see `Subject.prepare`); None before it did.
     """
 
     w13: Tensor
@@ -136,6 +137,7 @@ class LayerCase:
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
     stored: StoredExperts | None = None
+    prepared: Any = None
 
     @property
     def num_local_experts(self) -> int:
@@ -149,7 +151,7 @@ class LayerCase:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every operand that is a tensor, by name."""
-        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "prepared"}
         return own if self.stored is None else own | self.stored.tensors()
 
     def layer(self) -> dict[str, Any]:
@@ -402,7 +404,7 @@ def _layer(
         "arena": arena,
         "activation": activation,
         "stored": stored,
-        **{name: arena.place(name, bias) for name, bias in biases.items()},
+        **{name: arena.place(name, bias, row_padding=padding) for name, bias in biases.items()},
     }
 
 
@@ -414,8 +416,8 @@ def build_experts(spec: ExpertsSpec, device: torch.device | str = "cpu") -> Expe
     padding = ROW_PADDING if spec.padded_rows else 0
     return ExpertsCase(
         hidden_states=arena.place("hidden_states", _hidden_states(spec, values, spec.M), row_padding=padding),
-        topk_weights=arena.place("topk_weights", _weights(spec, device)),
-        topk_ids=arena.place("topk_ids", routed_ids(spec, device)),
+        topk_weights=arena.place("topk_weights", _weights(spec, device), row_padding=padding),
+        topk_ids=arena.place("topk_ids", routed_ids(spec, device), row_padding=padding),
         num_experts=spec.E,
         expert_map=None if expert_map is None else arena.place("expert_map", expert_map),
         apply_router_weight_on_input=spec.weight_on_input,

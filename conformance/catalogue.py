@@ -12,6 +12,7 @@ from .properties import (
     ep,
     graph,
     hygiene,
+    large,
     lora,
     meta,
     num,
@@ -20,15 +21,18 @@ from .properties import (
     route,
     route_laws,
     shared,
+    subject,
 )
 from .subject import Subject
 
 # Importing a family declares its properties.
 FAMILIES = (
+    subject,
     route,
     route_laws,
     align,
     num,
+    large,
     batched,
     meta,
     path,
@@ -54,7 +58,7 @@ def due(subject: Subject, device: str) -> list[Property]:
     }
     here = [prop for prop in PROPERTIES.values() if not prop.devices or device in prop.devices]
     allowed = [prop for prop in here if prop.needs(subject.capabilities)]
-    return [prop for prop in allowed if any(set(prop.facets) <= have for have in facets)]
+    return [prop for prop in allowed if prop.facets and any(set(prop.facets) <= have for have in facets)]
 
 
 def pairs_due(subject: Subject, device: str) -> set[str]:
@@ -87,7 +91,7 @@ def vacuity(ledger: Ledger, subject: Subject, device: str) -> list[str]:
 def as_markdown() -> str:
     """The table of properties in `docs/properties.md`."""
     rows = [
-        f"| {prop.id} | {prop.sentence} | {', '.join(prop.facets)} | {'yes' if prop.is_value else ''} |"
+        f"| {prop.id} | {prop.sentence} | {', '.join(prop.facets) or 'any'} | {'yes' if prop.is_value else ''} |"
         for prop in sorted(PROPERTIES.values(), key=lambda prop: prop.id)
     ]
     head = (

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from .pairwise import Row, covering_array, pairs_of
 from .spec import SCHEMES, TILE, VALUES, BatchedSpec, ExpertsSpec
-from .strategies import POOLS, Pools, may_go_together, scaled_dtypes
+from .strategies import Pools, may_go_together, pools_of, scaled_dtypes
 from .subject import Capabilities
 
 Features = dict[str, tuple[Any, ...]]
@@ -97,8 +97,8 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
     And for each scheme that has a naive path, one on which an expert has several pairs, and so several blocks. A row in
     which no token has an expert here says nothing of the layer: it is run again with some.
     """
-    pools, sizes = POOLS[device], _Sizes(POOLS[device])
-    specs = []
+    pools = pools_of(device, capabilities)
+    sizes, specs = _Sizes(pools), []
     for number, row in enumerate(rows(device, capabilities)):
         features = {name: value for name, value in row.items() if name not in ("format", "path")}
         base = ExpertsSpec(**sizes.of(row), M=1, E=1, top_k=1, seed=number % 256, **features)
@@ -126,14 +126,23 @@ def _plain_activations(pools: Pools, capabilities: Capabilities) -> list[Experts
         return []
     hidden, intermediate, _, _ = max(pools.shapes_of(), key=lambda shape: shape[1])
     base = ExpertsSpec(
-        M=TILE + 5, H=hidden, I=intermediate, E=4, top_k=2, dtype="float32", weights=capabilities.weights[0]
+        M=TILE + 5,
+        H=hidden,
+        I=intermediate,
+        E=4,
+        top_k=2,
+        dtype="float32",
+        weights=capabilities.weights[0],
+        expert_map=capabilities.maps[0],
+        bias=capabilities.biases[0],
     )
     return [replace(base, activation=activation) for activation in capabilities.activations]
 
 
 def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, ...]:
     """Batched specs that between them hold every declared pair of features; those without a token, again with some."""
-    pools, sizes = POOLS[device], _Sizes(POOLS[device])
+    pools = pools_of(device, capabilities)
+    sizes = _Sizes(pools)
     rows_of_slab = [rows for rows in pools.slabs if rows > TILE][:3]
     specs = []
     for number, row in enumerate(rows(device, capabilities, batched=True)):

@@ -6,8 +6,9 @@ Every cell that says yes is a set of pinned specs, which the suite runs (`covera
 from __future__ import annotations
 
 from .coverage import declared_pairs
+from .loading import load_subject
 from .spec import SCHEMES, Scheme
-from .subject import Capabilities, load_subject
+from .subject import Capabilities
 
 BEGIN, END = "<!-- features: begin -->", "<!-- features: end -->"
 _WEIGHTS = {"tensor": "an expert", "channel": "a channel", "block": "a block", "group": "a group along K"}

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .spec import Spec
+
+if TYPE_CHECKING:
+    from .evidence import Evidence
 
 
 class Finding(AssertionError):
@@ -34,9 +37,16 @@ class Property:
     needs: Callable[[Any], bool] = lambda capabilities: True
     devices: tuple[str, ...] = ()
 
-    def verdict(self, holds: bool, detail: str = "", *, budget_used: float | None = None) -> Verdict:
+    def verdict(
+        self,
+        holds: bool,
+        detail: str = "",
+        *,
+        budget_used: float | None = None,
+        evidence: Evidence | None = None,
+    ) -> Verdict:
         """This property's verdict on one execution."""
-        return Verdict(self, bool(holds), detail, budget_used)
+        return Verdict(self, bool(holds), detail, budget_used, evidence)
 
 
 PROPERTIES: dict[str, Property] = {}
@@ -69,12 +79,14 @@ class Verdict:
 
     Attributes:
         budget_used: the statistic over its limit, where there is one: the conformance score, 1 is the limit.
+        evidence: where the output is worst and what its numbers are, of properties of values.
     """
 
     property: Property
     holds: bool
     detail: str = ""
     budget_used: float | None = None
+    evidence: Evidence | None = None
 
 
 @dataclass
@@ -84,25 +96,47 @@ class Tally:
     Attributes:
         cases: executions judged.
         violated: how many of them violated it, those of Hypothesis's shrinking included.
+        known: how many violated it as a known failure says.
         budget_used: the largest seen, where the property has one.
         finding: the newest violation's text: Hypothesis runs the minimal one last.
+        spec, replay, evidence: the same violation's.
+        used: how many cases used how much of the budget, by whole hundredths.
     """
 
     cases: int = 0
     violated: int = 0
     budget_used: float | None = None
     finding: str = ""
+    known: int = 0
+    spec: str = ""
+    replay: str = ""
+    evidence: dict[str, Any] | None = None
+    used: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Tally) -> None:
         """Merge another worker's count."""
         self.cases += other.cases
         self.violated += other.violated
+        self.known += other.known
         used = [u for u in (self.budget_used, other.budget_used) if u is not None]
         self.budget_used = max(used) if used else None
-        self.finding = other.finding or self.finding
+        self.used.update(other.used)
+        if other.finding:
+            self.finding, self.spec, self.replay = other.finding, other.spec, other.replay
+            self.evidence = other.evidence
+
+    def median_used(self) -> float | None:
+        """The median of the budget that cases used, to a hundredth; None where no case has one."""
+        counts = sorted((int(used), count) for used, count in self.used.items())
+        half, seen = sum(count for _, count in counts) / 2, 0
+        for used, count in counts:
+            seen += count
+            if seen >= half:
+                return used / 100
+        return None
 
 
-_COUNTERS = ("executions", "pairs", "skipped", "kernels", "facts")
+_COUNTERS = ("executions", "pairs", "skipped", "kernels", "facts", "known")
 
 
 @dataclass
@@ -116,6 +150,7 @@ class Ledger:
         skipped: why something was not judged, and how often.
         kernels: compiled variants that were loaded, `name hash`, and by how many processes.
         facts: whatever else the run counts (the time that compiling took, say).
+        known: by entry of the known failures, how many cases it met and how many of these failed.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -124,9 +159,24 @@ class Ledger:
     skipped: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     facts: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
 
-    def settle(self, verdicts: Sequence[Verdict], spec: Spec, replay: str) -> None:
-        """Count the verdicts of one execution, then raise the first that does not hold.
+    def settle(
+        self,
+        verdicts: Sequence[Verdict],
+        spec: Spec,
+        replay: str,
+        cause: BaseException | None = None,
+        tolerated: Callable[[str], str | None] = lambda id: None,
+    ) -> None:
+        """Count the verdicts of one execution, then raise the first that does not hold and is not tolerated.
+
+        Args:
+            verdicts: of one execution.
+            spec: of its case.
+            replay: the command that runs it again.
+            cause: what the finding is raised from.
+            tolerated: the key of the known failure by which a property, by its id, may be violated on this case.
 
         Raises:
             Finding: the property's own class, with its id, its sentence, the detail, the spec and how to replay it.
@@ -134,13 +184,24 @@ class Ledger:
         findings = []
         for verdict in verdicts:
             prop, text = verdict.property, ""
-            if not verdict.holds:
+            known = tolerated(prop.id)
+            if known is not None:
+                self.known.update({f"{known} met": 1, f"{known} failed": int(not verdict.holds)})
+            is_violated = not verdict.holds and known is None
+            if is_violated:
                 text = f"{prop.id}: {prop.sentence}\n  {verdict.detail}\n  spec:   {spec!r}\n  replay: {replay}"
                 findings.append(_finding_classes[prop.id](text))
-            one = Tally(1, not verdict.holds, verdict.budget_used, text)
+            is_known = not verdict.holds and known is not None
+            used = None if is_known else verdict.budget_used  # a known failure spoils no maximum
+            one = Tally(1, int(is_violated), used, text, int(is_known))
+            if used is not None:
+                one.used[str(round(100 * used) if used <= 100 else 10_000)] = 1
+            if is_violated:
+                one.spec, one.replay = repr(spec), replay
+                one.evidence = None if verdict.evidence is None else verdict.evidence.as_dict()
             self.tallies.setdefault(prop.id, Tally()).add(one)
         if findings:
-            raise findings[0]
+            raise findings[0] from cause
 
     def ran(self, variant: str, spec: Spec, executions: int = 1) -> None:
         """Count executions of the subject and the spec's feature pairs."""
@@ -160,13 +221,14 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the way from an xdist worker to its controller."""
-        return asdict(self) | {name: dict(getattr(self, name)) for name in _COUNTERS}
+        tallies = {id: asdict(tally) | {"used": dict(tally.used)} for id, tally in self.tallies.items()}
+        return {"tallies": tallies} | {name: dict(getattr(self, name)) for name in _COUNTERS}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Ledger:
         """The inverse of `as_dict`."""
         return Ledger(
-            {id: Tally(**tally) for id, tally in data["tallies"].items()},
+            {id: Tally(**tally | {"used": Counter(tally["used"])}) for id, tally in data["tallies"].items()},
             *(Counter(data[name]) for name in _COUNTERS),
         )
 

@@ -6,10 +6,9 @@ suite is collected, and registers no Hypothesis profile for others' tests.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -20,7 +19,10 @@ if TYPE_CHECKING:
 
 _ledgers: list[Any] = []
 _collected: list[str] = []
-_refusals: list[str] = []
+# Why nothing can be run, each with pytest's exit code for it.
+_refusals: list[tuple[int, str]] = []
+# A package is not there: nothing can be judged here, though nobody asked for anything wrong.
+_NOTHING_HERE = 3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moegate-profile", choices=PROFILES, default="gate", help="how cases are drawn (default: gate)")
     group.addoption("--moegate-scale", type=float, default=1.0, help="multiplies the number of cases")
     group.addoption("--moegate-spec", metavar="LINE", help="run this one spec, as a failure printed it")
-    group.addoption("--moegate-report", metavar="FILE", help="write what was judged as JSON")
+    group.addoption("--moegate-known", metavar="FILE", help="known failures beside those that ship (TOML)")
+    group.addoption(
+        "--moegate-report",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="write what was judged: as JUnit (.xml), Markdown (.md) or JSON; may be given several times",
+    )
     group.addoption("--moegate-progress", metavar="FILE", help="append one byte to FILE for each execution")
 
 
@@ -39,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the selection from the options."""
     config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
     config.addinivalue_line("markers", "moegate_executions(examples, runs): what the test will run, for the progress")
-    for name in ("subject", "device", "profile", "scale", "spec", "progress"):
+    for name in ("subject", "device", "profile", "scale", "spec", "progress", "known"):
         setattr(SELECTION, name, config.getoption(f"moegate_{name}"))
 
 
@@ -55,12 +64,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a variant of the subject; a facet that is not there is a skip with that reason."""
     if "moegate_variant" not in metafunc.fixturenames:
         return
+    from .loading import NotInstalledError
     from .session import current_session
 
     try:
         session = current_session()
+    except NotInstalledError as error:
+        _refusals.append((_NOTHING_HERE, f"moegate: {error}"))
+        metafunc.parametrize("moegate_variant", [])
+        return
     except (ValueError, ImportError) as error:
-        _refusals.append(f"moegate: {error}")
+        _refusals.append((int(pytest.ExitCode.USAGE_ERROR), f"moegate: {error}"))
         metafunc.parametrize("moegate_variant", [])
         return
     needed = _needed(metafunc.definition)
@@ -104,16 +118,22 @@ def _spec_to_replay() -> Any:
     try:
         return parse_spec(SELECTION.spec)
     except ValueError as error:
-        _refusals.append(f"--moegate-spec: {error}")
+        _refusals.append((int(pytest.ExitCode.USAGE_ERROR), f"--moegate-spec: {error}"))
     return None
 
 
 def _refuse(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A usage error; a worker runs nothing, and lets its controller say it."""
+    """End the run; a worker runs nothing, and lets its controller say it."""
     if not hasattr(config, "workeroutput"):
-        raise pytest.UsageError(_refusals[0])
-    config.workeroutput["moegate_refusal"] = _refusals[0]
+        _give_up(*_refusals[0])
+    config.workeroutput["moegate_refusal"] = list(_refusals[0])
     items.clear()
+
+
+def _give_up(code: int, message: str) -> NoReturn:
+    if code == pytest.ExitCode.USAGE_ERROR:
+        raise pytest.UsageError(message)
+    pytest.exit(message, returncode=code)
 
 
 def _fits(item: Any, spec: Any) -> bool:
@@ -147,11 +167,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     merged = _merged(ledger)
     if merged is None:
         return
-    vacuous = _vacuous(config, merged)
-    if exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED) and vacuous:
+    report = _report(config, merged)
+    if exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED) and (report["not_judged"] or report["stale"]):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if config.getoption("moegate_report"):
-        Path(config.getoption("moegate_report")).write_text(json.dumps(_report(merged, vacuous), indent=2) + "\n")
+    from .report_formats import write_report
+
+    for path in config.getoption("moegate_report"):
+        write_report(report, path)
 
 
 def _own_ledger() -> Ledger | None:
@@ -192,10 +214,12 @@ def _vacuous(config: pytest.Config, ledger: Ledger) -> list[str]:
     return vacuity(ledger, session.subject, session.device)
 
 
-def _report(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
-    from .report import as_json
+def _report(config: pytest.Config, ledger: Ledger) -> dict[str, Any]:
+    from .report import as_json, stale_entries
 
-    return as_json(ledger, vacuous)
+    # A part of the suite may miss the very cases on which a known failure still fails.
+    stale = [] if _is_partial(config) else stale_entries(ledger)
+    return as_json(ledger, _vacuous(config, ledger), stale)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -203,10 +227,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     merged = _merged(_own_ledger())
     if merged is None:
         return
-    from .report import as_lines
+    from .report_formats import as_lines
 
     terminalreporter.section("moegate")
-    for line in (*as_lines(merged), *(f"NOT JUDGED: {reason}" for reason in _vacuous(config, merged))):
+    report = _report(config, merged)
+    complaints = [f"NOT JUDGED: {reason}" for reason in report["not_judged"]]
+    complaints += [f"STALE: {reason}" for reason in report["stale"]]
+    for line in (*as_lines(report), *complaints):
         terminalreporter.line(line)
 
 
@@ -220,7 +247,7 @@ def pytest_testnodedown(node: Any, error: Any) -> None:
     del error
     output = getattr(node, "workeroutput", {})
     if "moegate_refusal" in output:
-        raise pytest.UsageError(output["moegate_refusal"])
+        _give_up(*output["moegate_refusal"])
     _ledgers.append(output.get("moegate_ledger"))
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from .cases import build_batched, build_experts, build_quantize, build_routing
 from .coverage import AnySpec, pinned_experts, pinned_slabs
+from .guarded import CallError
 from .selection import SELECTION
-from .session import current_session
-from .spec import DTYPES, BatchedSpec, ExpertsSpec, RoutingSpec
-from .strategies import POOLS, pinned_quantizers
+from .session import Session, current_session
+from .spec import BatchedSpec, ExpertsSpec, RoutingSpec
+from .strategies import is_declared, pinned_quantizers, pools_of
 from .subject import Capabilities
 
 
@@ -28,8 +31,8 @@ def once(specs: tuple[AnySpec, ...]) -> Iterator[AnySpec]:
 
 def warm_up_specs(device: str, capabilities: Capabilities) -> Iterator[ExpertsSpec]:
     """Specs that between them need the kernels of every shape, dtype, tile, scheme and activation of the pools."""
-    pools = POOLS[device]
-    for dtype in DTYPES:
+    pools = pools_of(device, capabilities)
+    for dtype in capabilities.dtypes:
         for hidden, intermediate, _, _ in pools.shapes_of():
             base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=1, top_k=1, dtype=dtype)
             for tokens in (8, 16, 32, 64):  # 16, 32, 64 and 128 rows a block
@@ -49,8 +52,8 @@ def warm_up_specs(device: str, capabilities: Capabilities) -> Iterator[ExpertsSp
 
 def warm_up_slabs(device: str, capabilities: Capabilities) -> Iterator[BatchedSpec]:
     """Specs that between them need the batched kernels of every shape, dtype, tile and scheme of the pools."""
-    pools = POOLS[device]
-    for dtype, rows, scheme in product(DTYPES, pools.slabs, capabilities.of_slabs().schemes):
+    pools = pools_of(device, capabilities)
+    for dtype, rows, scheme in product(capabilities.dtypes, pools.slabs, capabilities.of_slabs().schemes):
         if scheme != "none" and dtype not in pools.scaled_dtypes:
             continue
         for hidden, intermediate, block_n, block_k in pools.shapes_of(scheme):
@@ -62,7 +65,7 @@ def warm_up_slabs(device: str, capabilities: Capabilities) -> Iterator[BatchedSp
 
 def warm_up_routings(device: str, capabilities: Capabilities) -> Iterator[RoutingSpec]:
     """Specs that between them need the routing kernels of every declared dtype, E and way of grouping of the pools."""
-    pools = POOLS[device]
+    pools = pools_of(device, capabilities)
     for dtype in capabilities.dtypes:
         for num_experts in pools.routing_experts:
             yield RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype)
@@ -81,23 +84,38 @@ def main(subject: str, part: int, parts: int) -> None:
     logging.getLogger("moegate").setLevel(logging.ERROR)
     SELECTION.subject = subject
     session = current_session()
+    can = session.subject.capabilities
     for variant in session.variants():
-        for number, spec in enumerate(warm_up_specs(session.device, session.subject.capabilities)):
-            if number % parts == part:
-                session.subject.experts(build_experts(spec, session.device), variant)
-        if "batched" in session.subject.facets(variant):
-            for number, spec in enumerate(warm_up_slabs(session.device, session.subject.capabilities)):
+        facets = session.subject.facets(variant)
+        warm_ups: dict[str, Iterable[Any]] = {
+            "experts": filter(lambda spec: is_declared(spec, can), warm_up_specs(session.device, can)),
+            "batched": warm_up_slabs(session.device, can),
+            "quantize": pinned_quantizers(session.device, can),
+            "route": warm_up_routings(session.device, can),
+        }
+        for facet in warm_ups.keys() & set(facets):
+            for number, spec in enumerate(warm_ups[facet]):
+                # What fails here fails in the suite, which says what and why.
                 if number % parts == part:
-                    session.subject.batched(build_batched(spec, session.device), variant, None)
-        if "quantize" in session.subject.facets(variant):
-            for number, spec in enumerate(pinned_quantizers(session.device, session.subject.capabilities)):
-                if number % parts == part:
-                    session.subject.quantize(build_quantize(spec, session.device), variant)
-        if "route" in session.subject.facets(variant):
-            for number, spec in enumerate(warm_up_routings(session.device, session.subject.capabilities)):
-                if number % parts == part:
-                    session.subject.route(build_routing(spec, session.device), variant)
+                    with suppress(CallError):
+                        _CALLS[facet](session, spec, variant)
     print(json.dumps(session.ledger.kernels))
+
+
+def _experts(session: Session, spec: ExpertsSpec, variant: str) -> None:
+    session.subject.experts(session.prepared(build_experts(spec, session.device), variant), variant)
+
+
+def _batched(session: Session, spec: BatchedSpec, variant: str) -> None:
+    session.subject.batched(session.prepared(build_batched(spec, session.device), variant), variant, None)
+
+
+_CALLS: dict[str, Callable[[Session, Any, str], Any]] = {
+    "experts": _experts,
+    "batched": _batched,
+    "quantize": lambda session, spec, variant: session.subject.quantize(build_quantize(spec, session.device), variant),
+    "route": lambda session, spec, variant: session.subject.route(build_routing(spec, session.device), variant),
+}
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from .loading import load_subject
 from .parallel_cases import build_parallel
 from .properties.ep import RankResult
 from .properties.hygiene import poisoned_allocations
 from .spec import parse_spec
-from .subject import Subject, load_subject
+from .subject import Subject
 
 _subject = cache(load_subject)
 

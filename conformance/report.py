@@ -1,8 +1,7 @@
-"""What a run judged, as a table for people and as JSON for machines (schema 1)."""
+"""What a run judged, as plain data (schema 2): `report.schema.json` describes it, `report_formats.py` writes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from .catalogue import PROPERTIES, pairs_due
@@ -10,11 +9,11 @@ from .judge import Ledger, Tally
 from .selection import SELECTION
 from .session import current_session
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def _verdict(tally: Tally) -> str:
-    return "violated" if tally.violated else "holds"
+    return "violated" if tally.violated else "known" if tally.known else "holds"
 
 
 def _pairs(ledger: Ledger) -> dict[str, Any]:
@@ -26,26 +25,55 @@ def _pairs(ledger: Ledger) -> dict[str, Any]:
     return {"declared": len(counts), "run": sum(n > 0 for n in counts.values()), "least": least, "counts": counts}
 
 
-def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
-    """The report of `moegate check --json`."""
+def _property(id: str, tally: Tally) -> dict[str, Any]:
+    return {
+        "id": id,
+        "sentence": PROPERTIES[id].sentence,
+        "cases": tally.cases,
+        "violated": tally.violated,
+        "known": tally.known,
+        "budget_used": _number(tally.budget_used),
+        "budget_used_median": tally.median_used(),
+        "verdict": _verdict(tally),
+        "finding": tally.finding,
+        "spec": tally.spec or None,
+        "replay": tally.replay or None,
+        "evidence": tally.evidence,
+    }
+
+
+def _number(value: float | None) -> float | str | None:
+    """JSON has no infinity."""
+    return value if value is None or value - value == 0 else str(value)
+
+
+def stale_entries(ledger: Ledger) -> list[str]:
+    """Known failures that pass now: each is to be taken out of its file."""
+    rows = current_session().known.report(ledger.known)
+    return [
+        f"{row['property']} of {row['issue']} passes now on all {row['cases']} cases that it names: take the entry out"
+        for row in rows
+        if row["state"] == "passes now"
+    ]
+
+
+def as_json(ledger: Ledger, vacuous: list[str], stale: list[str]) -> dict[str, Any]:
+    """The report of a run.
+
+    Args:
+        ledger: of all workers.
+        vacuous: why it proves too little.
+        stale: known failures for which it fails.
+    """
     session = current_session()
     violated = any(tally.violated for tally in ledger.tallies.values())
-    rows = [
-        {
-            "id": id,
-            "sentence": PROPERTIES[id].sentence,
-            "cases": tally.cases,
-            "violated": tally.violated,
-            "budget_used": tally.budget_used,
-            "verdict": _verdict(tally),
-            "finding": tally.finding,
-        }
-        for id, tally in sorted(ledger.tallies.items())
-    ]
+    rows = [_property(id, tally) for id, tally in sorted(ledger.tallies.items())]
+    verdict = "violated" if violated else "nothing judged" if vacuous else "stale known failures" if stale else "holds"
     return {
         "schema": SCHEMA,
-        "verdict": "violated" if violated else "nothing judged" if vacuous else "holds",
+        "verdict": verdict,
         "subject": session.subject.name,
+        "last_run": session.subject.last_run,
         "device": session.device,
         "profile": SELECTION.profile,
         "executions": sum(ledger.executions.values()),
@@ -54,30 +82,11 @@ def as_json(ledger: Ledger, vacuous: list[str]) -> dict[str, Any]:
         "properties": rows,
         "feature_pairs": _pairs(ledger),
         "numerics": vars(session.subject.numerics),
-        "deviations": session.subject.deviations,
+        "deviations": dict(session.subject.deviations),
         "not_judged": vacuous,
+        "stale": stale,
+        "known_failures": session.known.report(ledger.known),
         "skipped": dict(ledger.skipped),
         "kernels": ledger.kernel_variants(),
         "facts": dict(ledger.facts),
     }
-
-
-def as_lines(ledger: Ledger) -> Iterator[str]:
-    """The table in plain text."""
-    report = as_json(ledger, [])
-    by_variant = ", ".join(f"{n} {variant}" for variant, n in report["executions_by_variant"].items())
-    yield f"{report['subject']} on {report['device']}: {report['executions']} executions ({by_variant})"
-    for row in report["properties"]:
-        used = "     -" if row["budget_used"] is None else f"{row['budget_used']:6.2f}"
-        yield f"{row['id']:<11} {row['cases']:>6} cases  budget used {used}  {row['verdict']:<9} {row['sentence']}"
-    yield f"cases whose numbers were judged against a budget or another call: {report['value_cases']}"
-    pairs = report["feature_pairs"]
-    yield f"feature pairs run: {pairs['run']} of {pairs['declared']} declared, each at least {pairs['least']} times"
-    yield f"numerics judged by: {', '.join(f'{k}={v}' for k, v in report['numerics'].items())}"
-    for reason, count in report["skipped"].items():
-        yield f"skipped ({count}): {reason}"
-    if report["kernels"]:
-        variants = ", ".join(f"{count} {name}" for name, count in report["kernels"].items())
-        yield f"kernel variants: {sum(report['kernels'].values())} ({variants})"
-    for fact, count in report["facts"].items():
-        yield f"{fact}: {count}"

@@ -21,6 +21,7 @@ class Selection:
         spec: the line of a single spec to replay, or None.
         scale: multiplies the number of cases.
         progress: a file to which each execution adds one byte, or None.
+        known: a file of known failures beside those that ship here, or None.
     """
 
     subject: str = "moegate"
@@ -29,6 +30,7 @@ class Selection:
     spec: str | None = None
     scale: float = 1.0
     progress: str | None = None
+    known: str | None = None
 
 
 SELECTION = Selection()

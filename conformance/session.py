@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from datetime import date
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .cases import ExpertsCase
+from .cases import BatchedCase, ExpertsCase
+from .guarded import CallError, guarded
 from .judge import Ledger, Verdict
+from .known import KnownFailures, load_known
+from .loading import load_subject
 from .profiles import examples_of, explore
 from .properties.hygiene import judge_form, poisoned_allocations
+from .properties.subject import RETURNS
 from .selection import SELECTION
 from .spec import Spec
 from .strategies import POOLS
-from .subject import Subject, load_subject
+from .subject import Subject
 
+AnyCase = TypeVar("AnyCase", ExpertsCase, BatchedCase)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -37,6 +44,11 @@ class Session:
         self.subject = subject
         self.device = device
         self.ledger = Ledger()
+        self.known = KnownFailures(load_known(SELECTION.known), subject.name, device, date.today())
+
+    def fresh(self) -> Session:
+        """A session of a subject that was never called: a user's file is run anew for it. It counts nothing here."""
+        return Session(guarded(load_subject(SELECTION.subject)), self.device)
 
     def variants(self) -> list[str]:
         """The subject's variants that run on this device; what cannot is counted with its reason."""
@@ -75,13 +87,47 @@ class Session:
         """
 
         def body(spec: Spec) -> None:
-            verdicts = judge(spec)
+            crash = self.known.crash(spec, variant)
+            if crash is not None:
+                self.ledger.known[f"{crash.key()} met"] += 1
+                self.ledger.skipped[f"known to crash, not launched: {crash.issue}"] += 1
+                return
+            cause = None
+            try:
+                verdicts = [RETURNS.verdict(True), *judge(spec)]
+            except CallError as error:
+                verdicts, cause = [error.verdict], error.__cause__
             self.ledger.ran(variant, spec, runs)
             if SELECTION.progress is not None:
                 _tick(SELECTION.progress, runs)
-            self.ledger.settle(verdicts, spec, self.replay(spec))
+            self.settle(verdicts, spec, variant=variant, cause=cause)
 
         explore(strategy, body, name=name, examples=self.examples(examples, is_value=is_value), pinned=pinned)
+
+    def settle(
+        self,
+        verdicts: Sequence[Verdict],
+        spec: Spec,
+        replay: str | None = None,
+        *,
+        variant: str = "",
+        cause: BaseException | None = None,
+    ) -> None:
+        """Count verdicts and raise the first that does not hold, known failures apart.
+
+        Args:
+            verdicts: of one execution.
+            spec: of its case.
+            replay: the command that runs it again; that of the spec where None.
+            variant: of the subject.
+            cause: what the finding is raised from.
+        """
+
+        def tolerated(id: str) -> str | None:
+            entry = self.known.wrong(id, spec, variant)
+            return None if entry is None else entry.key()
+
+        self.ledger.settle(verdicts, spec, replay or self.replay(spec), cause, tolerated)
 
     def examples(self, gate_examples: int, *, is_value: bool = False) -> int:
         """How many cases this device and profile draw where the gate draws `gate_examples` on the CPU."""
@@ -96,8 +142,15 @@ class Session:
         """`moegate check` of this subject on this device, for a shell."""
         return f"moegate check --subject {shlex.quote(SELECTION.subject)} --device {self.device}"
 
+    def prepared(self, case: AnyCase, variant: str) -> AnyCase:
+        """The case with what the subject makes of its weights."""
+        return replace(case, prepared=self.subject.prepare(case, variant))
+
     def run_experts(self, case: ExpertsCase, variant: str) -> Tensor:
-        """One call of the subject's experts with poisoned allocations; its form is settled before anyone reads it."""
+        """One call of the subject's experts with poisoned allocations; its form is settled before anyone reads it.
+
+        `case` is a prepared one.
+        """
         with poisoned_allocations():
             output = self.subject.experts(case, variant)
         form = judge_form(case, output)
@@ -164,7 +217,7 @@ def current_session() -> Session:
     if device == "cpu":
         # Small operands: more threads than one only get in each other's way, and xdist brings the processes.
         torch.set_num_threads(1)
-    session = Session(load_subject(SELECTION.subject), device)
+    session = Session(guarded(load_subject(SELECTION.subject)), device)
     session.count_compilations()
     return session
 

@@ -66,6 +66,7 @@ class Pools:
         widths, groups: columns of rows that are quantised by themselves, and of their groups.
         slabs: max_tokens of the batched format.
         routing_top_k: the largest of routing cases.
+        top_k: the largest of other cases.
         cases: how many cases are drawn where the gate draws one on the CPU: a GPU has the time for more.
         value_cases: the same of the cases whose numbers are judged.
     """
@@ -91,6 +92,7 @@ class Pools:
     groups: tuple[int, ...] = (32, 48, 16, 128)  # a group need not be a power of two, as a kernel's block is
     slabs: tuple[int, ...] = (1, 15, 16, 18, 33)
     routing_top_k: int = 10
+    top_k: int = 8
     cases: float = 1.0
     value_cases: float = 1.0
 
@@ -126,7 +128,8 @@ POOLS = {
         grouped_experts=(8, 60, 128),
     ),
     "cuda": Pools(
-        shapes=((256, 128), (200, 72)),
+        # One of whole tiles, and one that no tile, nor the 16 elements that compilers know sizes by, divides in any axis.
+        shapes=((256, 128), (200, 76)),
         scaled_shapes=((320, 464),),
         block_shapes=((320, 464, 128, 128),),
         group_shapes=((288, 160, 0, 32), (256, 128, 0, 128)),
@@ -150,6 +153,35 @@ POOLS = {
         block_sizes=(16, 64, 128),
     ),
 }
+
+
+@cache
+def pools_of(device: str, capabilities: Capabilities) -> Pools:
+    """The pools of a device within the sizes that a subject declares: H and I rounded up, larger E left out."""
+    can, pools = capabilities, POOLS[device]
+
+    def up(size: int, multiple: int) -> int:
+        return -(-size // multiple) * multiple
+
+    def shapes(pool: tuple[tuple[int, ...], ...]) -> Any:
+        rounded = ((up(h, can.hidden_multiple), up(i, can.intermediate_multiple), *rest) for h, i, *rest in pool)
+        return tuple(dict.fromkeys(rounded))
+
+    def few(experts: tuple[int, ...]) -> tuple[int, ...]:
+        most = can.max_experts or max(experts)
+        return tuple(e for e in experts if can.min_experts <= e <= most) or (most,)
+
+    experts = ("experts", "many_experts", "routing_experts", "scored_experts", "grouped_experts")
+    shaped = ("shapes", "scaled_shapes", "block_shapes", "group_shapes")
+    most = can.max_top_k or pools.routing_top_k
+    return replace(
+        pools,
+        **{name: few(getattr(pools, name)) for name in experts},
+        **{name: shapes(getattr(pools, name)) for name in shaped},
+        routing_top_k=min(most, pools.routing_top_k),
+        top_k=min(most, pools.top_k),
+    )
+
 
 SEEDS = st.integers(0, 255)
 # Around here implementations change from one launch to several.
@@ -181,7 +213,7 @@ def routing_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
 
     A third are softmax alone, which most models have.
     """
-    pools = POOLS[device]
+    pools = pools_of(device, capabilities)
     # Where all tokens are padding there is little to judge.
     with_tokens = tuple(padding for padding in capabilities.paddings if padding != "all_tokens")
 
@@ -212,6 +244,7 @@ def routing_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
 
 def routing_features(device: str, capabilities: Capabilities) -> dict[str, tuple[Any, ...]]:
     """The features of a routing whose every pair is run, with the values that the subject declares."""
+    pools = pools_of(device, capabilities)
     return {
         "scoring": capabilities.scorings,
         "groups": capabilities.groups,
@@ -223,8 +256,8 @@ def routing_features(device: str, capabilities: Capabilities) -> dict[str, tuple
         "dtype": capabilities.dtypes,
         "logits": capabilities.logits,
         "padded_rows": (False, True) if capabilities.padded_rows else (False,),
-        "E": POOLS[device].grouped_experts,
-        "top_k": (1, 2, 8),
+        "E": pools.grouped_experts,
+        "top_k": tuple(k for k in (1, 2, 8) if k <= pools.routing_top_k),
     }
 
 
@@ -246,12 +279,17 @@ def _nasty_routings(num_experts: int) -> Iterator[RoutingSpec]:
             yield replace(
                 base, logits="equal_groups", groups="some", group_ranking=ranking, correction_bias=bias, top_k=2
             )
+        # Experts of several kept groups tie at the k-th, and the best group is not the first.
+        for own in range(4):
+            yield replace(base, logits="ties", groups="some", top_k=4, seed=own)
         # A mask of 0 ranks above every expert of the kept groups.
         yield replace(base, groups="some", group_ranking="top2_sum", correction_bias="negative", top_k=2)
         # A renormalising sum of 0, and of infinity.
         yield replace(base, logits="infinite_rows", renormalize=True)
         yield replace(base, logits="infinite_rows", renormalize=True, seed=seed + 3)
         yield replace(base, logits="nan_rows", renormalize=True)
+    # So many choices that sorting a row is cheaper than one maximum after the other.
+    yield RoutingSpec(M=9, E=128, top_k=40)
 
 
 def _declares_routing(capabilities: Capabilities, spec: RoutingSpec) -> bool:
@@ -264,9 +302,9 @@ def pinned_routings(device: str, capabilities: Capabilities) -> tuple[RoutingSpe
     """Routings that are always run: between them every pair of declared features, and those that take more than two."""
     rows = covering_array(routing_features(device, capabilities), is_routing)
     pairs = [RoutingSpec(M=7, seed=seed, **row) for seed, row in enumerate(rows)]
-    nasty = [
-        spec for spec in _nasty_routings(POOLS[device].grouped_experts[0]) if _declares_routing(capabilities, spec)
-    ]
+    pools = pools_of(device, capabilities)
+    nasty = [spec for spec in _nasty_routings(pools.grouped_experts[0]) if _declares_routing(capabilities, spec)]
+    nasty = [spec for spec in nasty if spec.top_k <= pools.routing_top_k]
     return (*pairs, *nasty)
 
 
@@ -333,6 +371,10 @@ def is_declared(spec: ExpertsSpec, capabilities: Capabilities) -> bool:
         and (capabilities.weight_on_input or not spec.weight_on_input)
         and (capabilities.padded_rows or not spec.padded_rows)
         and (capabilities.empty or spec.M > 0)
+        and spec.H % capabilities.hidden_multiple == 0
+        and spec.I % capabilities.intermediate_multiple == 0
+        and capabilities.min_experts <= spec.E <= (capabilities.max_experts or spec.E)
+        and spec.top_k <= (capabilities.max_top_k or spec.top_k)
     )
 
 
@@ -397,7 +439,7 @@ def experts_specs(
         low_latency: True draws M * top_k * 4 <= E without a map (the naive-block condition), False its opposite or
             anything with a map, None both.
     """
-    pools = POOLS[device]
+    pools = pools_of(device, capabilities)
 
     @st.composite
     def specs(draw: st.DrawFn) -> ExpertsSpec:
@@ -406,13 +448,13 @@ def experts_specs(
         routing = draw(st.sampled_from(capabilities.routings))
         if few_pairs:
             num_experts = draw(st.sampled_from((*pools.many_experts, 8)))
-            top_k = draw(st.integers(1, min(8, num_experts // 4)))
+            top_k = draw(st.integers(1, min(pools.top_k, num_experts // 4)))
             tokens = draw(st.integers(1, num_experts // (4 * top_k)))
             expert_map = "none"
         else:
             num_experts = draw(st.sampled_from(pools.experts))
             least, spare = _needs(routing, TILE, capabilities)
-            top_k = draw(st.integers(1, max(1, min(num_experts - spare, 6))))
+            top_k = draw(st.integers(1, max(1, min(num_experts - spare, 6, pools.top_k))))
             tokens = draw(st.integers(least, pools.max_tokens))
             if layer["scheme"] != "none" and pools.scaled_rows:
                 fewest, most = (rows * num_experts // top_k for rows in draw(st.sampled_from(pools.scaled_rows)))
@@ -436,7 +478,7 @@ def experts_specs(
 
 def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[BatchedSpec]:
     """Calls of the experts in the batched format: slabs of every size of the pools, now and then without a row."""
-    pools, capabilities = POOLS[device], capabilities.of_slabs()
+    pools, capabilities = pools_of(device, capabilities), capabilities.of_slabs()
 
     @st.composite
     def specs(draw: st.DrawFn) -> BatchedSpec:

@@ -6,19 +6,14 @@ has; a facet that it does not define is skipped with that reason, and can never 
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
-import sys
-import types
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from .cases import AlignCase, BatchedCase, ExpertsCase, QuantizeCase, RoutingCase
+from .cases import AlignCase, BatchedCase, ExpertsCase, LayerCase, QuantizeCase, RoutingCase
 from .numerics import Numerics
 from .properties.path import Launches
 from .spec import (
@@ -57,6 +52,7 @@ class Capabilities:
     Attributes:
         devices: torch device types that it runs on.
         dtypes: of the activations and weights.
+        id_dtypes: of the routed ids.
         routings, weights, maps: the names of `spec.py` that it takes.
         counts: of the tokens of each expert in the batched format, by the names of `spec.py`.
         logits: kinds of router logits that its routing takes.
@@ -70,10 +66,14 @@ class Capabilities:
         padded_rows: takes operands whose rows are farther apart than they are wide.
         empty: takes zero tokens.
         overlap: on a GPU its shared experts can run beside the routed ones, on a second stream.
+        hidden_multiple, intermediate_multiple: what H and I must be multiples of.
+        min_experts: the smallest E.
+        max_experts, max_top_k: the largest E and top_k; None: no limit.
     """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = DTYPES
+    id_dtypes: tuple[str, ...] = ("int32",)
     routings: tuple[str, ...] = ROUTINGS
     weights: tuple[str, ...] = WEIGHTS
     maps: tuple[str, ...] = MAPS
@@ -93,6 +93,11 @@ class Capabilities:
     padded_rows: bool = True
     empty: bool = True
     overlap: bool = False
+    hidden_multiple: int = 1
+    intermediate_multiple: int = 1
+    min_experts: int = 1
+    max_experts: int | None = None
+    max_top_k: int | None = None
 
     def of_slabs(self) -> Capabilities:
         """What is declared of the batched format."""
@@ -119,6 +124,9 @@ ROUTING_METHODS: dict[str, tuple[str, ...]] = {
 class Subject:
     """Base class of subjects. Define the facets that exist; leave the others as they are.
 
+    Every call takes what its case holds and returns a result of its own: it writes into no operand, keeps nothing for
+    the next call, and raises nothing on a case that the capabilities declare. `docs/subject.md` shows one.
+
     Attributes:
         name: shown in every report.
         variants: names of ways to run it (backends, say) that the suite runs side by side.
@@ -128,6 +136,7 @@ class Subject:
         launches: by variant, the kernels that each path launches; judged where declared (needs `trace`).
         partial_sums: by the names of exchanges, in what the ranks' parts of a token's sum are added: the activations'
             dtype (`storage`), or float32 and rounded once.
+        last_run: the version and date that this adapter of another project was last run with, for the report.
     """
 
     name: ClassVar[str] = ""
@@ -137,6 +146,7 @@ class Subject:
     deviations: ClassVar[dict[str, str]] = {}
     launches: ClassVar[Mapping[str, Launches]] = {}
     partial_sums: ClassVar[Mapping[str, str]] = {"all_gather": "storage", "all_to_all": "float32"}
+    last_run: ClassVar[str] = ""
 
     def unavailable(self, variant: str, device: str) -> str | None:
         """Why `variant` cannot run on `device` in this process (not installed, say); None where it can."""
@@ -148,6 +158,13 @@ class Subject:
         """The facets that this subject defines; override it where a variant lacks one."""
         del variant
         return tuple(f for f in FACETS if getattr(type(self), f) is not getattr(Subject, f))
+
+    def prepare(self, case: LayerCase, variant: str) -> Any:
+        """What is made of a layer's weights once, before any call: shuffled, merged, moved into a module.
+
+        `experts` and `batched` find it in `case.prepared`, and may be called with it several times.
+        """
+        del case, variant
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
         """`topk_weights [M, top_k]` float32 and `topk_ids [M, top_k]` int32 by the method that the case says."""
@@ -245,38 +262,3 @@ class Subject:
                 are told, and then run in debug mode. None: nobody.
         """
         raise NotImplementedError
-
-
-SHIPPED = {
-    "moegate": "moegate.conformance.subjects.moegate:MoegateSubject",
-    "torch": "moegate.conformance.subjects.eager:EagerSubject",
-}
-
-
-def load_subject(name: str) -> Subject:
-    """A subject that ships here, by name, or a user's own: `path/to/file.py:Class` or `package.module:Class`.
-
-    Raises:
-        ValueError: an unknown name, a file that is not there, no such class, or a class that is no Subject.
-    """
-    target = SHIPPED.get(name, name)
-    place, _, class_name = target.rpartition(":")
-    if not place:
-        raise ValueError(f"subject: expected one of {sorted(SHIPPED)} or FILE.py:CLASS, got {name!r}")
-    if place.endswith(".py"):
-        path = Path(place).resolve()
-        if not path.is_file():
-            raise ValueError(f"subject: expected a file, got {place!r}, which does not exist")
-        module = types.ModuleType(path.stem)
-        module.__file__ = str(path)
-        sys.modules.setdefault(path.stem, module)
-        importlib.machinery.SourceFileLoader(path.stem, str(path)).exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"subject: expected an importable module, got {place!r}: {error}") from error
-    cls = getattr(module, class_name, None)
-    if not (isinstance(cls, type) and issubclass(cls, Subject)):
-        raise ValueError(f"subject: expected a class derived from moegate.conformance.subject.Subject, got {name!r}")
-    return cls()

@@ -15,7 +15,7 @@ from moegate.conformance.properties.batched import (
 from moegate.conformance.properties.hygiene import poisoned_allocations
 from moegate.conformance.session import other_order
 from moegate.conformance.spec import BatchedSpec
-from moegate.conformance.strategies import POOLS, batched_specs
+from moegate.conformance.strategies import batched_specs, pools_of
 
 EXAMPLES, RUNS = 80, 2  # into a tensor that is given; then, with poisoned allocations, into the subject's own
 pytestmark = [pytest.mark.moegate_facets("batched"), pytest.mark.moegate_executions(EXAMPLES, RUNS)]
@@ -34,6 +34,7 @@ def judge_of(session, variant):
         routed = case.routed()
         trace = reference_of_batched(case, routed)  # before the subject can write into its inputs
         around = memory_around(case)
+        case = session.prepared(case, variant)
         with subject.trace() if traced else nullcontext() as record:
             output = subject.batched(case, variant, case.out)
         with poisoned_allocations(), other_order():
@@ -58,7 +59,7 @@ def test_each_token_goes_through_its_expert_and_no_other_row_is_touched(moegate_
         variant=variant,
         examples=EXAMPLES,
         is_value=True,
-        pinned=pinned(session.device) if subject.capabilities.empty else (),
+        pinned=pinned(session.device, subject.capabilities) if subject.capabilities.empty else (),
         runs=RUNS,
     )
 
@@ -78,10 +79,10 @@ def test_every_pair_of_declared_features_is_run_in_slabs(moegate_session, moegat
     )
 
 
-def pinned(device):
+def pinned(device, capabilities):
     """Always run: slabs without a row, and the largest slabs without a token."""
-    hidden, intermediate = POOLS[device].shapes[0]
+    pools = pools_of(device, capabilities)
+    hidden, intermediate = pools.shapes[0]
     return tuple(
-        BatchedSpec(max_tokens=rows, H=hidden, I=intermediate, E=3, counts="zero")
-        for rows in (0, POOLS[device].slabs[-1])
+        BatchedSpec(max_tokens=rows, H=hidden, I=intermediate, E=3, counts="zero") for rows in (0, pools.slabs[-1])
     )

@@ -52,7 +52,7 @@ def test_files_are_found_by_name_and_nearest_key(moegate_session, configs):
 @pytest.mark.parametrize("what", [*BROKEN_FILES, *BROKEN_PLACES])
 def test_a_broken_file_is_an_error_that_names_it(moegate_session, configs, what, scheme, tmp_path):
     spec = ConfigSpec(scheme=scheme)
-    moegate_session.ledger.settle(judge_broken(configs, what, spec, tmp_path), spec, moegate_session.replay(spec))
+    moegate_session.settle(judge_broken(configs, what, spec, tmp_path), spec, moegate_session.replay(spec))
 
 
 @pytest.mark.moegate_facets("configs")
@@ -61,13 +61,13 @@ def test_values_are_checked_against_kernel_and_device(moegate_session, configs, 
     for _, scheme, block_shape in WEIGHTS:
         spec = ConfigSpec(device=device, scheme=scheme, block_shape=block_shape)
         verdicts = judge_validation(configs, device, scheme, block_shape, tmp_path)
-        moegate_session.ledger.settle(verdicts, spec, moegate_session.replay(spec))
+        moegate_session.settle(verdicts, spec, moegate_session.replay(spec))
 
 
 @pytest.mark.moegate_facets("configs")
 def test_every_shipped_file_is_reachable_and_valid(moegate_session, configs, tmp_path):
     spec = ConfigSpec()
-    moegate_session.ledger.settle(judge_shipped(configs, tmp_path), spec, moegate_session.replay(spec))
+    moegate_session.settle(judge_shipped(configs, tmp_path), spec, moegate_session.replay(spec))
 
 
 def run_with(session, variant, configs, spec, folder, tiles):
@@ -163,4 +163,4 @@ def test_every_key_of_every_shipped_file_is_numerically_right(moegate_session, m
                 put_tiles(configs, device, spec, spec.E, tiles, folder)
             session.ledger.executions[moegate_variant] += 1
             verdicts = run_with(session, moegate_variant, configs, spec, folder, tiles)
-            session.ledger.settle(verdicts, spec, session.replay(spec))
+            session.settle(verdicts, spec, session.replay(spec))

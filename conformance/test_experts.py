@@ -9,23 +9,28 @@ from moegate.conformance.properties.num import budget_of, judge_values, referenc
 from moegate.conformance.properties.path import judge_path
 from moegate.conformance.session import form_as_verdict, other_order
 from moegate.conformance.spec import DTYPES, ExpertsSpec
-from moegate.conformance.strategies import POOLS, WIDE, experts_specs, is_declared
+from moegate.conformance.strategies import WIDE, experts_specs, is_declared, pools_of
 
 EXAMPLES, RUNS = 60, 2  # each case runs twice: with poisoned allocations and without
 PARTS = 6  # of the pinned specs, which xdist's workers share
 pytestmark = [pytest.mark.moegate_facets("experts"), pytest.mark.moegate_executions(EXAMPLES, RUNS)]
 
 
-def pinned(device, low_latency, dtype):
+def pinned(device, capabilities, low_latency, dtype):
     """Always run, whatever is drawn: the smallest case, no token, each way for a token to have no expert."""
-    hidden, intermediate = POOLS[device].shapes[0]
-    base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=64, top_k=8, dtype=dtype)
+    pools = pools_of(device, capabilities)
+    hidden, intermediate = pools.shapes[0]
+    experts = pools.many_experts[-1 if device == "cpu" else 0]
+    base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=experts, top_k=min(pools.top_k, experts // 4), dtype=dtype)
     if low_latency:
         return (base, replace(base, routing="all_invalid"))
     # Rows wider than any kernel's block, whose scale is found in several steps.
     wide = replace(base, M=3, H=40, I=WIDE, E=2, top_k=1, scheme="fp8_channel_token")
+    # So many choices that adding them up in fewer bits than float32 shows.
+    many = replace(base, M=4, E=40, top_k=32)
     return (
-        *((wide,) if dtype == "bfloat16" else ()),
+        *((wide, many) if dtype == "bfloat16" else ()),
+        replace(base, M=base.E // (4 * base.top_k) + 1),  # just over the threshold of naive blocks
         replace(base, M=0, E=8, top_k=2),
         replace(base, expert_map="linear"),
         replace(base, M=17, E=5, top_k=3, expert_map="owns_nothing"),
@@ -41,6 +46,7 @@ def judge_of(session, variant):
     def judge(spec):
         case = build_experts(spec, session.device)
         trace = reference_of(case)  # before the subject can write into its inputs
+        case = session.prepared(case, variant)
         with form_as_verdict() as verdicts:
             if traced:
                 with subject.trace() as record:
@@ -73,7 +79,9 @@ def test_experts_stay_within_budget_on_the_path_of_the_table(moegate_session, mo
         examples=EXAMPLES,
         is_value=True,
         pinned=tuple(
-            spec for spec in pinned(session.device, low_latency, dtype) if is_declared(spec, subject.capabilities)
+            spec
+            for spec in pinned(session.device, subject.capabilities, low_latency, dtype)
+            if is_declared(spec, subject.capabilities)
         ),
         runs=RUNS,
     )

@@ -107,7 +107,7 @@ def test_any_history_of_a_table_ends_in_a_fresh_ones_bits(moegate_session, moega
 
     def settle(verdicts):
         session.ledger.executions[variant] += 2
-        session.ledger.settle(verdicts, SPEC, session.command())
+        session.settle(verdicts, SPEC, session.command())
 
     machine = seed(20261124)(history_of(case, partial(session.subject.lora, variant=variant), settle))
     run_state_machine_as_test(
@@ -123,7 +123,7 @@ def test_a_bad_adapter_is_refused_and_the_table_is_as_it_was(moegate_session, mo
     session, variant = moegate_session, moegate_variant
     case = build_lora(SPEC, session.device)
     verdicts = judge_bad_adapter(bad, case, partial(session.subject.lora, variant=variant))
-    session.ledger.settle(verdicts, SPEC, f"{session.command()} --select '{bad}'")
+    session.settle(verdicts, SPEC, f"{session.command()} --select '{bad}'")
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
@@ -131,7 +131,7 @@ def test_an_id_that_is_no_slot_is_refused(moegate_session, moegate_variant, bad)
     session, variant = moegate_session, moegate_variant
     case = build_lora(SPEC, session.device)
     verdicts = judge_bad_ids(bad, case, partial(session.subject.lora, variant=variant))
-    session.ledger.settle(verdicts, SPEC, session.command())
+    session.settle(verdicts, SPEC, session.command())
 
 
 @pytest.mark.moegate_facets("lora", "oracle")
@@ -147,7 +147,7 @@ def test_the_oracle_takes_triton_for_adapters(moegate_session, moegate_variant, 
             if answer.refusal is not None:
                 continue  # ORACLE-12 and 15 say which refusals are right
             verdict = DECISION.verdict(answer.backend == question.triton, f"{question!r}: got {answer.backend}")
-            session.ledger.settle([verdict], LoraSpec(1, 16, 16, 1, 1, scheme="none"), session.replay(question))
+            session.settle([verdict], LoraSpec(1, 16, 16, 1, 1, scheme="none"), session.replay(question))
 
 
 @pytest.mark.moegate_executions(4, 3)
@@ -178,4 +178,4 @@ def test_a_graph_replayed_with_other_adapters_equals_the_eager_call(moegate_sess
             eager = layer.run(ids)
             stray = differing_rows(case, output, eager)
             verdicts.append(REPLAYED.verdict(not stray, f"{stray} rows differ after {turn + 1} replays"))
-        session.ledger.settle(verdicts, spec, session.replay(spec))
+        session.settle(verdicts, spec, session.replay(spec))

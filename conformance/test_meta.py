@@ -6,18 +6,23 @@ from moegate.conformance.properties.num import budget_of, reference_of
 from moegate.conformance.session import form_as_verdict
 from moegate.conformance.strategies import experts_specs
 
-EXAMPLES = 60
 pytestmark = pytest.mark.moegate_facets("experts")
 
 
 @pytest.mark.parametrize(
     "law",
-    [pytest.param(law, id=law.property.id, marks=pytest.mark.moegate_executions(EXAMPLES, law.runs)) for law in LAWS],
+    [
+        pytest.param(law, id=law.property.id, marks=pytest.mark.moegate_executions(law.examples, law.runs))
+        for law in LAWS
+    ],
 )
 def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant, law):
     session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
     if not law.property.needs(subject.capabilities):
         pytest.skip(f"{subject.name} does not declare what {law.property.id} needs")
+
+    def run(case):
+        return session.run_experts(session.prepared(case, variant), variant)
 
     def judge(spec):
         spec = law.adapt(spec)  # drawn ones are adapted already, but a replayed one may be another law's
@@ -26,11 +31,9 @@ def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant,
         case = build_experts(spec, session.device)
         trace = reference_of(case)  # before the subject can write into its inputs
         with form_as_verdict() as verdicts:
-            output = session.run_experts(case, variant).clone()
+            output = run(case).clone()
             budget = budget_of(case, trace, subject.numerics)
-            verdict = law.judge(
-                case, output, trace, budget, subject.numerics, lambda c: session.run_experts(c, variant)
-            )
+            verdict = law.judge(case, output, trace, budget, subject.numerics, run)
             verdicts.append(verdict)
         return verdicts
 
@@ -39,7 +42,7 @@ def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant,
         judge,
         name=f"{law.property.id}/{variant}",
         variant=variant,
-        examples=EXAMPLES,
+        examples=law.examples,
         is_value=True,
         runs=law.runs,
     )

@@ -46,7 +46,7 @@ def test_the_oracle_keeps_its_rules_on_the_space_of_questions(moegate_session, o
     for prop, count in result.counts.items():
         if count.first is not None:
             violation, question = count.first
-            ledger.settle([prop.verdict(False, violation)], question, moegate_session.replay(question))
+            moegate_session.settle([prop.verdict(False, violation)], question)
 
 
 def test_the_oracle_keeps_its_rules_in_a_larger_space(moegate_session, oracle):

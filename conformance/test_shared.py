@@ -41,7 +41,7 @@ def test_the_order_of_shared_experts_keeps_its_rules_on_the_space_of_questions(m
     for prop, count in result.counts.items():
         if count.first is not None:
             violation, question = count.first
-            ledger.settle([prop.verdict(False, violation)], question, moegate_session.replay(question))
+            moegate_session.settle([prop.verdict(False, violation)], question)
 
 
 EXAMPLES, RUNS = 12, 4  # poisoned, again, and with two factors

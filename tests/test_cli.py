@@ -97,7 +97,7 @@ def test_a_finding_exits_with_1_and_json_on_standard_output_is_all_there_is(user
     )
     assert done.returncode == exit_codes.FINDING, done.stderr
     report = json.loads(done.stdout)
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert (report["verdict"], report["subject"], report["device"]) == ("violated", "wrong", "cpu")
     assert report["executions"] > 0
     assert report["properties"]

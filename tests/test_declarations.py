@@ -11,11 +11,11 @@ from moegate.conformance.calibrate import drawn_spec
 from moegate.conformance.calibration import KINDS, limits
 from moegate.conformance.cases import build_experts
 from moegate.conformance.emulation import emulate
+from moegate.conformance.loading import load_subject
 from moegate.conformance.numerics import Numerics
 from moegate.conformance.properties.num import budget_of, judge_values, reference_of
 from moegate.conformance.spec import ExpertsSpec
 from moegate.conformance.statistics import statistics
-from moegate.conformance.subject import load_subject
 
 DECLARED = json.loads(files("moegate.conformance").joinpath("declarations.json").read_text())
 ROUNDING_POINTS = (

@@ -5,7 +5,7 @@ from pathlib import Path
 from moegate.conformance import features
 from moegate.conformance.catalogue import as_markdown
 from moegate.conformance.coverage import pinned_experts, pinned_slabs
-from moegate.conformance.subject import load_subject
+from moegate.conformance.loading import load_subject
 
 ROOT = Path(__file__).parent.parent
 

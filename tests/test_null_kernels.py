@@ -8,7 +8,7 @@ import pytest
 from moegate.conformance.calibrate import drawn_spec
 from moegate.conformance.calibration import KINDS
 from moegate.conformance.cases import build_experts, build_routing
-from moegate.conformance.judge import PROPERTIES
+from moegate.conformance.catalogue import PROPERTIES
 from moegate.conformance.properties.meta import LAWS
 from moegate.conformance.properties.num import budget_of, judge_values, reference_of
 from moegate.conformance.properties.route import allowed_weight_error, judge_routing, truth_of

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moegate.conformance.loading import load_subject
 from moegate.conformance.parallel_cases import build_parallel, pinned_parallel
 from moegate.conformance.properties.ep import judge_base, judge_shared, judge_travel, judge_values
 from moegate.conformance.simulated_ranks import run_simulated
-from moegate.conformance.subject import load_subject
 from moegate.conformance.subjects import moegate_parallel
 from moegate.conformance.subjects.null import NULL_KERNELS
 from moegate.impl.lora.table import AdapterTable

@@ -29,7 +29,18 @@ class Mine(Subject):
     capabilities = Capabilities(("cpu",), ("float32",), maps=("none",), logits=("unit",), weight_on_input=False)
     numerics = Numerics(weighted="float32")
 
+    def __init__(self):
+        self.kept = {}
+
     def experts(self, case, variant):
+        if variant == "raises":
+            raise NotImplementedError("no such layer")
+        if variant == "keeps_state":
+            shapes = (case.w13.shape, case.hidden_states.shape)
+            return self.kept.setdefault(shapes, self.computed(case, variant))
+        return None if variant == "returns_none" else self.computed(case, variant)
+
+    def computed(self, case, variant):
         x, out = case.hidden_states, torch.zeros_like(case.hidden_states)
         for expert in range(1 if variant == "drops_an_expert" else 0, case.num_experts):
             token, slot = (case.topk_ids == expert).nonzero(as_tuple=True)
@@ -40,11 +51,16 @@ class Mine(Subject):
             x.zero_()
         if variant == "returns_its_input":
             return x.copy_(out)
+        if variant == "wrong_dtype":
+            return out.double()
         return out[:, :-1] if variant == "wrong_shape" else out
 
 
 class Wrong(Mine):
-    variants = ("honest", "drops_an_expert", "wrong_shape", "writes_its_input", "returns_its_input")
+    variants = (
+        *("honest", "drops_an_expert", "wrong_shape", "wrong_dtype", "writes_its_input", "returns_its_input"),
+        *("raises", "returns_none", "keeps_state"),
+    )
 
 
 class Forgotten(Mine):
@@ -74,6 +90,10 @@ RUNS = {
     ),
     "all skipped": (*SUITE, "--moegate-subject", "mine.py:Mine", "-k", "test_align or test_api"),
     "unjudged": (*SUITE, "--moegate-subject", "mine.py:Forgotten", "--ignore-glob", "/*/test_[aemo]*.py"),
+    "transformers": (*SUITE, "--moegate-subject", "transformers", "--moegate-scale", "0.05", "-k", "not api"),
+    "deepseek_v3": (*SUITE, "--moegate-subject", "transformers:deepseek_v3", "--moegate-scale", "0.2", "-k", "route"),
+    "gpt_oss": (*SUITE, "--moegate-subject", "transformers:gpt_oss", "--moegate-scale", "0.05", "-k", "meta or stay"),
+    "not installed": (*SUITE, "--moegate-subject", "sglang"),
     "no such file": (*SUITE, "--moegate-subject", "yours.py:Mine", "-n", "1"),
 }
 TRIVIAL = """
@@ -159,12 +179,21 @@ def test_each_wrong_layer_is_found_under_the_right_property_beside_an_honest_one
     assert raised == {
         "drops_an_expert": {"NUM-01"},
         "wrong_shape": {"HYGIENE-01"},
+        "wrong_dtype": {"HYGIENE-01"},
+        "raises": {"SUBJECT-01"},
+        "returns_none": {"SUBJECT-01"},
         "writes_its_input": {"HYGIENE-02"},
         "returns_its_input": {"HYGIENE-02"},
     }
     found = findings(run)
     assert "shared with ['hidden_states']" in found["HYGIENE-03"]
     assert "FAILED" not in "".join(line for line in run.text.splitlines() if "[honest-" in line)
+
+
+def test_a_layer_that_keeps_something_for_its_next_call_is_found_beside_a_fresh_one(runs):
+    assert re.search(r"keeps_nothing_for_the_next\[keeps_state\] _+\n.*?SUBJECT-04: ", runs["wrong"].text, re.S)
+    assert "keeps_nothing_for_the_next[honest]" not in runs["wrong"].text
+    assert "elements differ: token" in findings(runs["wrong"])["SUBJECT-04"]
 
 
 def test_a_finding_says_what_must_hold_and_how_to_see_it_again(runs):
@@ -179,7 +208,7 @@ def test_a_finding_says_what_must_hold_and_how_to_see_it_again(runs):
 
 def test_a_spec_runs_only_the_tests_that_take_it(runs):
     families = {row["id"].split("-")[0] for row in runs["wrong"].report["properties"]}
-    assert families == {"NUM", "META", "HYGIENE"}
+    assert families == {"NUM", "META", "HYGIENE", "SUBJECT"}
     assert set(re.findall(r"_table\[\w+-(\w+)-\w+\]", runs["wrong"].text)) == {"float32"}
 
 
@@ -200,6 +229,25 @@ def test_a_subject_that_is_not_there_is_a_usage_error_by_name_even_from_a_worker
     run = runs["no such file"]
     assert run.code == pytest.ExitCode.USAGE_ERROR, run.text
     assert "ERROR: moegate: subject: expected a file, got 'yours.py'" in run.text
+    assert "Traceback" not in run.text
+
+
+@pytest.mark.parametrize("model", ["transformers", "deepseek_v3", "gpt_oss"])
+def test_the_blocks_of_transformers_hold(runs, model):
+    run = runs[model]
+    assert run.code == 0, run.text
+    family = "ROUTE-06" if model == "deepseek_v3" else "NUM-01"
+    assert re.search(rf"{family} +\d+ cases .* holds", run.text)
+
+
+def test_what_is_known_of_a_subject_is_shown_and_does_not_fail_the_run(runs):
+    assert re.search(r"ROUTE-05 +\d+ cases .* known ", runs["transformers"].text), runs["transformers"].text
+
+
+def test_a_subject_that_is_not_installed_ends_the_run_with_3_and_the_way_to_install_it(runs):
+    run = runs["not installed"]
+    assert run.code == 3, run.text
+    assert "sglang is not installed here: pip install 'sglang[all]'" in run.text
     assert "Traceback" not in run.text
 
 

@@ -50,16 +50,19 @@ class Described:
     kernels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
-def describe(workloads: Sequence[Workload], *, compiled: int = 0) -> dict[str, Any]:
+def describe(
+    workloads: Sequence[Workload], *, compiled: int = 0, platforms: Sequence[str] = PLATFORMS
+) -> dict[str, Any]:
     """What this process's moegate would do with the workloads on platforms that need not be here; as data.
 
     Args:
         workloads: what to imagine.
         compiled: how many kernel variants to compile for registers and spills, at most.
+        platforms: where.
     """
     paths, kernels, seen = {}, {}, set()
     for workload in workloads:
-        for name in PLATFORMS:
+        for name in platforms:
             platform = Platform.parse(name)
             try:
                 imagined = imagine_workload(workload, platform)
@@ -73,7 +76,10 @@ def describe(workloads: Sequence[Workload], *, compiled: int = 0) -> dict[str, A
                 for key, launch in _variants(workload, imagined):
                     if len(seen) < compiled and launch.key not in seen:
                         seen.add(launch.key)
-                        kernels[f"{name} {key}"] = resources(compile_launch(platform, launch).asm["cubin"])
+                        compiled_kernel = compile_launch(platform, launch)
+                        kernels[f"{name} {key}"] = resources(compiled_kernel.asm["cubin"]) | {
+                            "warps": compiled_kernel.metadata.num_warps
+                        }
     return {"paths": paths, "decisions": decisions(), "kernels": kernels}
 
 
@@ -182,16 +188,23 @@ def compare_paths(where: str, base: Mapping[str, Any], head: Mapping[str, Any]) 
 
 
 def compare_kernels(base: Mapping[str, Mapping[str, int]], head: Mapping[str, Mapping[str, int]]) -> list[Change]:
-    """More spilled bytes fail; other registers are printed. A variant that only one side has is none of both."""
+    """More spilled bytes fail, and so many more registers that fewer blocks fit; what only one side has is none."""
     changes = []
     for name in base:
         if name not in head:
             continue
         before, after = base[name], head[name]
-        for what, fails in (("spilled", after["spilled"] > before["spilled"]), ("registers", False)):
+        crowded = _resident_blocks(after) < _resident_blocks(before)
+        for what, fails in (("spilled", after["spilled"] > before["spilled"]), ("registers", crowded)):
             if before[what] != after[what]:
                 changes.append(Change("spills" if what == "spilled" else what, name, before[what], after[what], fails))
     return changes
+
+
+def _resident_blocks(kernel: Mapping[str, int]) -> int:
+    """How many blocks the registers of one NVIDIA SM hold: 65,536, given out to warps by 256."""
+    a_warp = -(-kernel["registers"] * 32 // 256) * 256
+    return 65536 // max(1, a_warp * kernel.get("warps", 4))
 
 
 def compare(base: Described, head: Described) -> list[Change]:

@@ -77,17 +77,17 @@ def with_spin(source: str, name: str) -> str:
 def spinning_combine() -> Any:
     """The kernel of the weighted sum's last step, with a spin."""
     file = Path(str(combine.__file__))
-    folder = Path(tempfile.mkdtemp(prefix="moegate-spin-"))
-    copy = folder / "spinning_combine.py"
-    copy.write_text(with_spin(file.read_text(), "combine_kernel"))
-    # A module of the same package, so that what it imports relatively is found.
+    # A module of the same package, so that what it imports relatively is found. Triton reads its source at once.
     name = f"{combine.__package__}.spinning_combine"
-    spec = importlib.util.spec_from_file_location(name, copy)
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"no module could be made of {copy}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory(prefix="moegate-spin-") as folder:
+        copy = Path(folder, "spinning_combine.py")
+        copy.write_text(with_spin(file.read_text(), "combine_kernel"))
+        spec = importlib.util.spec_from_file_location(name, copy)
+        if spec is None or spec.loader is None:
+            raise RuntimeError(f"no module could be made of {copy}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
     return module.combine_kernel
 
 

@@ -36,18 +36,21 @@ def decide(
 ) -> Outcome:
     """Findings first, then what nobody knows.
 
+    `accept` takes changes, and a missing workload (`missing`, `missing:PATTERN`); nothing makes a wrong head right.
+
     A path, a launch or a spill that got worse is a finding unless it was accepted, or the clock found its workload the
     same or faster: then the time has spoken, and it is printed. So are a wrong head, and a workload that is gone.
     """
     findings, open_questions = [], []
     for row in table:
-        accepted = any(fnmatchcase(f"{row.state}:{row.workload}", p) or p == row.state for p in accept)
+        accepted = row.state is State.MISSING and any(
+            fnmatchcase(f"missing:{row.workload}", pattern) or pattern == "missing" for pattern in accept
+        )
         if row.verdict is Verdict.SLOWER:
             findings.append(f"{row.workload}: {row.why}")
-        if (row.state is State.WRONG and "the head is wrong" in row.why) or row.state is State.MISSING:
-            if not accepted:
-                findings.append(f"{row.workload}: {row.state}: {row.why}")
-        elif row.state is State.WRONG:
+        if row.state in (State.WRONG, State.MISSING) and not accepted:
+            findings.append(f"{row.workload}: {row.state}: {row.why}")
+        elif row.state is State.BASE_WRONG:
             open_questions.append(f"{row.workload}: {row.why}")
         if clock and (row.verdict is Verdict.UNCLEAR or row.state is State.UNTIMED):
             open_questions.append(f"{row.workload}: {row.verdict or row.state}: {row.why}")

@@ -6,13 +6,13 @@ Times are in seconds of one call. Changes are fractions of the base's time: 0.03
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from ...impl.whole_file import write_whole
 
 SCHEMA = "moegate-gate/1"
 
@@ -34,7 +34,8 @@ class State(StrEnum):
     NEW = "new"  # the base cannot run it
     MISSING = "missing"  # the head can no longer run it
     RENAMED = "renamed"  # the head has it under another id; `renamed_to` says which
-    WRONG = "wrong"  # a side computes something else
+    WRONG = "wrong"  # the head computes something else
+    BASE_WRONG = "base_wrong"  # the base does, or fails where its own harness has the workload: nothing to compare with
     SKIPPED = "skipped"  # neither side can run it
 
 
@@ -218,16 +219,4 @@ def _known(of: type, data: Any) -> dict[str, Any]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a file whole or not at all: readers and interrupted writers never leave half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(data, indent=1) + "\n", make_folders=True)

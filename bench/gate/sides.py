@@ -14,12 +14,12 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..history.provenance import GitError, git
 from .record import SideRecord
 
 MOEGATE = "moegate"
 WORKING_TREE = "working tree"
 _OWN_ROOM, _HARNESS = "impl", ("reference", "conformance", "bench")
-_GIT_SECONDS = 300
 _MOST_OUTPUT = 3000
 
 
@@ -63,12 +63,10 @@ class Repository:
     """A git repository, seen from one of its folders.
 
     Raises:
-        BadSidesError: no repository, or no git.
+        BadSidesError: no repository, or no git; `--base-tree` takes a folder instead.
     """
 
     def __init__(self, folder: Path) -> None:
-        if shutil.which("git") is None:
-            raise BadSidesError("git: expected it on the PATH, found none; --base-tree takes a folder instead")
         self.folder = folder
         self.root = folder
         self.root = Path(self.git("rev-parse", "--show-toplevel"))
@@ -79,16 +77,10 @@ class Repository:
         Raises:
             BadSidesError: it failed; with its message.
         """
-        done = subprocess.run(
-            ["git", "-C", str(self.root), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_GIT_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            raise BadSidesError(f"git {arguments[0]}: {done.stderr.strip()[-_MOST_OUTPUT:]}")
-        return done.stdout.rstrip("\n")
+        try:
+            return git(self.root, *arguments)
+        except GitError as error:
+            raise BadSidesError(str(error)[:_MOST_OUTPUT]) from error
 
     def commit_of(self, revision: str) -> str:
         """The full id of a revision's commit.

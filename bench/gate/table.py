@@ -79,17 +79,17 @@ def _state(base: Mapping[str, Any], head: Mapping[str, Any], is_known: bool) -> 
     cannot = {name: side.get("unsupported") for name, side in (("base", base), ("head", head))}
     if cannot["base"] and cannot["head"]:
         return State.SKIPPED, str(cannot["head"])
-    for name, side in (("head", head), ("base", base)):
+    for name, side, state in (("head", head, State.WRONG), ("base", base, State.BASE_WRONG)):
         if not side.get("holds", True):
-            return State.WRONG, f"the {name} is wrong: it used {side['budget_used']:.3g} of its error budget"
+            return state, f"the {name} is wrong: it used {side['budget_used']:.3g} of its error budget"
     if "error" in head and "error" in base:
-        return State.WRONG, f"both sides fail: {head['error']}"
+        return State.BASE_WRONG, f"both sides fail: {head['error']}"
     if "error" in head or cannot["head"]:
         return State.MISSING, f"the head cannot run it: {head.get('error') or cannot['head']}"
     if "error" in base or cannot["base"]:
         reason = base.get("error") or cannot["base"]
         if is_known:
-            return State.WRONG, f"the base cannot run it, though its own harness has it: {reason}"
+            return State.BASE_WRONG, f"the base cannot run it, though its own harness has it: {reason}"
         return State.NEW, f"the base cannot run it: {reason}"
     return State.UNTIMED, "" if is_known else "new in the head's harness; the base runs it too"
 

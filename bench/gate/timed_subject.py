@@ -11,7 +11,8 @@ import torch
 
 from ...conformance.arena import Arena
 from ...conformance.cases import ExpertsCase
-from ...conformance.subject import Subject, load_subject
+from ...conformance.loading import load_subject
+from ...conformance.subject import Subject
 from ...conformance.words import reference_arguments
 from ..operands import ExpertsCall
 from ..peers import load_peer

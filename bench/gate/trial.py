@@ -21,7 +21,7 @@ from typing import Any
 from scipy import stats
 
 from .record import Verdict, write_json
-from .self_test import SCHEMA, complete
+from .selftest import SCHEMA, complete
 from .table import evidence_of
 from .verdict import Evidence, Rule, judge, table_can_see
 

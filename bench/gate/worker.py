@@ -229,7 +229,11 @@ def _resources_of_launches() -> Any:
         compiled = launch(kernel, grid, *args, **meta)
         with suppress(Exception):  # an interpreted kernel has none
             count = sum(name.startswith(kernel.__name__) for name in found) + 1
-            found[f"{kernel.__name__} {count}"] = {"registers": compiled.n_regs, "spilled": compiled.n_spills}
+            found[f"{kernel.__name__} {count}"] = {
+                "registers": compiled.n_regs,
+                "spilled": compiled.n_spills,
+                "warps": compiled.metadata.num_warps,
+            }
         return compiled
 
     path.launch = recorded

@@ -13,6 +13,7 @@ from ...reference.experts import Trace
 from ..budget import experts_budget
 from ..calibration import limits
 from ..cases import ExpertsCase
+from ..evidence import evidence_of
 from ..judge import Verdict, declare
 from ..lora_cases import LoraAdapter, LoraCase, LoraMatrix
 from ..numerics import Numerics
@@ -129,14 +130,10 @@ def judge_element(case: LoraCase, output: Tensor, truth: LoraTruth) -> list[Verd
     if not rows.numel():
         return []
     used = truth.used(rows)
-    token, column = divmod(int(used.argmax()), rows.shape[1])
-    detail = (
-        f"token {token} of adapter {int(ids[token])}, column {column}, local experts "
-        f"{truth.trace.local_ids[token].tolist()}: expected {float(truth.output[token, column]):.6g}, "
-        f"got {float(rows[token, column]):.6g}; error over budget {float(used.max()):.3g}; "
-        f"{int((used > 1).sum())} of {used.numel()} elements over"
-    )
-    return [ELEMENT.verdict(bool((used <= 1).all()), detail, budget_used=float(used.max()))]
+    found = evidence_of(rows, truth.output, used, trace=truth.trace)
+    detail = f"adapter {int(ids[found.token])}, {found.text()}"
+    holds = bool((used <= 1).all())
+    return [ELEMENT.verdict(holds, detail, budget_used=float(used.max()), evidence=found)]
 
 
 def judge_base(case: LoraCase, layer: LoraLayer, output: Tensor) -> list[Verdict]:

@@ -15,6 +15,7 @@ from ..arena import Arena
 from ..budget import Budget
 from ..calibration import limits
 from ..cases import ExpertsCase
+from ..evidence import evidence_of
 from ..judge import Property, Verdict, declare
 from ..numerics import Numerics
 from ..spec import SCHEMES, ExpertsSpec
@@ -31,7 +32,8 @@ REMOVABLE = declare(
     "META-06",
     "an expert with routing weight zero may as well be absent",
     "experts",
-    needs=lambda can: "one_zero" in can.weights,
+    # It is made absent by an id of -1.
+    needs=lambda can: "one_zero" in can.weights and "some_invalid" in can.routings,
 )
 DUPLICATE = declare("META-07", "a duplicated token gets an equal row", "experts")
 SHARDS = declare(
@@ -44,6 +46,13 @@ DOUBLED = declare(
     "META-09",
     "the second GEMM's weights, or their scales, and its bias times two give twice the output",
     "experts",
+)
+
+WIDER_IDS = declare(
+    "META-10",
+    "ids of int64 give the bits of ids of int32",
+    "experts",
+    needs=lambda can: "int64" in can.id_dtypes,
 )
 
 Run = Callable[[ExpertsCase], Tensor]
@@ -60,6 +69,7 @@ class Law:
         adapt: the spec that the case is built from; most laws take what was drawn.
         judge: runs the subject as often as it needs, given the first output with its reference.
         runs: how often it calls the subject, the first call included.
+        examples: cases that the gate draws.
     """
 
     property: Property
@@ -67,6 +77,7 @@ class Law:
     applies: Callable[[ExpertsSpec], bool] = lambda spec: spec.M > 0
     adapt: Callable[[ExpertsSpec], ExpertsSpec] = lambda spec: spec
     runs: int = 2
+    examples: int = 60
 
 
 def _placed(case: ExpertsCase, **operands: Any) -> ExpertsCase:
@@ -88,7 +99,7 @@ def _own_scales(spec: ExpertsSpec) -> bool:
     return SCHEMES[spec.scheme].activation_scale != "tensor"
 
 
-def _agree(
+def agree(
     prop: Property, got: Tensor, expected: Tensor, budget: Budget, *, times: float = 1.0, exact: bool = False
 ) -> Verdict:
     """Both outputs honest: their difference within `times` the quadrature sum of two budgets, or bit-equal."""
@@ -100,13 +111,8 @@ def _agree(
     allowed = times * (limits(budget.is_quantized).elementwise * 2**0.5 * budget.sigma + 2 * budget.last)
     error = (got.double() - expected.double()).abs().nan_to_num(torch.inf)
     used = torch.where(error == 0, 0.0, error / allowed)
-    token, column = divmod(int(used.argmax()), got.shape[1])
-    return prop.verdict(
-        (used <= 1).all(),
-        f"token {token}, column {column}: {float(got[token, column]):.6g} against "
-        f"{float(expected[token, column]):.6g}, difference over budget {float(used.max()):.3g}",
-        budget_used=float(used.max()),
-    )
+    evidence = evidence_of(got, expected, used)
+    return prop.verdict((used <= 1).all(), evidence.text(), budget_used=float(used.max()), evidence=evidence)
 
 
 def _permuted(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
@@ -117,7 +123,7 @@ def _permuted(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, nume
         topk_weights=case.topk_weights[order],
         topk_ids=case.topk_ids[order],
     )
-    return _agree(PERMUTED, run(moved)[order.argsort()], out, budget, exact=numerics.permutation_invariant)
+    return agree(PERMUTED, run(moved)[order.argsort()], out, budget, exact=numerics.permutation_invariant)
 
 
 def _relabelled(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
@@ -128,7 +134,7 @@ def _relabelled(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, nu
         renamed = _placed(case, topk_ids=ids.int(), **case.layer_of_experts(new_id))
     else:
         renamed = _placed(case, topk_ids=ids.int(), expert_map=case.expert_map.flip(0))
-    return _agree(RELABELLED, run(renamed), out, budget)
+    return agree(RELABELLED, run(renamed), out, budget)
 
 
 def _split(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
@@ -145,12 +151,12 @@ def _split(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeric
         for rows in (slice(0, at), slice(at, None))
         if case.topk_ids[rows].numel()
     ]
-    return _agree(SPLIT, torch.cat(parts), out, budget)
+    return agree(SPLIT, torch.cat(parts), out, budget)
 
 
 def _linear(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
     doubled = run(_placed(case, topk_weights=2 * case.topk_weights))
-    return _agree(LINEAR, doubled, 2 * out.double(), budget, times=2.0)
+    return agree(LINEAR, doubled, 2 * out.double(), budget, times=2.0)
 
 
 def _doubled(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
@@ -160,7 +166,7 @@ def _doubled(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numer
     else:
         changed["stored"] = replace(case.stored, w2_scale=2 * case.stored.w2_scale)
     doubled = run(_placed(case, **changed))
-    return _agree(DOUBLED, doubled, 2 * out.double(), budget, times=2.0)
+    return agree(DOUBLED, doubled, 2 * out.double(), budget, times=2.0)
 
 
 def _dense(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
@@ -181,13 +187,13 @@ def _dense(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeric
         weight = (case.topk_weights.double() * (case.topk_ids == expert)).sum(dim=1, keepdim=True)
         y = rows @ expert_weight(layer["w2"], expert, x.dtype).T + (0 if bias_2 is None else bias_2[expert])
         dense += weight * y
-    return _agree(DENSE, out, dense, budget)
+    return agree(DENSE, out, dense, budget)
 
 
 def _removable(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
     ids = case.topk_ids.clone()
     ids[:, 0] = -1
-    return _agree(REMOVABLE, run(_placed(case, topk_ids=ids)), out, budget)
+    return agree(REMOVABLE, run(_placed(case, topk_ids=ids)), out, budget)
 
 
 def _duplicate(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
@@ -202,7 +208,7 @@ def _duplicate(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, num
             topk_ids=with_copy(case.topk_ids),
         )
     )
-    return _agree(DUPLICATE, longer[-1:], longer[:1], budget.first_rows(1), exact=numerics.permutation_invariant)
+    return agree(DUPLICATE, longer[-1:], longer[:1], budget.first_rows(1), exact=numerics.permutation_invariant)
 
 
 def _shards(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
@@ -217,7 +223,11 @@ def _shards(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeri
     partial = (trace.output_weights[..., None] * trace.expert_output).abs().sum(dim=1)
     roundoff = torch.finfo(out.dtype).eps / 2
     wider = replace(budget, sigma=(budget.sigma**2 + 2 * (roundoff * partial) ** 2).sqrt(), last=1.5 * budget.last)
-    return _agree(SHARDS, total, out, wider)
+    return agree(SHARDS, total, out, wider)
+
+
+def _wider_ids(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
+    return agree(WIDER_IDS, run(_placed(case, topk_ids=case.topk_ids.long())), out, budget, exact=numerics.repeatable)
 
 
 LAWS = (
@@ -242,6 +252,7 @@ LAWS = (
     ),
     Law(DUPLICATE, _duplicate),
     Law(DOUBLED, _doubled),
+    Law(WIDER_IDS, _wider_ids, examples=12),
     Law(
         SHARDS,
         _shards,

@@ -9,6 +9,7 @@ from ...reference.experts import Trace
 from ..budget import Budget, experts_budget
 from ..calibration import limits
 from ..cases import ExpertsCase
+from ..evidence import evidence_of
 from ..judge import Verdict, declare
 from ..numerics import Numerics
 from ..operands import ExpertsOperands
@@ -55,20 +56,17 @@ def judge_values(case: ExpertsCase | ExpertsOperands, output: Tensor, trace: Tra
     verdicts = []
 
     used = measured.elementwise / limit.elementwise
-    worst = int(used.argmax())
-    token, column = divmod(worst, output.shape[1])
-    bad = ~torch.isfinite(output)
-    detail = (
-        f"token {token}, column {column}, experts {call.topk_ids[token].tolist()} (local "
-        f"{trace.local_ids[token].tolist()}): expected {float(trace.output[token, column]):.6g}, "
-        f"got {float(output[token, column]):.6g}; error over budget {float(used.max()):.3g}; "
-        f"{int((used > 1).sum())} of {used.numel()} elements over, {int(bad.sum())} not finite, "
-        f"{int((output == 0).sum())} zero"
-    )
-    verdicts.append(ELEMENT.verdict((used <= 1).all(), detail, budget_used=float(used.max())))
+    evidence = evidence_of(output, trace.output, used, ids=call.topk_ids, trace=trace)
+    detail = evidence.text()
+    verdicts.append(ELEMENT.verdict((used <= 1).all(), detail, budget_used=float(used.max()), evidence=evidence))
     rms = measured.row_rms / limit.row_rms
     verdicts.append(
-        ROW_RMS.verdict((rms <= 1).all(), f"token {int(rms.argmax())}: {detail}", budget_used=float(rms.max()))
+        ROW_RMS.verdict(
+            (rms <= 1).all(),
+            f"token {int(rms.argmax())}: RMS error over budget {float(rms.max()):.3g}; worst element: {detail}",
+            budget_used=float(rms.max()),
+            evidence=evidence,
+        )
     )
     for prop, values, bound, what in (
         (ROW_GAIN, measured.row_gain, limit.row_gain, "token"),
@@ -82,8 +80,10 @@ def judge_values(case: ExpertsCase | ExpertsOperands, output: Tensor, trace: Tra
             verdicts.append(
                 prop.verdict(
                     holds,
-                    f"{what} {int(gains.argmax())}: gain error over budget {float(gains.max()):.3g}; {detail}",
+                    f"{what} {int(gains.argmax())}: gain error over budget {float(gains.max()):.3g}; worst element: "
+                    f"{detail}",
                     budget_used=float(gains.max()),
+                    evidence=evidence,
                 )
             )
     absent = (trace.local_ids < 0).all(dim=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..budget import experts_budget
 from ..calibration import limits
+from ..evidence import evidence_of
 from ..judge import Verdict, declare
 from ..numerics import FLOAT32, Format, Numerics
 from ..rounding import accumulation, rounding
@@ -101,14 +102,9 @@ def judge_element(output: Tensor, truth: SharedTruth) -> list[Verdict]:
     error = (output.to(truth.output.dtype) - truth.output).nan_to_num(torch.inf, torch.inf, torch.inf).abs()
     beyond = (error - truth.last).clamp(min=0)
     used = torch.where(beyond == 0, 0.0, beyond / truth.sigma) / limits(truth.is_quantized).elementwise
-    worst = int(used.argmax())
-    token, column = divmod(worst, output.shape[1])
-    detail = (
-        f"token {token}, column {column}: expected {float(truth.output[token, column]):.6g}, "
-        f"got {float(output[token, column]):.6g}; error over budget {float(used.max()):.3g}; "
-        f"{int((used > 1).sum())} of {used.numel()} elements over"
-    )
-    return [ELEMENT.verdict(bool((used <= 1).all()), detail, budget_used=float(used.max()))]
+    found = evidence_of(output, truth.output, used)
+    holds = bool((used <= 1).all())
+    return [ELEMENT.verdict(holds, found.text(), budget_used=float(used.max()), evidence=found)]
 
 
 def differing_bytes(a: Tensor, b: Tensor) -> int:

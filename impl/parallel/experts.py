@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checks import debugging, expect_bool, expect_int, expect_tensor
+from ..checks import debugging, expect_bool, expect_instance, expect_int, expect_one_of, expect_tensor
 from ..config import ActivationFormat
 from ..experts_module import RoutedExperts
 from ..lora.table import AdapterTable
@@ -67,6 +67,7 @@ class ParallelExperts:
         overlap: bool = False,
         activation_format: ActivationFormat | str = ActivationFormat.STANDARD,
     ) -> None:
+        expect_instance("ranks", ranks, Ranks)
         self.ranks, self.placement = ranks, placement
         self.mesh = ranks.mesh
         self.max_tokens, self.exchange_name, self.overlap = max_tokens, exchange, overlap
@@ -89,6 +90,7 @@ class ParallelExperts:
 
     def _check(self, shared_part: str, activation_format: str) -> None:
         mesh, placement = self.mesh, self.placement
+        expect_instance("placement", placement, ExpertPlacement)
         expect_int("max_tokens", self.max_tokens, low=1)
         expect_bool("overlap", self.overlap)
         if placement.num_ranks != mesh.ep_size:
@@ -98,8 +100,7 @@ class ParallelExperts:
             ("shared_part", shared_part, tuple(map(str, SharedPart))),
             ("activation_format", activation_format, tuple(map(str, ActivationFormat))),
         ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+            expect_one_of(name, value, known)
         if self.exchange_name == AllToAll.name and (mesh.num_replicas > 1 or mesh.tp_size > 1):
             raise ValueError(
                 f"exchange: expected all_gather where ranks have the same tokens or parts of experts, got all_to_all "
