@@ -226,6 +226,7 @@ def _self_test(
     from dataclasses import replace
 
     from moegate.bench.gate import trial
+    from moegate.bench.gate.record import write_json
     from moegate.bench.gate.selftest import run_self_test
 
     # As many pairs as the time allows: each is evidence.

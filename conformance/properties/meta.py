@@ -227,7 +227,7 @@ def _shards(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeri
 
 
 def _wider_ids(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
-    return agree(WIDER_IDS, run(_placed(case, topk_ids=case.topk_ids.long())), out, budget, exact=numerics.repeatable)
+    return agree(WIDER_IDS, run(placed(case, topk_ids=case.topk_ids.long())), out, budget, exact=numerics.repeatable)
 
 
 LAWS = (
