@@ -172,5 +172,5 @@ def run_workloads(
 
 def progress_bar(console: Console | None) -> Progress:
     """A bar that goes when it is full; None shows none."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console or Console(quiet=True), transient=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,8 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moegate import exit_codes
+from moegate.conformance.console import wide_console
 from moegate.conformance.report_formats import as_junit, as_markdown, known_lines, used_text
 from moegate.conformance.selection import PROFILES
+from moegate.json_output import expect_output, put_json, put_text
+
+# Each is a process that imports torch.
+MOST_WORKERS = 512
 
 
 def check(
@@ -57,11 +63,14 @@ def check(
         _refuse(console, f"--profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
     if device not in ("auto", "cpu", "cuda"):
         _refuse(console, f"--device: expected auto, cpu or cuda, got {device!r}")
-    if scale <= 0:
-        _refuse(console, f"--scale: expected more than 0, got {scale}")
-    if workers < 0:
-        _refuse(console, f"--workers: expected at least 0, got {workers}")
+    if not 0 < scale < math.inf:
+        _refuse(console, f"--scale: expected a number above 0, got {scale}")
+    if not 0 <= workers <= MOST_WORKERS:
+        _refuse(console, f"--workers: expected a number in [0, {MOST_WORKERS}], got {workers}")
+    for option, file in (("--json", json_file), ("--junit", junit), ("--markdown", markdown)):
+        expect_output(console, "check", option, file)
     device = _resolve(device, console)
+    _expect_readable(console, spec, known)
     workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
 
     with tempfile.TemporaryDirectory(prefix="moegate-") as folder:
@@ -89,31 +98,37 @@ def check(
         seconds = time.monotonic() - started
         report = json.loads(report_file.read_text()) if report_file.exists() else None
 
-    if report is None:
+    if report is None or status == exit_codes.BAD_ARGUMENTS:
         console.print(output, markup=False, highlight=False)
         # pytest's usage errors (4) are ours; whatever else left no report judged nothing.
         raise typer.Exit(exit_codes.BAD_ARGUMENTS if status == 4 else exit_codes.NOTHING_DONE)
     report["seconds"] = round(seconds, 1)
-    if json_file == "-":
-        typer.echo(json.dumps(report, indent=2))
-    elif json_file:
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
-    for path, text in ((junit, as_junit), (markdown, as_markdown)):
-        if path:
-            Path(path).write_text(text(report))
+    is_written = put_json(console, "check", json_file, report)
+    for option, path, text in (("--junit", junit, as_junit), ("--markdown", markdown, as_markdown)):
+        is_written &= path is None or put_text(console, "check", option, path, text(report))
     _print(report, status, output, console)
-    raise typer.Exit(_exit_code(report, status))
-
-
-def wide_console(*, stderr: bool = False) -> Console:
-    """A console that a log file does not squeeze into 80 columns."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=140)
+    code = _exit_code(report, status)
+    raise typer.Exit(code if is_written or code == exit_codes.FINDING else exit_codes.NOTHING_DONE)
 
 
 def _refuse(console: Console, message: str) -> None:
     console.print(f"moegate check: {message}", markup=False, style="red")
     raise typer.Exit(exit_codes.BAD_ARGUMENTS)
+
+
+def _expect_readable(console: Console, spec: str | None, known: str | None) -> None:
+    """Refuse here what a child would refuse seconds later."""
+    from moegate.conformance.known import load_known
+    from moegate.conformance.spec import parse_spec
+
+    for option, read in (
+        ("--spec", lambda: None if spec is None else parse_spec(spec)),
+        ("--known", lambda: load_known(known)),
+    ):
+        try:
+            read()
+        except (ValueError, OSError) as error:
+            _refuse(console, f"{option}: {error}")
 
 
 def _resolve(device: str, console: Console) -> str:

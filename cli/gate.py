@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
+from moegate.json_output import expect_output, put_json, put_text
 
 if TYPE_CHECKING:
     from moegate.bench.gate.measuring import Plan
@@ -108,22 +109,27 @@ def gate(
     arguments.
     """
     console = wide_console(stderr="-" in (json_file, markdown_file))
+    for option, file in (("--json", json_file), ("--markdown", markdown_file)):
+        expect_output(console, "gate", option, file)
     from moegate.bench.gate.measuring import Plan
-    from moegate.bench.gate.record import write_json
     from moegate.bench.gate.run import Request, run_gate
     from moegate.bench.gate.sides import BadSidesError, SideError
 
     try:
         plan = Plan(pairs=pairs, again=again, rounds=rounds, minutes=minutes, seed=seed)
+        thresholds, fractions = _thresholds(threshold or []), _fractions(levels)
+        for word in accept or ():
+            if not (word.strip() and word.isprintable()):
+                raise ValueError(f"accept: expected a change or WHAT:WHERE, got {word!a:.80}")
         workloads, where = _workloads(console, device, models, tokens, routing, dtype)
         if self_test:
-            _self_test(console, workloads, where, plan, levels, json_file)
+            _self_test(console, workloads, where, plan, fractions, json_file)
         sides = _sides(base, head, base_tree, head_tree, subject, prepare, allow_dirty)
         request = Request(
             workloads,
             where,
             plan,
-            _thresholds(threshold or []),
+            thresholds,
             clock,
             tuple(accept or ()),
             allow_busy,
@@ -140,12 +146,9 @@ def gate(
         _stop(console, str(error), exit_codes.NOTHING_DONE)
     except KeyboardInterrupt:
         _stop(console, "interrupted; the same command goes on from what was measured", exit_codes.NOTHING_DONE)
-    if json_file == "-":
-        typer.echo(json.dumps(record.as_dict(), indent=1))
-    elif json_file:
-        write_json(Path(json_file), record.as_dict())
-    _print(console, record, markdown_file)
-    raise typer.Exit(record.exit_code)
+    is_written = put_json(console, "gate", json_file, record.as_dict(), indent=1)
+    is_written &= _print(console, record, markdown_file)
+    raise typer.Exit(record.exit_code if is_written or record.exit_code else exit_codes.NOTHING_DONE)
 
 
 def _workloads(
@@ -197,7 +200,9 @@ def _thresholds(words: list[str]) -> Thresholds:
         try:
             value = float(percent) / 100
         except ValueError:
-            raise ValueError(f"threshold: expected PERCENT or PATTERN=PERCENT, got {word!r}") from None
+            value = math.nan
+        if not 0 < value < math.inf or (separator and not pattern):
+            raise ValueError(f"threshold: expected PERCENT or PATTERN=PERCENT, got {word!a:.80}")
         if separator:
             by_pattern[pattern] = value
         else:
@@ -205,32 +210,37 @@ def _thresholds(words: list[str]) -> Thresholds:
     return Thresholds(default, by_pattern)
 
 
+def _fractions(levels: str) -> list[float]:
+    try:
+        fractions = [float(level) / 100 for level in levels.split(",")] if levels.strip() else []
+        if all(0 < fraction < math.inf for fraction in fractions):
+            return fractions
+    except ValueError:
+        pass
+    raise ValueError(f"levels: expected percents such as 1,2,3,5, got {levels!a:.80}")
+
+
 def _self_test(
-    console: Console, workloads: list[Workload], device: str, plan: Plan, levels: str, json_file: str | None
+    console: Console, workloads: list[Workload], device: str, plan: Plan, fractions: list[float], json_file: str | None
 ) -> NoReturn:
     from dataclasses import replace
 
     from moegate.bench.gate import trial
-    from moegate.bench.gate.record import write_json
     from moegate.bench.gate.selftest import run_self_test
 
-    try:
-        fractions = [float(level) / 100 for level in levels.split(",") if level.strip()]
-    except ValueError:
-        raise ValueError(f"levels: expected percents such as 1,2,3,5, got {levels!r}") from None
     # As many pairs as the time allows: each is evidence.
     most = replace(plan, pairs=max(plan.pairs, 100))
 
     def keep(data: dict[str, Any]) -> None:
-        if json_file not in (None, "-"):
-            write_json(Path(json_file), data)
+        if json_file != "-":
+            put_json(console, "gate", json_file, data)
 
     with _bar(console) as bar:
         data = run_self_test(
             Path.cwd(), workloads, device, most, _cache(), levels=fractions, progress=_progress(bar), keep=keep
         )
-    if json_file == "-":
-        typer.echo(json.dumps(data))
+    if json_file == "-" or not data["pairs"]:
+        put_json(console, "gate", json_file, data)
     for name, reason in data["failed"].items():
         console.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
     machine = data["machine"]
@@ -264,16 +274,17 @@ def _progress(bar: Progress) -> Any:
     return show
 
 
-def _print(console: Console, record: GateRecord, markdown_file: str | None) -> None:
+def _print(console: Console, record: GateRecord, markdown_file: str | None) -> bool:
+    """Show the report, and write it where that is asked for; whether that was done."""
     from moegate.bench.gate.markdown import markdown
 
     text = markdown(record)
     if markdown_file == "-":
         typer.echo(text)
-        return
-    if markdown_file:
-        Path(markdown_file).write_text(text)
+        return True
+    is_written = markdown_file is None or put_text(console, "gate", "--markdown", markdown_file, text)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return is_written
 
 
 def _stop(console: Console, message: str, code: int) -> NoReturn:

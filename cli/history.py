@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -14,14 +14,16 @@ import typer
 from rich.console import Console
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
 from moegate.history_tables import changes_table, print_comparison, range_table, runs_table
+from moegate.json_output import expect_output, put_json
 
 if TYPE_CHECKING:
     from moegate.bench.history.answers import Filter
     from moegate.bench.history.queries import History
 
 SCHEMA = "moegate-history-answer/1"
+NEWEST = 1000
 VARIABLE = "MOEGATE_HISTORY"
 
 app = typer.Typer(
@@ -32,7 +34,16 @@ app = typer.Typer(
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help=f"The history's folder; {VARIABLE}, else .moegate/history, if left out.")
 ]
-JsonOption = Annotated[str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")]
+
+
+def _looked_at(file: str | None) -> str | None:
+    expect_output(wide_console(stderr=True), "history", "--json", file)
+    return file
+
+
+JsonOption = Annotated[
+    str | None, typer.Option("--json", callback=_looked_at, help="Write the result as JSON; - is standard output.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="The GPU's model, or a part of its name.")]
 ModelOption = Annotated[str | None, typer.Option(help="The model's name.")]
 TokensOption = Annotated[int | None, typer.Option("--tokens", "-M", help="The number of tokens M.")]
@@ -51,7 +62,7 @@ def add(
     exit_code: Annotated[
         int | None,
         typer.Option(
-            help="How the run ended. pytest-benchmark's JSON is silent of failed tests: without this, no baseline."
+            help="How the run ended. Of files that do not say it themselves: without it, they are no baseline."
         ),
     ] = None,
     repository: Annotated[
@@ -68,6 +79,7 @@ def add(
 
     console = wide_console(stderr=json_file == "-")
     target = Store(history_folder(store))
+    _expect_checkout(repository)
     stored, refused = [], False
     for file in files:
         try:
@@ -164,8 +176,11 @@ def changes(
     dtype: DtypeOption = None,
     subject: SubjectOption = None,
     every: AllOption = False,
-    min_change: Annotated[float, typer.Option(min=0, help="The least relative change that counts.")] = 0.01,
+    min_change: Annotated[float, typer.Option(min=0, max=1e6, help="The least relative change that counts.")] = 0.01,
     max_p: Annotated[float, typer.Option(help="The largest p-value that counts.")] = 0.001,
+    newest: Annotated[
+        int, typer.Option("--newest", "-n", min=1, help="Search so many runs of each GPU model, the newest.")
+    ] = NEWEST,
     fail_recent: Annotated[
         int, typer.Option(min=0, help="Exit with 1 if a series got slower within its last N commits.")
     ] = 0,
@@ -181,9 +196,11 @@ def changes(
     console = wide_console(stderr=json_file == "-")
     if not 0 < max_p < 1:
         _refuse("changes", f"--max-p: expected a number in (0, 1), got {max_p}")
+    if find_spec("ruptures") is None:
+        _refuse("changes", "ruptures is not installed: pip install ruptures")
     which = _filter(device, model, tokens, routing, dtype, subject)
     with _open(console, store) as history:
-        series = history.series(which, promoted=not every)
+        series = history.series(which, promoted=not every, newest=newest)
         long_enough = [one for one in series if is_searchable(one)]
         rows = [change.as_dict() for change in changes_of(long_enough, max_p=max_p, min_change=min_change)]
         _write(
@@ -194,8 +211,8 @@ def changes(
         console.print(changes_table(rows))
     kind = "clean run that passed" if every else "promoted run"
     console.print(
-        f"{len(rows)} change points in {len(long_enough)} of {len(series)} series over every {kind}; "
-        f"a series needs {2 * LEAST} commits"
+        f"{len(rows)} change points in {len(long_enough)} of {len(series)} series over every {kind} among the newest "
+        f"{newest} of each GPU model; a series needs {2 * LEAST} commits"
     )
     if not long_enough:
         raise typer.Exit(exit_codes.NOTHING_DONE)
@@ -220,6 +237,9 @@ def promote(
     from moegate.bench.history.promotion import PromotionRefusedError, judge
 
     console = wide_console(stderr=json_file == "-")
+    _expect_checkout(repository)
+    if main.startswith("-") or not main.isprintable():
+        _refuse("promote", f"--main: expected a branch, got {main!a:.80}")
     with _open(console, store) as history:
         try:
             found = history.find(run, _filter(device=device))
@@ -292,8 +312,17 @@ def _add(target: Any, file: Path, exit_code: int | None, repository: Path) -> tu
 
 
 def history_folder(store: Path | None) -> Path:
-    """The history's folder: as asked for, else the environment's, else below this folder."""
-    return store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
+    """The history's folder: as asked for, else the environment's, else below this folder; exit code 4 if it is none."""
+    folder = store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
+    name = VARIABLE if store is None else "--store"
+    if "\0" in str(folder) or not str(folder).isprintable() or (folder.exists() and not folder.is_dir()):
+        _refuse("history", f"{name}: expected a folder, got {str(folder)!a:.300}")
+    return folder
+
+
+def _expect_checkout(repository: Path) -> None:
+    if "\0" in str(repository) or not repository.is_dir():
+        _refuse("history", f"--repo: expected a folder, got {str(repository)!a:.300}")
 
 
 def _open(console: Console, store: Path | None) -> History:
@@ -335,9 +364,10 @@ def _aside(history: History) -> dict[str, Any]:
 
 
 def _write(json_file: str | None, data: dict[str, Any]) -> None:
-    if json_file:
-        text = json.dumps({"schema": SCHEMA, **data}, indent=2)
-        typer.echo(text) if json_file == "-" else Path(json_file).write_text(text + "\n")
+    console = wide_console(stderr=True)
+    # What was asked about is in the store: only the answer is lost where it cannot be written.
+    if not put_json(console, "history", json_file, {"schema": SCHEMA, **data}):
+        raise typer.Exit(exit_codes.NOTHING_DONE)
 
 
 def _range(console: Console, history: History, first: str, last: str, which: Filter, json_file: str | None) -> bool:

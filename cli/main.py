@@ -35,10 +35,11 @@ def main(
 
 def _mount() -> None:
     # Each command is a file of its own; none of them imports torch before it runs.
-    from moegate import bench_command, check, doctor, explain, gate, history, report, tune
+    from moegate import bench_command, check, doctor, explain, faults, gate, history, report, tune
 
     app.command("check")(check.check)
     app.command("explain")(explain.explain)
+    app.command("faults")(faults.faults)
     # The benchmarks' own parser reads these options, as it does under `python -m moegate.bench`.
     raw = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command("bench", context_settings=raw)(bench_command.bench)

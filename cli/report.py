@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -10,9 +9,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from moegate import __version__, exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
 from moegate.history import StoreOption, history_folder
+from moegate.json_output import expect_output, put_json
 
+# Of one report that is handed in.
+MOST_BYTES = 1 << 26
 SCHEMA = "moegate-report/1"
 
 
@@ -34,16 +36,18 @@ def report(
     Exit codes: 0 written, 3 there is nothing to show, 4 a file that cannot be read, or a missing package.
     """
     console = wide_console(stderr=json_file == "-")
+    expect_output(console, "report", "--json", json_file)
+    expect_output(console, "report", "--output", output, make_folders=True)
     try:
         from moegate.bench.history.queries import History
         from moegate.bench.html_report.contents import UnreadableError, gather
         from moegate.bench.html_report.decisions import decision_table
         from moegate.bench.html_report.page import render
-        from moegate.bench.whole_file import write_whole
+        from moegate.impl.whole_file import write_whole
     except ModuleNotFoundError as error:
         _refuse(f"{error.name} is not installed: pip install {error.name}")
-    files = {"gates": gate or [], "checks": check or [], "faults": faults or []}
-    handed_in = {name: [_read(path) for path in paths] for name, paths in files.items()}
+    files = {"gates": ("gate", gate), "checks": ("check", check), "faults": ("faults", faults)}
+    handed_in = {name: [_read(option, path) for path in paths or []] for name, (option, paths) in files.items()}
     folder = history_folder(store)
     if store is not None and not folder.is_dir():
         _refuse(f"--store: expected a folder, got {folder}")
@@ -58,7 +62,7 @@ def report(
             _refuse(f"--{error}")
     page = render(contents).encode()
     try:
-        write_whole(output, page)
+        write_whole(output, page, make_folders=True)
     except OSError as error:
         _refuse(f"--output: {error}")
     for path, reason in contents.aside:
@@ -69,18 +73,21 @@ def report(
         markup=False,
         soft_wrap=True,
     )
-    if json_file:
-        said = {"schema": SCHEMA, "file": str(output), **counts, "set_aside": [list(each) for each in contents.aside]}
-        text = json.dumps(said, indent=2)
-        typer.echo(text) if json_file == "-" else Path(json_file).write_text(text + "\n")
-    raise typer.Exit(exit_codes.HOLDS)
+    said = {"schema": SCHEMA, "file": str(output), **counts, "set_aside": [list(each) for each in contents.aside]}
+    is_written = put_json(console, "report", json_file, said)
+    raise typer.Exit(exit_codes.HOLDS if is_written else exit_codes.NOTHING_DONE)
 
 
-def _read(path: Path) -> Any:
+def _read(option: str, path: Path) -> dict[str, Any]:
+    from moegate.impl.json_file import JsonFileError, parse_object, read_bytes
+
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        _refuse(f"{path}: {error}")
+        content = read_bytes(path, most=MOST_BYTES)
+        if content is None:
+            raise JsonFileError(path, "", "is not there")
+        return parse_object(path, content)
+    except JsonFileError as error:
+        _refuse(f"--{option}: {error}")
 
 
 def _refuse(message: str) -> NoReturn:

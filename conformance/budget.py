@@ -142,7 +142,7 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
         + rounding(in_order, at_gate_up)
     )
     if call.adapters is not None:
-        gate_up_variance = gate_up_variance + first_product_variance(trace, call, numerics)
+        gate_up_variance = gate_up_variance + first_product_variance(trace, call, numerics, x_variance)
     gate_variance, up_variance = activation.split(gate_up_variance)
     gate_floor, up_floor = activation.split(floor(in_order, at_gate_up) + beside_bias(in_order, dot, at_gate_up))
     gate_dot, up_dot = activation.split(dot)

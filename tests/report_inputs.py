@@ -67,12 +67,17 @@ def gate_record(**changes):
 
 
 def check_report():
-    """A conformance report's JSON."""
-    rows = [("NUM-01", "every element is within its error budget", 4000, 0.41, "holds", None),
-            ("ROUTE-03", "a row's ids are distinct", 1200, None, "violated", f"ROUTE-03: {HOSTILE}")]  # fmt: skip
-    names = ("id", "sentence", "cases", "budget_used", "verdict", "finding")
+    """A conformance report's JSON: a property that holds, one that is violated, and a known failure."""
+    found = f"ROUTE-03: {HOSTILE}"
+    names = ("id", "sentence", "cases", "budget_used", "budget_used_median", "verdict", "finding", "replay")
+    rows = [
+        ("NUM-01", "every element is within its error budget", 4000, 0.41, 0.12, "holds", None, None),
+        ("NUM-02", "the RMS error of every row is within its budget", 4000, "inf", 0.1, "known", None, None),
+        ("ROUTE-03", "a row's ids are distinct", 1200, None, None, "violated", found, "moegate check --spec here"),
+    ]
+    known = {"issue": "https://example.org/1", "property": "NUM-02", "state": "tolerated", "cases": 3}
     return {
-        "schema": 1,
+        "schema": 2,
         "verdict": "violated",
         "subject": "mine",
         "device": "cuda",
@@ -81,16 +86,28 @@ def check_report():
         "properties": [dict(zip(names, row, strict=True)) for row in rows],
         "feature_pairs": {"declared": 100, "run": 90},
         "not_judged": [],
+        "stale": [],
+        "known_failures": [known],
     }
 
 
 def faults_report():
-    """The JSON of planted faults."""
+    """The JSON of planted faults: one of a matrix, one found by a hunt, one that survives, one not planted."""
+    kills = {"NUM-01": [4, 6], "NUM-03": [1, 6], "META-02": [0, 5]}
     return {
         "schema": 1,
-        "score": 0.5,
+        "score": 2 / 3,
         "faults": [
-            {"id": "gate-up-swapped", "area": "activation", "killed": True, "by": ["NUM-01", "NUM-03"], "cases": 4},
+            {
+                "id": "gate-up-swapped",
+                "area": "activation",
+                "killed": True,
+                "by": ["NUM-01"],
+                "cases": 4,
+                "kills": kills,
+            },
+            {"id": "tie-rule-lost", "area": "routing", "killed": True, "by": ["ROUTE-05"], "cases": 9},
             {"id": "scale-twice", "area": "quant", "killed": False, "by": None, "cases": 650},
         ],
+        "not_hunted": [{"id": "graph-stale", "area": "graph", "why": "there is no GPU here"}],
     }

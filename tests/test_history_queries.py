@@ -9,6 +9,7 @@ import pytest
 from history_runs import H200, commit_id, noisy, record, stored
 from hypothesis import given
 from hypothesis import strategies as st
+from needed import need
 from typer.testing import CliRunner
 
 from moegate import exit_codes
@@ -18,6 +19,7 @@ from moegate.bench.history.queries import History
 from moegate.bench.history.store import Store
 from moegate.main import app
 
+need("ruptures")
 H100 = "NVIDIA H100 80GB HBM3"
 
 
@@ -87,6 +89,16 @@ def test_a_series_has_one_point_a_commit_in_the_order_of_commits(store):
         assert first.seconds == pytest.approx(42e-6)
         assert first.runs == 2
         assert late in {run.id for run in history.runs(commit=commit_id(1))}
+
+
+def test_the_newest_runs_of_each_gpu_model_are_looked_at(store):
+    for number in range(8):
+        stored(store, record(40e-6), commit=number, time=number)
+    old = [stored(store, record(50e-6, device=H100), commit=number, time=number) for number in range(3)]
+    with History(store.folder) as history:
+        found = {series.key.device: series.points for series in history.series(newest=4)}
+    assert [point.commit for point in found[H200]] == [commit_id(number) for number in (4, 5, 6, 7)]
+    assert [point.run for point in found[H100]] == old  # not crowded out by the other's
 
 
 def test_two_runs_stand_side_by_side_and_what_only_one_has_is_named(store):
@@ -212,6 +224,16 @@ def test_quiet_series_stay_quiet_and_a_step_of_3_percent_is_found(kind, most_ala
     print(f"\n{kind}: {alarms} of 200 quiet series changed, {found} of 200 steps found")
     assert alarms <= most_alarms * 200
     assert found >= least_found * 200
+
+
+def test_the_tests_of_a_break_take_away_most_false_alarms_of_short_series():
+    """Of ten commits under two clocks, which is where the search alone errs most often."""
+    rng = random.Random(0)
+    series = [[math.exp(value) for value in noise("bimodal", rng, 10)] for _ in range(400)]
+    alone, confirmed = (sum(bool(find_changes(one, max_p=p)) for one in series) for p in (1 - 1e-9, 0.001))
+    print(f"\n{alone} of 400 flagged by the search alone, {confirmed} once confirmed")
+    assert confirmed <= 0.02 * 400
+    assert alone >= 2 * confirmed
 
 
 def test_a_lone_outlier_and_two_slow_commits_are_no_change_and_three_are():

@@ -9,9 +9,11 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from history_runs import H200, benchmark_json, commit_id, moment, record, stored
+from needed import need
 from typer.testing import CliRunner
 
 from moegate import exit_codes
@@ -141,13 +143,14 @@ def test_damaged_and_foreign_files_are_named_and_the_rest_is_read(store):
         (lambda data: data["benchmarks"][0]["extra_info"]["verdict"].update(holds=False), "expected one that holds"),
         (lambda data: data["benchmarks"][0]["stats"].update(median=1.0), "its median is 1.0 in stats"),
         (lambda data: data.update({KEY: {}}), "it comes from a history already"),
+        (lambda data: data["machine_info"].update(load=float("nan")), "not JSON: Out of range float values"),
     ],
 )
 def test_what_is_no_run_is_refused_by_name(damage, named, tmp_path):
     data = benchmark_json(record(40e-6))
     damage(data)
     with pytest.raises(ForeignFileError, match=named.replace("(", ".")):
-        document(data, exit_code=0, origin="test")
+        Store(tmp_path / "history").add(document(data, exit_code=0, origin="test"))
     (tmp_path / "run.json").write_text(json.dumps(data))
     code, said, _ = cli("add", tmp_path / "run.json", "--store", tmp_path / "history")
     assert code == exit_codes.BAD_ARGUMENTS
@@ -156,13 +159,36 @@ def test_what_is_no_run_is_refused_by_name(damage, named, tmp_path):
 
 def test_the_index_is_made_anew_where_it_is_lost_or_broken(store):
     ids = {stored(store, record(40e-6), commit=number, time=number) for number in range(3)}
-    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"no database" * 500)):
+
+    def blot(path):
+        """The head stays, so that SQLite opens it."""
+        content = path.read_bytes()
+        path.write_bytes(content[:4096] + b"?" * (len(content) - 4096))
+
+    for damage in (Path.unlink, blot, lambda path: path.write_bytes(b"no database" * 500)):
         with history_of(store) as history:
             assert {run.id for run in history.runs()} == ids
         damage(default_path(store))
     with history_of(store) as history:
         assert {run.id for run in history.runs()} == ids
         assert "damaged" in history.index.rebuilt
+
+
+def test_a_file_that_cannot_be_read_now_is_named_and_tried_again(store, monkeypatch):
+    id = stored(store, record(40e-6), promoted=False)
+    read = Path.read_bytes
+
+    def fails(path):
+        if path.suffix == ".json":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with history_of(store) as history:
+        assert "Input/output error" in history.aside()[0].reason
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with history_of(store) as history:
+        assert ([run.id for run in history.runs()], history.aside()) == ([id], [])
 
 
 def test_a_file_that_goes_is_forgotten_and_one_that_comes_is_read(store):
@@ -281,6 +307,26 @@ def store_many(store, count):
             store.promote(id, {"main": "refs/heads/main", "promoted_at": moment(number)})
 
 
+@pytest.mark.parametrize(
+    ("said", "exit_code", "outcome"),
+    [
+        (None, None, "unknown"),
+        (None, 0, "passed"),
+        (None, 1, "failed"),
+        ({"failed": False, "why": []}, None, "passed"),
+        ({"failed": False, "why": []}, 3, "failed"),
+        ({"failed": True, "why": ["test_x: slower"]}, None, "failed"),
+        ({"failed": True, "why": ["test_x: slower"]}, 0, "failed"),  # a shell that lost the exit code
+    ],
+)
+def test_how_a_run_ended_is_what_it_says_itself_or_what_is_handed_in(store, said, exit_code, outcome):
+    data = benchmark_json(record(40e-6)) | ({} if said is None else {"moegate": said})
+    id, _, _ = store.add(document(data, exit_code=exit_code, origin="test"))
+    with history_of(store) as history:
+        run = history.find(id)
+        assert (run.outcome, run.failures) == (outcome, len((said or {"why": []})["why"]))
+
+
 def test_ten_thousand_runs_are_queried_in_two_seconds(store, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # waits for the disk are not what is timed
     store_many(store, 10_000)
@@ -289,6 +335,7 @@ def test_ten_thousand_runs_are_queried_in_two_seconds(store, monkeypatch):
         assert len(history.runs()) == 10_000
         assert history.aside() == []
     print(f"\nindex of 10,000 runs made in {time.perf_counter() - started:.1f} s")
+    need("ruptures")
     queries = (("list",), ("compare", commit_id(9_998)[:8], commit_id(4_000)[:8]), ("changes", "--device", "H200"))
     for arguments in queries:
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from history_runs import record, stored
+from needed import need
 from report_inputs import HOSTILE, check_report, faults_report, fill_history, gate_record
 from typer.testing import CliRunner
 
@@ -13,8 +14,10 @@ from moegate.bench.history.queries import History
 from moegate.bench.history.store import Store
 from moegate.bench.html_report.contents import MOST_POINTS, gather
 from moegate.bench.html_report.decisions import LAYERS, PLATFORMS, decision_table
-from moegate.bench.html_report.page import render
 from moegate.main import app
+
+need("jinja2", "plotly", "ruptures")
+from moegate.bench.html_report.page import render  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +134,15 @@ def test_nothing_to_show_is_said_and_bad_paths_are_refused(tmp_path):
     assert cli("--check", "nowhere.json")[0] == exit_codes.BAD_ARGUMENTS
     (tmp_path / "half.json").write_text('{"schema": 1')
     assert "half.json" in cli("--check", "half.json")[1]
+
+
+def test_conformance_shows_known_failures_infinite_budgets_and_how_to_replay():
+    page = text_of(render(gather(None, version="1", decisions={}, checks=[check_report()])))
+    (row,) = re.findall(r"NUM-02</th>.*?</tr>", page, flags=re.DOTALL)
+    assert "inf" in row
+    assert '<strong class="warn">known</strong>' in row
+    assert "known failure: NUM-02, https://example.org/1: tolerated, 3 cases" in page
+    assert "moegate check --spec here" in page
 
 
 def test_stored_gates_are_shown_once(tmp_path):

@@ -13,7 +13,6 @@ from moegate.impl.checks import debug_checks
 from moegate.impl.experts_module import RoutedExperts
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.layer import MoELayer, RoutingMethod
-from moegate.impl.lora.table import AdapterTable
 from moegate.impl.oracle import call as oracle_call
 from moegate.impl.parallel import all_to_all
 from moegate.impl.parallel.exchange import Exchange, Launched
@@ -26,7 +25,6 @@ from moegate.impl.quantize import quantize_activations, quantize_experts
 from moegate.impl.shared_experts import SharedExpertsSetting
 
 TWO = Mesh(dp_size=2, ep_size=2)
-ADAPTERS = AdapterTable(1, 16, num_experts=8, hidden_size=H, intermediate_size=32, device="cpu")
 
 
 def on_ranks(mesh, body):
@@ -165,7 +163,6 @@ def test_what_does_not_go_together_is_refused_by_name(mesh, options, error):
         ({"reduce": lambda x: x}, "reduce: expected none beside parallel"),
         ({"expert_map": torch.arange(8, dtype=torch.int32)}, "expert_map: expected none beside parallel"),
         ({"num_fused_shared_experts": 1}, "num_fused_shared_experts: expected none beside parallel"),
-        ({"adapters": ADAPTERS}, "adapters: expected none beside parallel"),
     ],
 )
 def test_a_layer_has_one_way_to_be_shared(options, error):

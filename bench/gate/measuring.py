@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import statistics
@@ -62,8 +63,8 @@ class Plan:
         if self.rounds % 2:
             raise ValueError(f"rounds: expected an even number, got {self.rounds}")
         for name in ("block_seconds", "minutes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
 
 
 class Measuring:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ..whole_file import write_whole
+from ...impl.whole_file import write_whole
 
 SCHEMA = "moegate-gate/1"
 
@@ -218,5 +218,5 @@ def _known(of: type, data: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write data as a file, whole or not at all."""
-    write_whole(path, json.dumps(data, indent=1).encode() + b"\n")
+    """Write a file whole or not at all: readers and interrupted writers never leave half of one."""
+    write_whole(path, json.dumps(data, indent=1) + "\n", make_folders=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import triton
 
-from ..whole_file import write_whole
+from ...impl.whole_file import write_whole
 from ..workloads import MODELS, Workload
 from .guards import Described, compare, describe
 from .record import Change

@@ -27,8 +27,9 @@ def document(
 
     Args:
         data: pytest-benchmark's JSON, or that of `moegate bench --json`.
-        exit_code: of the run. None: not known, and then pytest-benchmark's can be no baseline, since it is silent of
-            tests that failed; that of `moegate bench` names its failures, so its exit code follows from them.
+        exit_code: of the run. None: what the file itself says, as `pytest bench` and `moegate bench` write it; another
+            pytest-benchmark's file is silent of tests that failed, and can be no baseline then. A run that says it
+            failed is a failed one, whatever exit code is handed in.
         origin: a CI run's address or the host's name.
         commit: for `moegate bench --json`, which knows no commit: as pytest-benchmark's `commit_info`.
         time: for `moegate bench --json`: when it ran, ISO 8601.
@@ -41,17 +42,28 @@ def document(
     source, failures = "pytest-benchmark", []
     if data.get("schema") == BENCH_RUN_SCHEMA:
         source, failures = BENCH_RUN_SCHEMA, list(data.get("failures") or [])
-        exit_code = _exit_code(data, failures) if exit_code is None else exit_code
+        exit_code = exit_code or _exit_code(data, failures)
         data = _as_pytest_benchmark(data, commit or {}, time)
     elif "benchmarks" not in data or "machine_info" not in data:
         raise ForeignFileError(
             f"expected pytest-benchmark's JSON, or {BENCH_RUN_SCHEMA} as `moegate bench --json` writes it, got an "
             f"object with {', '.join(sorted(data)[:8]) or 'nothing in it'}"
         )
+    else:
+        exit_code, failures = _what_pytest_said(data, exit_code)
     if not list(points_of(data)) and not failures:
         raise ForeignFileError("no benchmark with a moegate record in it, and no failure")
     ours = {"schema": SCHEMA, "exit_code": exit_code, "failures": failures, "origin": origin, "source": source}
     return {**data, KEY: ours}
+
+
+def _what_pytest_said(data: Mapping[str, Any], exit_code: int | None) -> tuple[int | None, list[dict[str, str]]]:
+    """Exit code and failures as our pytest plugin leaves them in the file, under `moegate`."""
+    said = data.get("moegate")
+    if not isinstance(said, Mapping) or not isinstance(said.get("failed"), bool):
+        return exit_code, []
+    reasons = [str(why) for why in said.get("why") or []]
+    return exit_code or int(said["failed"]), [{"workload": "", "subject": _OURS, "reason": why} for why in reasons]
 
 
 def _exit_code(run: Mapping[str, Any], failures: list[Mapping[str, Any]]) -> int:

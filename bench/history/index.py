@@ -99,6 +99,10 @@ class Index:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             database = _connect(str(self.path))
             version = database.execute("PRAGMA user_version").fetchone()[0]
+            (health,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if health != "ok":
+                database.close()
+                return self._start_anew(f"it was damaged ({health})")
         except sqlite3.DatabaseError as error:
             if "unable to open" not in str(error) and "readonly" not in str(error):
                 return self._start_anew(f"it was damaged ({error})")
@@ -157,17 +161,19 @@ class Index:
                 database.execute(f"DELETE FROM {table} WHERE path = ?", (path,))
 
     def _take(self, entry: Entry) -> None:
-        id, problem = "", ""
+        id, problem, mtime_ns = "", "", entry.mtime_ns
         try:
             id, data = self.store.read(entry)
             {RUNS: self._take_run, PROMOTIONS: self._take_promotion, GATES: self._take_gate}[entry.kind](
                 id, data, entry.path
             )
-        except (ForeignFileError, OSError) as error:
+        except ForeignFileError as error:
             problem = str(error)
+        except OSError as error:
+            problem, mtime_ns = str(error), -1  # it is tried again the next time
         except sqlite3.IntegrityError:
             problem = "another file holds the same run"
-        values = (entry.path, entry.size, entry.mtime_ns, entry.kind, id, problem)
+        values = (entry.path, entry.size, mtime_ns, entry.kind, id, problem)
         self.database.execute("INSERT INTO files VALUES (?,?,?,?,?,?)", values)
 
     def _take_run(self, id: str, data: dict[str, Any], path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -128,7 +129,12 @@ class History:
         return [run for run in reversed(runs) if run.counts or run.id in (first.id, last.id)]
 
     def series(
-        self, which: Filter | None = None, *, promoted: bool = True, runs: Sequence[str] | None = None
+        self,
+        which: Filter | None = None,
+        *,
+        promoted: bool = True,
+        runs: Sequence[str] | None = None,
+        newest: int | None = None,
     ) -> list[Series]:
         """Every series that `which` selects, over clean commits whose run passed.
 
@@ -136,20 +142,25 @@ class History:
             which: of the points.
             promoted: only runs that may be a baseline.
             runs: only these; None: all.
+            newest: only so many runs of each device, the newest; None: all.
         """
         where, values = (which or Filter()).where()
-        only = " AND runs.id IN (SELECT run FROM promotions)" if promoted else ""
+        only, arguments = "runs.exit_code = 0 AND NOT runs.dirty", []
+        if promoted:
+            only += " AND runs.id IN (SELECT run FROM promotions)"
+        if runs is not None:
+            only += " AND runs.id IN (SELECT value FROM json_each(?))"
+            arguments.append(json.dumps(list(runs)))
         query = (
+            f"WITH placed AS (SELECT id, row_number() OVER (PARTITION BY device ORDER BY {_WHEN} DESC, time DESC, id) "
+            f"AS place FROM runs WHERE {only}) "
             f'SELECT {_KEY_COLUMNS}, runs.id, runs.time, runs."commit", runs.commit_time, points.seconds, points.low, '
             "points.high, points.floor_seconds, points.sm_mhz, points.path, runs.driver, runs.torch, runs.triton "
-            f"FROM points JOIN runs ON runs.id = points.run WHERE {where} AND runs.exit_code = 0 AND NOT runs.dirty"
-            f"{only} ORDER BY {_KEY_COLUMNS}, coalesce(nullif(runs.commit_time, ''), runs.time), "
-            'runs."commit", runs.time, runs.id'
+            "FROM placed JOIN runs ON runs.id = placed.id JOIN points ON points.run = runs.id "
+            f"WHERE (? IS NULL OR placed.place <= ?) AND {where} "
+            f'ORDER BY {_KEY_COLUMNS}, {_WHEN}, runs."commit", runs.time, runs.id'
         )
-        rows: Iterator[tuple[Any, ...]] = iter(self.index.database.execute(query, values))
-        if runs is not None:
-            wanted = set(runs)
-            rows = (row for row in rows if row[_KEYS] in wanted)
+        rows = self.index.database.execute(query, [*arguments, newest, newest, *values])
         return [
             Series(SeriesKey(*key), tuple(_commits(list(group))))
             for key, group in groupby(rows, key=lambda row: row[:_KEYS])
@@ -168,6 +179,8 @@ class History:
 
 
 _KEYS = len(fields(SeriesKey))
+# Of a commit; of the run where its commit's time is not known.
+_WHEN = "coalesce(nullif(runs.commit_time, ''), runs.time)"
 _LISTED = (
     'SELECT runs.id, runs.time, runs."commit", runs.commit_time, runs.branch, runs.dirty, runs.exit_code, runs.device, '
     "runs.driver, runs.torch, runs.triton, runs.origin, runs.path, "

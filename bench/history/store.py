@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..whole_file import PART, write_whole
+from ...impl.whole_file import PART, write_whole
 from .run import ForeignFileError, parse_json, read_run, to_utc
 
 RUNS, PROMOTIONS, GATES = "runs", "promotions", "gates"
@@ -89,7 +89,7 @@ class Store:
         path = self.folder / PROMOTIONS / f"{id}.json"
         if path.exists():
             return False
-        write_whole(path, _as_bytes({"schema": PROMOTION_SCHEMA, "run": id, **why}))
+        write_whole(path, _as_bytes({"schema": PROMOTION_SCHEMA, "run": id, **why}), make_folders=True)
         return True
 
     def entries(self) -> Iterator[Entry]:
@@ -127,7 +127,7 @@ class Store:
         # One that stands there has these very bytes, unless it was damaged, and then it is to be whole again.
         if path.exists() and _digest(path.read_bytes()) == id:
             return id, path, False
-        write_whole(path, content)
+        write_whole(path, content, make_folders=True)
         return id, path, True
 
 
@@ -162,8 +162,11 @@ def _walk(folder: Path, kind: str) -> Iterator[Entry]:
 
 
 def _as_bytes(data: Mapping[str, Any]) -> bytes:
-    # NaN is no JSON; a document that holds one is refused here rather than by its next reader.
-    return (json.dumps(data, indent=None, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n").encode()
+    try:
+        # NaN is no JSON; a document that holds one is refused here rather than by its next reader.
+        return (json.dumps(data, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n").encode()
+    except ValueError as error:
+        raise ForeignFileError(f"not JSON: {error}") from None
 
 
 def _digest(content: bytes) -> str:

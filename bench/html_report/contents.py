@@ -14,9 +14,14 @@ from ..history.queries import History
 from ..history.store import GATE_SCHEMA
 from .decisions import Cell
 
+NEWEST = 1000
+"""Runs of each GPU model that are looked at, the newest."""
 MOST_POINTS = 400
-"""Commits of one series that are drawn, the newest; changes are searched over all."""
+"""Commits of one series that are drawn, the newest; changes are searched over all that are looked at."""
 MOST_GATES = 5
+
+
+_BUDGET = ("budget_used", "budget_used_median")
 
 
 class UnreadableError(ValueError):
@@ -35,7 +40,8 @@ class Contents:
         changes: every change point, newest first.
         gates: gates' records (`GateRecord.as_dict`), newest first.
         checks: conformance reports (`moegate check --json`).
-        faults: reports of planted faults (`moegate faults --json`), with `columns`: the properties that killed any.
+        faults: reports of planted faults (`moegate faults --json`), with `columns`, the properties that killed
+            any, and their `totals`: (kills, kills that no other property has).
         decisions: by layer and platform.
         aside: (file, reason) of what is in the store and not in the report.
     """
@@ -76,7 +82,7 @@ def gather(
     Raises:
         UnreadableError: one of the reports is none, by its option's name.
     """
-    series = [] if history is None else history.series(promoted=promoted)
+    series = [] if history is None else history.series(promoted=promoted, newest=NEWEST)
     changes = list(changes_of(one for one in series if is_searchable(one)))
     stored = [] if history is None else history.gates(MOST_GATES)
     every_gate = sorted((_gate(one) for one in (*gates, *stored)), key=lambda one: str(one["started"]), reverse=True)
@@ -163,18 +169,31 @@ def _gate(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check(report: Mapping[str, Any]) -> Mapping[str, Any]:
     needed = ("verdict", "subject", "device", "profile", "executions", "properties", "feature_pairs", "not_judged")
-    return _with(report, needed, "check")
+    known = {"stale": [], "known_failures": [], **_with(report, needed, "check")}
+    rows = []
+    for row in known["properties"]:
+        row = _with(row, ("id", "sentence", "cases", "budget_used", "verdict", "finding"), "check")
+        # Infinity comes as a word, since JSON has none.
+        used, median = (None if row.get(name) is None else float(row[name]) for name in _BUDGET)
+        rows.append({"replay": None, **row, "budget_used": used, "budget_used_median": median})
+    return {**known, "properties": rows}
 
 
 def _faults(report: Mapping[str, Any]) -> Mapping[str, Any]:
     rows = []
     for fault in _with(report, ("score", "faults"), "faults")["faults"]:
         row = dict(_with(fault, ("id", "area", "killed", "by", "cases"), "faults"))
-        by = row["by"]
-        row["by"] = [] if not by else [by] if isinstance(by, str) else [str(each) for each in by]
+        by = [row["by"]] if isinstance(row["by"], str) else list(row["by"] or [])
+        # A matrix says of every property in how many of its cases it saw the fault; a hunt stops at the first kill.
+        counts = row.get("kills") or {}
+        row["cells"] = {str(name): "" for name in by} | {
+            str(name): f"in {kills} of {cases} cases" for name, (kills, cases) in counts.items() if kills
+        }
         rows.append(row)
-    columns = sorted({each for row in rows for each in row["by"]})
-    return {**report, "faults": rows, "columns": columns}
+    columns = sorted({name for row in rows for name in row["cells"]})
+    seen = {name: [row for row in rows if name in row["cells"]] for name in columns}
+    totals = {name: (len(found), sum(len(row["cells"]) == 1 for row in found)) for name, found in seen.items()}
+    return {"not_hunted": [], **report, "faults": rows, "columns": columns, "totals": totals}
 
 
 def _with(data: Any, needed: Sequence[str], option: str) -> Mapping[str, Any]:

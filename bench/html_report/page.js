@@ -1,6 +1,10 @@
 "use strict";
 (() => {
-  const series = JSON.parse(document.getElementById("data").textContent).series;
+  const { texts, names, num_texts: numTexts, series } = JSON.parse(document.getElementById("data").textContent);
+  for (const one of series) {
+    // Rows without names, and texts by their number: `page.py` has the reason.
+    one.points = one.points.map((row) => Object.fromEntries(row.map((value, at) => [names[at], at < numTexts ? texts[value] : value])));
+  }
   const filters = [...document.querySelectorAll("[data-filter]")];
   const by = (id) => document.getElementById(id);
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -114,12 +118,12 @@
     const texts = { tickvals: ticks, ticktext: ticks.map((index) => plain(points[index].commit.slice(0, 8) || index)) };
     chart.setAttribute("aria-label", `${shown.model}, M = ${shown.num_tokens}, ${shown.routing}, ${shown.dtype} on ${shown.device}: ` +
       `${points.length} commits, ${shown.changes.length} change points`);
-    // Not from zero unless asked: a change of 3 % is to be seen. The floor is drawn where the times themselves go.
-    const fromZero = by("from-zero").checked;
+    // Not from zero unless asked: a change of 3 % is to be seen. The floor is drawn where it is near, or asked for.
+    const fromZero = by("from-zero").checked || Math.min(...points.map((point) => point.low)) < 1.05 * points.at(-1).floor;
     const all = points.flatMap((point) => [point.low, point.high]), low = Math.min(...all), high = Math.max(...all);
     const room = Math.max(0.15 * (high - low), 0.01 * high);
     const range = fromZero ? [0, high + room] : [low - room, high + 2 * room];
-    Plotly.react(chart, [time, floor], { ...layout({ title: { text: "commit" }, ...texts }, { title: { text: "us" }, range }),
+    Plotly.react(chart, fromZero ? [time, floor] : [time], { ...layout({ title: { text: "commit" }, ...texts }, { title: { text: "us" }, range }),
       shapes: marks, annotations: notes }, config);
     hovers(chart, 0, tell);
     tell(Math.min(cursor, points.length - 1));

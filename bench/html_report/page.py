@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from plotly.offline import get_plotlyjs
 from .contents import Contents
 
 _HERE = Path(__file__).parent
+POINT_TEXTS = ("commit", "time", "driver", "path")
+POINT_NUMBERS = ("us", "low", "high", "floor", "runs", "mhz")
 
 
 def render(contents: Contents) -> str:
@@ -37,13 +40,42 @@ def render(contents: Contents) -> str:
         scripts={name: Markup(script) for name, script in scripts.items()},
         style=Markup((_HERE / "page.css").read_text()),
         policy=policy,
-        data={"series": contents.series},
+        data=_compact(contents.series),
         **{name: value for name, value in vars(contents).items() if name != "decisions"},
         decisions={
             layer: {platform: asdict(cell) for platform, cell in row.items()}
             for layer, row in contents.decisions.items()
         },
     )
+
+
+def _compact(series: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The series for the page's script: points as rows without names, and each text once.
+
+    Commits, times and paths are those of hundreds of points; a page of 400 series would else be 40 MiB.
+    """
+    texts: dict[str, int] = {}
+
+    def shorter(value: Any) -> Any:
+        return texts.setdefault(value, len(texts)) if isinstance(value, str) else value
+
+    names = POINT_TEXTS + POINT_NUMBERS
+    rows = [
+        {
+            **one,
+            "points": [
+                [*(shorter(point[name]) for name in POINT_TEXTS), *(_rounded(point[name]) for name in POINT_NUMBERS)]
+                for point in one["points"]
+            ],
+        }
+        for one in series
+    ]
+    return {"texts": list(texts), "names": names, "num_texts": len(POINT_TEXTS), "series": rows}
+
+
+def _rounded(value: float | None) -> float | None:
+    """To a tenth of a nanosecond, where a value is in microseconds."""
+    return None if value is None else round(value, 4)
 
 
 def _hash(script: str) -> str:
