@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _ledgers: list[Any] = []
 _collected: list[str] = []
+_notes: list[str] = []
 # Why nothing can be run, each with pytest's exit code for it.
 _refusals: list[tuple[int, str]] = []
 # A package is not there: nothing can be judged here, though nobody asked for anything wrong.
@@ -32,7 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moegate-device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     group.addoption("--moegate-profile", choices=PROFILES, default="gate", help="how cases are drawn (default: gate)")
     group.addoption("--moegate-scale", type=float, default=1.0, help="multiplies the number of cases")
+    group.addoption("--moegate-minutes", type=float, metavar="N", help="soak for so long, over all workers")
     group.addoption("--moegate-spec", metavar="LINE", help="run this one spec, as a failure printed it")
+    group.addoption("--moegate-isolate", action="store_true", help="run the subject in a process of its own")
+    group.addoption("--moegate-timeout", type=float, default=120.0, metavar="S", help="seconds for a call there")
+    group.addoption("--moegate-python", metavar="FILE", help="the Python of that process (default: this one)")
     group.addoption("--moegate-known", metavar="FILE", help="known failures beside those that ship (TOML)")
     group.addoption(
         "--moegate-report",
@@ -41,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         help="write what was judged: as JUnit (.xml), Markdown (.md) or JSON; may be given several times",
     )
+    group.addoption("--moegate-emit-repro", metavar="FILE.py", help="write a finding as a script without moegate")
     group.addoption("--moegate-progress", metavar="FILE", help="append one byte to FILE for each execution")
 
 
@@ -48,8 +54,22 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the selection from the options."""
     config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
     config.addinivalue_line("markers", "moegate_executions(examples, runs): what the test will run, for the progress")
-    for name in ("subject", "device", "profile", "scale", "spec", "progress", "known"):
+    names = (
+        "subject",
+        "device",
+        "profile",
+        "scale",
+        "spec",
+        "progress",
+        "known",
+        "minutes",
+        "isolate",
+        "timeout",
+        "python",
+    )
+    for name in names:
         setattr(SELECTION, name, config.getoption(f"moegate_{name}"))
+    SELECTION.isolate = SELECTION.isolate or SELECTION.python is not None
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +118,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     _collected.extend(item.nodeid for item in mine)
     if spec is None:
+        _share_time(config, mine)
         _announce(config, mine)
         return
     takes = [item for item in mine if spec.facet in _needed(item) and _fits(item, spec)]
@@ -142,9 +163,23 @@ def _fits(item: Any, spec: Any) -> bool:
     return all(getattr(spec, name, value) == value for name, value in parameters.items())
 
 
+def _share_time(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test that draws cases an equal part of a soak's time; workers run theirs side by side."""
+    if SELECTION.minutes is None:
+        return
+    drawing = [item for item in items if item.get_closest_marker("moegate_executions")]
+    count = sum(item.get_closest_marker("skip") is None for item in drawing)
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    SELECTION.share = SELECTION.minutes * 60 * min(workers, max(1, count)) / max(1, count)
+
+
 def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say how many executions are to come, beside the file that counts them; with xdist the first worker does."""
-    if SELECTION.progress is None or getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0":
+    if (
+        SELECTION.progress is None
+        or SELECTION.minutes is not None
+        or getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0"
+    ):
         return
     from .session import current_session
 
@@ -174,6 +209,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
     for path in config.getoption("moegate_report"):
         write_report(report, path)
+    if config.getoption("moegate_emit_repro"):
+        from .repro import emit_repro
+        from .session import current_session
+
+        _notes.append(emit_repro(current_session(), report["properties"], config.getoption("moegate_emit_repro")))
 
 
 def _own_ledger() -> Ledger | None:
@@ -233,7 +273,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     report = _report(config, merged)
     complaints = [f"NOT JUDGED: {reason}" for reason in report["not_judged"]]
     complaints += [f"STALE: {reason}" for reason in report["stale"]]
-    for line in (*as_lines(report), *complaints):
+    for line in (*as_lines(report), *complaints, *_notes):
         terminalreporter.line(line)
 
 
