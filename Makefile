@@ -1,4 +1,5 @@
-# Two commands that need nothing but Python: `make check` (the conformance suite) and `make test` (our own tests).
+# Commands that need nothing but Python: `make check` (the conformance suite), `make test` (our own tests) and
+# `make faults` (faults planted in the implementation, each of which the suite must kill).
 # Each sets up .venv with the pinned packages first. `make check PYTHON=python3 NOVENV=1` uses an interpreter that
 # already has torch and Triton, as GPU machines have, and installs nothing.
 
@@ -14,7 +15,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: check test lint bench setup clean
+.PHONY: check test faults lint bench setup clean
 
 check: $(READY)
 	$(RUN) -m moegate check $(ARGS)
@@ -23,6 +24,9 @@ check: $(READY)
 test: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0),0,1)
 test: $(READY)
 	$(RUN) -m pytest tests -n 2 $(ARGS)
+
+faults: $(READY)
+	$(RUN) -m moegate faults --witness $(ARGS)
 
 bench: $(READY)
 	$(RUN) -m moegate.bench $(ARGS)

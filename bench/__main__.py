@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 
+from ..conformance.console import PlainConsole, wide_console
+from ..impl.whole_file import expect_writable, write_whole
 from . import overlap_report
 from .ep_model import ASSUMPTIONS, Link, as_table, estimate, parse_ranks, share_of_rank, whole_layer
 from .ep_model import as_json as model_as_json
 from .formats import FORMATS
+from .gate.timed_subject import TimedSubject
+from .installed_peers import NAMES
 from .layers import LAYERS, choose_layers
 from .lora import LoraOptions, extra_times
 from .overlap_runner import GPU_TOKENS, run_overlap
@@ -31,15 +35,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_ARGUMENTS, f"{self.prog}: {message}\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit code is 0: measured, 1: something is wrong, 3: nothing measured, 4: bad arguments."""
+def command_line() -> argparse.ArgumentParser:
+    """The options."""
     parser = _Parser(prog="moegate bench", description="Time models' layers, beside peers if given, and print a table.")
     parser.add_argument("--models", help="names, comma-separated; default: every model this machine can run")
     parser.add_argument("--tokens", help="numbers of tokens M, comma-separated; default: 1,8,64,512,4096 (CPU: 1,64)")
     parser.add_argument("--routing", default="uniform", help="uniform, zipf<exponent>, all-to-one; comma-separated")
     parser.add_argument("--dtype", help=f"{', '.join(FORMATS)}; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="default: cuda where there is one")
-    parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CALLABLE", help="may be repeated")
+    parser.add_argument("--subject", default=OURS, metavar="FILE.py:CLASS", help="your own layer instead of moegate's")
+    peers = f"another fused_experts beside it, or an engine installed here ({', '.join(NAMES)}); may be repeated"
+    parser.add_argument("--peer", action="append", default=[], metavar="FILE.py:CALLABLE", help=peers)
     parser.add_argument("--fixed-ceilings", action="store_true", help="use the fixed H200 ceilings for the floors")
     parser.add_argument("--budget", type=float, default=0.6, help="seconds of samples for each workload")
     parser.add_argument(
@@ -55,12 +61,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--link-latency", type=float, metavar="us", help="of one step, for the model")
     parser.add_argument("--json", metavar="FILE", help="write the records; - is standard output")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. The exit code is 0: measured, 1: something is wrong, 3: nothing measured, 4: bad arguments."""
+    parser = command_line()
     options = parser.parse_args(arguments)
+    if options.json is not None and options.json != "-":
+        try:
+            expect_writable("--json", options.json)
+        except ValueError as error:
+            parser.error(str(error))
+    if not 0 < options.budget < math.inf:
+        parser.error(f"--budget: expected a number of seconds above 0, got {options.budget}")
     to_stdout = options.json == "-"
-    console = Console(stderr=to_stdout)
-    if not console.is_terminal:
-        # A log has no width of its own, and a table cut off at 80 columns says nothing.
-        console = Console(stderr=to_stdout, width=200)
+    console = wide_console(stderr=to_stdout, log_width=200)
+    if options.subject != OURS:
+        for name in ("overlap", "lora", "simulate_ep"):
+            if getattr(options, name):
+                parser.error(f"--{name.replace('_', '-')}: expected none with --subject: it times moegate's own layers")
     if options.overlap:
         return _overlap(parser, options, console)
     try:
@@ -69,9 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device, models=options.models, tokens=options.tokens, routings=options.routing, dtype=options.dtype
         )
         simulation = _simulation(options)
+        subject = TimedSubject(options.subject)
         bench = LayerBench(
             device,
             peers=options.peer,
+            ours=subject.experts,
+            name=options.subject,
+            verify=subject.verify,
             fixed_ceilings=options.fixed_ceilings,
             budget=options.budget,
             lora=None if options.lora is None else LoraOptions(options.lora, options.adapters),
@@ -83,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return simulate(bench, workloads, *simulation, console, options.json)
         except ValueError as error:
             parser.error(str(error))
-    run = run_workloads(bench, workloads, Console(stderr=True))
+    run = run_workloads(
+        bench, workloads, PlainConsole(stderr=True), lambda workload: subject.unsupported(workload, device)
+    )
     if run.records:
         console.print(run_table(run))
         machine, ceilings = run.records[0].machine, bench.ceilings(run.records[0].dtype)
@@ -135,7 +161,7 @@ def simulate(
     """
     shares = {(w, n): share_of_rank(w, n) for w in workloads for n in ranks}
     wholes = {w: whole_layer(w) for w in workloads}
-    run = run_workloads(bench, list(dict.fromkeys([*wholes.values(), *shares.values()])), Console(stderr=True))
+    run = run_workloads(bench, list(dict.fromkeys([*wholes.values(), *shares.values()])), PlainConsole(stderr=True))
     seconds = {record.workload: record.timing.median for record in run.records if record.subject == OURS}
     estimates = []
     for (workload, n), share in shares.items():
@@ -151,14 +177,14 @@ def simulate(
     return run.exit_code
 
 
-def _overlap(parser: _Parser, options: argparse.Namespace, console: Console) -> int:
+def _overlap(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
     """`--overlap`, which needs a GPU and chooses routings and dtypes itself."""
     for name in ("dtype", "peer", "fixed_ceilings"):
         if getattr(options, name):
             parser.error(f"--{name.replace('_', '-')}: expected none with --overlap")
     try:
         device = choose_device(options.device)
-        layers = choose_layers(None if options.models is None else split_words(options.models))
+        layers = choose_layers(None if options.models is None else split_words(options.models, "models"))
         tokens = GPU_TOKENS if options.tokens is None else parse_counts(options.tokens)
     except ValueError as error:
         parser.error(str(error))
@@ -166,7 +192,9 @@ def _overlap(parser: _Parser, options: argparse.Namespace, console: Console) -> 
         console.print(f"nothing measured: two streams need a GPU, and this is {device}")
         return EXIT_NOTHING
     device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-    cells, failures = run_overlap(layers, tokens, device, budget=options.budget, progress_console=Console(stderr=True))
+    cells, failures = run_overlap(
+        layers, tokens, device, budget=options.budget, progress_console=PlainConsole(stderr=True)
+    )
     if cells:
         console.print(overlap_report.overlap_table(cells))
         for line in overlap_report.summary(cells):
@@ -184,7 +212,7 @@ def _write(file: str | None, data: dict[str, Any]) -> None:
     if file == "-":
         print(text)
     else:
-        Path(file).write_text(text + "\n")
+        write_whole(file, text + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Nothing here is a measurement of several ranks, and nothing calls itself one. Wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import comb
@@ -46,10 +47,10 @@ class Link:
     latency: float
 
     def __post_init__(self) -> None:
-        if not self.bandwidth > 0:
-            raise ValueError(f"link-bandwidth: expected more than 0, got {self.bandwidth}")
-        if not self.latency >= 0:
-            raise ValueError(f"link-latency: expected at least 0, got {self.latency}")
+        if not 0 < self.bandwidth < math.inf:
+            raise ValueError(f"link-bandwidth: expected a number above 0, got {self.bandwidth}")
+        if not 0 <= self.latency < math.inf:
+            raise ValueError(f"link-latency: expected a number of at least 0, got {self.latency}")
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ def parse_ranks(text: str) -> list[int]:
     Raises:
         ValueError: no numbers in [2, 256].
     """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or any(not word.isdecimal() or not 2 <= int(word) <= MOST_RANKS for word in words):
-        raise ValueError(f"simulate-ep: expected numbers of ranks in [2, {MOST_RANKS}], got {text!r}")
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and 2 <= int(word[:12]) <= MOST_RANKS for word in words):
+        raise ValueError(f"simulate-ep: expected numbers of ranks in [2, {MOST_RANKS}], got {text!a:.80}")
     return [int(word) for word in words]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ import torch
 from .timer import Pass
 
 _PASSES = 3
+# So long a device is kept busy before the pass that counts: one that comes out of idleness has other clocks than the
+# replays that it is compared with, by several per cent either way. Beyond so many kernels records take seconds to read.
+_BUSY_SECONDS, _MOST_KERNELS = 0.2, 20_000
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,13 @@ def kernel_times(run: Pass, calls: int, device: torch.device) -> KernelTimes | N
     Returns:
         None where the profiler records no kernel.
     """
-    passes = [_durations(run, device) for _ in range(_PASSES)]
+    kernels = len(_durations(run, 1, device))
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize(device)
+    repeats = min(_BUSY_SECONDS / (time.perf_counter() - start), _MOST_KERNELS / max(1, kernels))
+    passes = [_durations(run, max(1, round(repeats)), device) for _ in range(_PASSES)]
     return summarise(passes, calls)
 
 
@@ -52,10 +62,21 @@ def summarise(passes: Sequence[Sequence[float]], calls: int) -> KernelTimes | No
     return KernelTimes(counts.pop() / calls, statistics.median(sum(durations) for durations in passes) / calls)
 
 
-def _durations(run: Pass, device: torch.device) -> list[float]:
+def last_pass(events: Sequence[tuple[float, float]], repeats: int) -> list[float]:
+    """The durations of the last of `repeats` equal passes, from the start and duration of every kernel, in any order.
+
+    Empty where the number of kernels is none that so many equal passes have.
+    """
+    count, rest = divmod(len(events), repeats)
+    return [] if rest else [duration for _, duration in sorted(events)[len(events) - count :]]
+
+
+def _durations(run: Pass, repeats: int, device: torch.device) -> list[float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
+        for _ in range(repeats):
+            run()
         torch.cuda.synchronize(device)
-    on_device = [event for event in profile.events() or () if event.device_type.name == "CUDA"]
+    on_device = [event.time_range for event in profile.events() or () if event.device_type.name == "CUDA"]
     # Copies and fills are nodes of the graph as kernels are; what the profiler itself adds has no duration.
-    return [time / 1e6 for event in on_device if (time := event.time_range.elapsed_us()) > 0]
+    events = [(span.start / 1e6, took) for span in on_device if (took := span.elapsed_us() / 1e6) > 0]
+    return last_pass(events, repeats)

@@ -151,7 +151,8 @@ class WeightBank:
 
     def _make(self, index: int) -> LayerWeights:
         model, stored = self.model, self.stored
-        generator = torch.Generator(self.device).manual_seed(1000 + index)
+        # Tensors without values need no generator, and there is none for them.
+        generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(1000 + index)
 
         def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
             values = torch.empty(shape, dtype=stored.activations, device=self.device)

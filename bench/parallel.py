@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn as start_processes
 
+from ..conformance.console import PlainConsole
 from ..impl.experts_module import RoutedExperts
 from ..impl.fused_moe import fused_experts
 from ..impl.parallel.collectives import ProcessGroup
@@ -30,6 +31,7 @@ from ..impl.parallel.mesh import Mesh
 from ..impl.parallel.placement import linear_placement
 from ..impl.parallel.ranks import Ranks, connect
 from ..impl.parallel.wire import Tokens
+from ..impl.whole_file import write_whole
 from .formats import find_format
 from .operands import Operands, WeightBank, make_operands
 from .verification import verify_reduced
@@ -283,9 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     names = ("backend", "model", "tokens", "dtype", "megabytes")
     report = measure(size, {name: getattr(options, name) for name in names})
-    show(report, Console(width=160))
+    show(report, PlainConsole(width=160))
     if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_whole(options.json, json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -11,19 +11,22 @@ import sys
 from pathlib import Path
 from typing import cast
 
+from .installed_peers import NAMES, installed_peer
 from .operands import ExpertsCall
 
 
 def load_peer(reference: str) -> tuple[str, ExpertsCall]:
-    """The peer at `path/to/file.py:callable`, with its name: the file's `NAME`, else its stem.
+    """The peer at `path/to/file.py:callable`, with its name: the file's `NAME`, else its stem; or an installed engine.
 
     Raises:
-        ValueError: not that form, no such file, no such callable, or a file that fails to load.
+        ValueError: not that form, no such file, no such callable, a file that fails to load, or no such engine here.
     """
+    if reference in NAMES:
+        return installed_peer(reference)
     path_text, separator, attribute = reference.rpartition(":")
     path = Path(path_text).expanduser().resolve()
     if not separator or not attribute.isidentifier() or path.suffix != ".py":
-        raise ValueError(f"peer: expected path/to/file.py:callable, got {reference!r}")
+        raise ValueError(f"peer: expected {', '.join(NAMES)} or path/to/file.py:callable, got {reference!r}")
     if not path.is_file():
         raise ValueError(f"peer: expected a file, got {path}")
     module_name = f"moegate_peer_{path.stem}"

@@ -32,7 +32,7 @@ from .verification import Verdict, Verify, WrongKernelError, verify_by_budget, v
 from .workloads import Workload
 
 # A host call is milliseconds long, and its cache holds a good part of a small layer whatever is done.
-_HOST_CALLS = 4
+HOST_CALLS = 4
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def measure_workload(
             l2_bytes(device),
             multiple=multiple,
             max_copies=min(16, bank.room_for(workload)),
-            min_calls=None if on_gpu else _HOST_CALLS,
+            min_calls=None if on_gpu else HOST_CALLS,
         )
         operands = [make_operands(workload, bank, call, rotation.copy_of(call)) for call in range(rotation.calls)]
         clock = clock or (CudaClock(device) if on_gpu else HostClock())

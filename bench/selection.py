@@ -9,6 +9,7 @@ from .workloads import MODELS, SMALL_MODELS, Routing, Workload, find_model
 
 GPU_TOKENS = (1, 8, 64, 512, 4096)
 CPU_TOKENS = (1, 64)
+MOST_TOKENS = 2**24
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -22,11 +23,11 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!a:.80}") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!a:.80}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
+        raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!a:.80}")
     return device
 
 
@@ -53,32 +54,36 @@ def select_workloads(
         ValueError: an unknown name, or not a number.
     """
     on_gpu = device.type == "cuda"
-    dtype = dtype or ("bf16" if on_gpu else "fp32")
+    dtype = ("bf16" if on_gpu else "fp32") if dtype is None else dtype
     find_format(dtype)
     if models is None:
         known = MODELS if on_gpu else SMALL_MODELS
         chosen = [model for model in known.values() if Workload(model, 1, dtype=dtype).unsupported is None]
     else:
-        chosen = [find_model(name) for name in split_words(models)]
+        chosen = [find_model(name) for name in split_words(models, "models")]
     counts = (GPU_TOKENS if on_gpu else CPU_TOKENS) if tokens is None else parse_counts(tokens)
     workloads = [
         Workload(model, count, Routing.parse(routing), dtype, "cold" if on_gpu else "warm")
         for model in chosen
-        for routing in split_words(routings)
+        for routing in split_words(routings, "routing")
         for count in counts
     ]
     return list(dict.fromkeys(workloads))
 
 
-def split_words(text: str) -> list[str]:
+def split_words(text: str, option: str) -> list[str]:
     """Comma-separated names.
 
+    Args:
+        text: the names.
+        option: what they were given to, for the message.
+
     Raises:
-        ValueError: there is none.
+        ValueError: one of them, or all, is empty.
     """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise ValueError(f"expected at least one name, got {text!r}")
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise ValueError(f"{option}: expected names separated by commas, got {text!a:.80}")
     return words
 
 
@@ -88,8 +93,8 @@ def parse_counts(text: str) -> list[int]:
     Raises:
         ValueError: something else.
     """
-    words = split_words(text)
+    words = split_words(text, "tokens")
     for word in words:
-        if not word.isdecimal() or int(word) < 1:
-            raise ValueError(f"tokens: expected a number of at least 1, got {word!r}")
+        if not (word.isascii() and word.isdecimal() and 1 <= int(word[:12]) <= MOST_TOKENS):
+            raise ValueError(f"tokens: expected a number in [1, {MOST_TOKENS}], got {word!a:.80}")
     return [int(word) for word in words]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +29,9 @@ class LayerBench:
 
     Args:
         device: where.
-        peers: `path/to/file.py:callable` each.
+        peers: `path/to/file.py:callable`, or an installed engine's name, each.
         ours: what is measured; None: `fused_experts`.
+        name: of what is measured.
         fixed_ceilings: use the fixed H200 ceilings instead of measuring this device's.
         budget: seconds of samples for each workload.
         verify: judges ours.
@@ -46,6 +47,7 @@ class LayerBench:
         *,
         peers: Sequence[str] = (),
         ours: ExpertsCall | None = None,
+        name: str = OURS,
         fixed_ceilings: bool = False,
         budget: float = 0.6,
         verify: Verify = verify_by_budget,
@@ -55,12 +57,13 @@ class LayerBench:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.ours = fused_experts if ours is None else ours
-        self.subjects: dict[str, ExpertsCall] = {OURS: self.ours}
+        self.name = name
+        self.subjects: dict[str, ExpertsCall] = {name: self.ours}
         for reference in peers:
-            name, call = load_peer(reference)
-            if name in self.subjects:
-                raise ValueError(f"peer: expected a name of its own, got {name!r} twice")
-            self.subjects[name] = call
+            peer, call = load_peer(reference)
+            if peer in self.subjects:
+                raise ValueError(f"peer: expected a name of its own, got {peer!r} twice")
+            self.subjects[peer] = call
         self._fixed_ceilings, self._budget, self._verify = fixed_ceilings, budget, verify
         self._ceilings: dict[str, Ceilings] = {}
         self._bank: WeightBank | None = None
@@ -98,7 +101,7 @@ class LayerBench:
             WrongKernelError: it is wrong.
         """
         verdict = self._verify(self.ours, make_operands(workload, self._weights(workload), call=0, weight_copy=0))
-        expect_right(OURS, "its result", verdict)
+        expect_right(self.name, "its result", verdict)
 
     def _weights(self, workload: Workload) -> WeightBank:
         if self._bank is None or not self._bank.serves(workload, self.device):
@@ -115,27 +118,35 @@ class Run:
         records: of every contender that was timed.
         failures: (workload id, subject, reason) of those that were wrong or raised.
         skipped: (workload id, reason) of those that cannot be.
+        ours: the name of what is measured, beside peers.
     """
 
     records: tuple[Record, ...]
     failures: tuple[tuple[str, str, str], ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    ours: str = OURS
 
     @property
     def exit_code(self) -> int:
         """1 where ours failed on a workload, else 3 where nothing was timed, else 0; a peer's failure is none."""
-        if any(subject == OURS for _, subject, _ in self.failures):
+        if any(subject == self.ours for _, subject, _ in self.failures):
             return EXIT_WRONG
         return EXIT_MEASURED if self.records else EXIT_NOTHING
 
 
-def run_workloads(bench: LayerBench, workloads: Sequence[Workload], progress_console: Console | None = None) -> Run:
+def run_workloads(
+    bench: LayerBench,
+    workloads: Sequence[Workload],
+    progress_console: Console | None = None,
+    unsupported: Callable[[Workload], str | None] = lambda workload: workload.unsupported,
+) -> Run:
     """Time every workload, with a progress bar; what fails is kept, and the rest goes on.
 
     Args:
         bench: what to time, and where.
         workloads: with a model's together, since its weights are kept for the next workload only.
         progress_console: where the bar goes; None: none.
+        unsupported: why a workload cannot be, in words; None where it can.
     """
     records: list[Record] = []
     failures: list[tuple[str, str, str]] = []
@@ -145,21 +156,21 @@ def run_workloads(bench: LayerBench, workloads: Sequence[Workload], progress_con
         for workload in workloads:
             progress.update(task, description=f"{workload.model.name} M={workload.num_tokens}")
             try:
-                if workload.unsupported:
-                    skipped.append((workload.id, workload.unsupported))
+                if why := unsupported(workload):
+                    skipped.append((workload.id, why))
                     continue
                 measured = bench.measure(workload)
             except Exception as error:
-                failures.append((workload.id, OURS, f"{type(error).__name__}: {error}"))
+                failures.append((workload.id, bench.name, f"{type(error).__name__}: {error}"))
             else:
                 records += measured.records
                 failures += [(workload.id, name, reason) for name, reason in measured.failures.items()]
             finally:
                 progress.advance(task)
-    return Run(tuple(records), tuple(failures), tuple(skipped))
+    return Run(tuple(records), tuple(failures), tuple(skipped), bench.name)
 
 
 def progress_bar(console: Console | None) -> Progress:
     """A bar that goes when it is full; None shows none."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console or Console(quiet=True), transient=True)

@@ -28,6 +28,7 @@ from ..impl.tuning.limits import kernel_config
 from ..impl.tuning.names import ConfigKey
 from ..impl.tuning.schema import TunedConfigError
 from ..impl.tuning.writer import read_tuned_file, write_tuned_file
+from ..impl.whole_file import folder_locked
 from .operands import ExpertsCall, WeightBank
 from .timer import PairedRatio, Timing
 from .tune_candidates import GEMMS, Pair, candidate_configs, default_pair, gemm_candidates
@@ -356,14 +357,21 @@ class TunedFileOfLayer:
                 raise TunedConfigError(self.path, str(tokens), str(error)) from error
         about = document.get("about")
         said = about.get("tokens") if isinstance(about, dict) else None
-        self.about = dict(said) if isinstance(said, dict) else {}
+        self.about |= said if isinstance(said, dict) else {}
 
     def add(self, tuned: Tuned) -> None:
-        """Write the file with one more entry.
+        """Write the file with one more entry, beside those that other processes have written since.
 
         Raises:
             OSError: the folder cannot be written.
+            TunedConfigError: somebody has broken the file since it was read.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with folder_locked(self.folder):
+            self.load()
+            self._add(tuned)
+
+    def _add(self, tuned: Tuned) -> None:
         tokens = tuned.workload.num_tokens
         self.entries[tokens] = tuned.pair
         self.about[str(tokens)] = tuned.about()

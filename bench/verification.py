@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from ..conformance.numerics import Numerics
 from ..conformance.subjects.moegate import MoegateSubject
 from ..conformance.verify import ExpertsVerdict, verify_experts
 from ..conformance.words import reference_arguments
@@ -62,8 +63,10 @@ class RowErrorVerdict:
     budget_used: float
 
 
-def verify_by_budget(experts: ExpertsCall, operands: Operands) -> ExpertsVerdict:
-    """Judge the output as conformance does: within the error budget derived for the numerics that moegate declares.
+def verify_by_budget(
+    experts: ExpertsCall, operands: Operands, *, numerics: Numerics = MoegateSubject.numerics
+) -> ExpertsVerdict:
+    """Judge the output as conformance does: within the error budget derived for the numerics that a subject declares.
 
     At most `_BUDGET_TOKENS` tokens, spread evenly over the batch, since the budget is worked out in float64.
     """
@@ -82,7 +85,7 @@ def verify_by_budget(experts: ExpertsCall, operands: Operands) -> ExpertsVerdict
         topk_weights=operands.topk_weights,
         topk_ids=operands.topk_ids,
         expert_map=operands.expert_map,
-        numerics=MoegateSubject.numerics,
+        numerics=numerics,
         max_tokens=_BUDGET_TOKENS,
         **words,
     )

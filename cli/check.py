@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moegate import exit_codes
+from moegate.conformance.console import wide_console
 from moegate.conformance.report_formats import as_junit, as_markdown, known_lines, used_text
 from moegate.conformance.selection import PROFILES
+from moegate.json_output import expect_output, put_json, put_text
+
+# Each is a process that imports torch.
+MOST_WORKERS = 512
+# pytest's exit code.
+INTERRUPTED = 2
 
 
 def check(
@@ -36,6 +46,9 @@ def check(
         int, typer.Option("--workers", "-n", help="Processes; 0: one a core, at most 8 on one GPU.")
     ] = 0,
     scale: Annotated[float, typer.Option(help="Multiplies the number of cases.")] = 1.0,
+    minutes: Annotated[
+        float | None, typer.Option(help="With --profile soak: so long, in batches of random cases.")
+    ] = None,
     spec: Annotated[str | None, typer.Option(help="Run this one spec, as a failure printed it.")] = None,
     select: Annotated[
         str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")
@@ -68,17 +81,26 @@ def check(
         _refuse(console, f"--profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
     if device not in ("auto", "cpu", "cuda"):
         _refuse(console, f"--device: expected auto, cpu or cuda, got {device!r}")
-    if scale <= 0:
-        _refuse(console, f"--scale: expected more than 0, got {scale}")
-    if workers < 0:
-        _refuse(console, f"--workers: expected at least 0, got {workers}")
-    if emit_repro is not None and not emit_repro.endswith(".py"):
-        _refuse(console, f"--emit-repro: expected a file that ends in .py, got {emit_repro!r}")
-    if timeout <= 0:
-        _refuse(console, f"--timeout: expected more than 0, got {timeout}")
+    if not 0 < scale < math.inf:
+        _refuse(console, f"--scale: expected a number above 0, got {scale}")
+    if minutes is not None and not 0 < minutes < math.inf:
+        _refuse(console, f"--minutes: expected a number above 0, got {minutes}")
+    if minutes is not None and profile != "soak":
+        _refuse(console, f"--minutes: expected --profile soak beside it, got {profile}")
+    if not 0 <= workers <= MOST_WORKERS:
+        _refuse(console, f"--workers: expected a number in [0, {MOST_WORKERS}], got {workers}")
+    for option, file in (("--json", json_file), ("--junit", junit), ("--markdown", markdown)):
+        expect_output(console, "check", option, file)
+    if emit_repro is not None:
+        if not emit_repro.endswith(".py"):
+            _refuse(console, f"--emit-repro: expected a file that ends in .py, got {emit_repro!r}")
+        expect_output(console, "check", "--emit-repro", emit_repro)
+    if not 0 < timeout < math.inf:
+        _refuse(console, f"--timeout: expected a number above 0, got {timeout}")
     if subject_python is not None and shutil.which(subject_python) is None:
         _refuse(console, f"--subject-python: expected an interpreter, got {subject_python!r}")
     device = _resolve(device, console)
+    _expect_readable(console, spec, known)
     workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
 
     with tempfile.TemporaryDirectory(prefix="moegate-") as folder:
@@ -90,6 +112,7 @@ def check(
         command += [f"--moegate-profile={profile}", f"--moegate-scale={scale}"]
         command += [f"--moegate-report={report_file}", f"--moegate-progress={progress_file}"]
         command += [f"--moegate-spec={spec}"] if spec else []
+        command += [f"--moegate-minutes={minutes}"] if minutes is not None else []
         command += [f"--moegate-known={known}"] if known else []
         command += ["--moegate-isolate", f"--moegate-timeout={timeout}"] if isolate or subject_python else []
         command += [f"--moegate-emit-repro={emit_repro}"] if emit_repro else []
@@ -109,34 +132,40 @@ def check(
         seconds = time.monotonic() - started
         report = json.loads(report_file.read_text()) if report_file.exists() else None
 
-    if report is None:
+    if report is None or status == exit_codes.BAD_ARGUMENTS:
         console.print(output, markup=False, highlight=False)
         # pytest's usage errors (4) are ours; whatever else left no report judged nothing.
         raise typer.Exit(exit_codes.BAD_ARGUMENTS if status == 4 else exit_codes.NOTHING_DONE)
     report["seconds"] = round(seconds, 1)
-    if json_file == "-":
-        typer.echo(json.dumps(report, indent=2))
-    elif json_file:
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
-    for path, text in ((junit, as_junit), (markdown, as_markdown)):
-        if path:
-            Path(path).write_text(text(report))
+    is_written = put_json(console, "check", json_file, report)
+    for option, path, text in (("--junit", junit, as_junit), ("--markdown", markdown, as_markdown)):
+        is_written &= path is None or put_text(console, "check", option, path, text(report))
     _print(report, status, output, console)
     if emit_repro:
         notes = [line for line in output.splitlines() if line.startswith(emit_repro)]
         console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(_exit_code(report, status))
-
-
-def wide_console(*, stderr: bool = False) -> Console:
-    """A console that a log file does not squeeze into 80 columns."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=140)
+    code = _exit_code(report, status)
+    raise typer.Exit(code if is_written or code == exit_codes.FINDING else exit_codes.NOTHING_DONE)
 
 
 def _refuse(console: Console, message: str) -> None:
     console.print(f"moegate check: {message}", markup=False, style="red")
     raise typer.Exit(exit_codes.BAD_ARGUMENTS)
+
+
+def _expect_readable(console: Console, spec: str | None, known: str | None) -> None:
+    """Refuse here what a child would refuse seconds later."""
+    from moegate.conformance.known import load_known
+    from moegate.conformance.spec import parse_spec
+
+    for option, read in (
+        ("--spec", lambda: None if spec is None else parse_spec(spec)),
+        ("--known", lambda: load_known(known)),
+    ):
+        try:
+            read()
+        except (ValueError, OSError) as error:
+            _refuse(console, f"{option}: {error}")
 
 
 def _resolve(device: str, console: Console) -> str:
@@ -173,7 +202,8 @@ def _run(
     command: list[str], environment: dict[str, str], folder: str, progress_file: Path, console: Console
 ) -> tuple[str, int]:
     log = Path(folder, "log")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rate = TaskProgressColumn(show_speed=True)  # executions a second, where nobody knows how many are to come
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
     with log.open("w") as sink, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("executions", total=None)
         child = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
@@ -186,9 +216,15 @@ def _run(
                 progress.update(task, completed=progress_file.stat().st_size)
                 time.sleep(0.2)
         except KeyboardInterrupt:
-            child.terminate()
-            child.wait()
-            raise
+            # What was judged until here is in the report that pytest writes when it is interrupted.
+            child.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=30)
+            console.print(f"moegate check: interrupted after {progress_file.stat().st_size} executions", style="yellow")
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
     return log.read_text(), child.returncode
 
 
@@ -239,4 +275,6 @@ def _exit_code(report: dict[str, Any], status: int) -> int:
         return exit_codes.FINDING
     if not report["properties"]:
         return exit_codes.NOTHING_DONE
+    if status == INTERRUPTED:
+        return exit_codes.INCONCLUSIVE
     return exit_codes.HOLDS if status == 0 else exit_codes.FINDING

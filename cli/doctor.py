@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moegate import __version__, exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import printable, wide_console
+from moegate.json_output import expect_json_file, put_json
 
 # Distribution, what it is for, and whether the suite cannot run without it.
 PACKAGES = (
@@ -30,6 +29,9 @@ PACKAGES = (
     ("pytest", "the suite", True),
     ("pytest-benchmark", "benchmarks", True),
     ("pytest-xdist", "several workers", True),
+    ("ruptures", "change points of the history", False),
+    ("jinja2", "the report", False),
+    ("plotly", "the report", False),
     ("flashinfer-python", "the flashinfer_cutlass backend (pip install 'moegate[flashinfer]')", False),
     ("transformers", "its MoE blocks as subjects", False),
     ("vllm", "its kernels as a subject", False),
@@ -61,22 +63,22 @@ def doctor(
 
     Exit codes: 0 the suite runs here, 3 it cannot.
     """
+    console = wide_console(stderr=json_file == "-")
+    expect_json_file(console, "doctor", json_file)
     lines = [
         Line("moegate", "ok", __version__),
         Line("python", "ok", f"{platform.python_version()} at {sys.executable}"),
         *_packages(),
     ]
     lines += [*_devices(), *_modes(), *_compilers()] if importlib.util.find_spec("torch") else []
-    if json_file:
-        text = json.dumps({"schema": 1, "lines": [asdict(line) for line in lines]}, indent=2)
-        typer.echo(text) if json_file == "-" else Path(json_file).write_text(text + "\n")
+    is_written = put_json(console, "doctor", json_file, {"schema": 1, "lines": [asdict(line) for line in lines]})
     if json_file != "-":
         table = Table(box=None, pad_edge=False, show_header=False)
         for line in lines:
             style = {"ok": "green", "missing": "yellow", "broken": "red"}[line.state]
-            table.add_row(line.name, Text(line.state, style=style), Text(line.detail))
-        wide_console().print(table)
-    broken = any(line.state == "broken" for line in lines)
+            table.add_row(line.name, Text(line.state, style=style), Text(printable(line.detail)))
+        console.print(table)
+    broken = any(line.state == "broken" for line in lines) or not is_written
     raise typer.Exit(exit_codes.NOTHING_DONE if broken else exit_codes.HOLDS)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import printable, wide_console
+from moegate.json_output import expect_json_file, put_json
 
 if TYPE_CHECKING:
     from moegate.impl.config import MoEConfig
@@ -70,6 +69,7 @@ def explain(
     from moegate.impl.oracle.select import select_backend
 
     console = wide_console(stderr=json_file == "-")
+    expect_json_file(console, "explain", json_file)
     decision, refusal = None, None
     reasons: tuple[Reason, ...] = ()
     try:
@@ -96,11 +96,11 @@ def explain(
         raise typer.Exit(exit_codes.BAD_ARGUMENTS) from None
 
     report = _report(device, is_here, config, decision, reasons, refusal)
-    if json_file:
-        text = json.dumps(report, indent=2)
-        typer.echo(text) if json_file == "-" else Path(json_file).write_text(text + "\n")
+    is_written = put_json(console, "explain", json_file, report)
     if json_file != "-":
         _print(console, report, reasons)
+    if not is_written:
+        raise typer.Exit(exit_codes.NOTHING_DONE)
     raise typer.Exit(exit_codes.FINDING if decision is None else exit_codes.HOLDS)
 
 
@@ -140,9 +140,9 @@ def _config(
         raise ValueError(f"--dtype: expected one of {', '.join((*DTYPES, *schemes))}, got {dtype!r}")
     shape = None
     if block_shape is not None:
-        match = re.fullmatch(r"(\d+),(\d+)", block_shape)
+        match = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", block_shape)
         if match is None:
-            raise ValueError(f"--block-shape: expected N,K such as 128,128 or 0,64, got {block_shape!r}")
+            raise ValueError(f"--block-shape: expected N,K such as 128,128 or 0,64, got {block_shape!a:.80}")
         shape = (int(match[1]), int(match[2]))
     return MoEConfig(
         **sizes,
@@ -215,7 +215,7 @@ def _print(console: Any, report: dict[str, Any], reasons: tuple[Reason, ...]) ->
     for reason in reasons:
         state = Text("taken", style="green") if reason.taken else Text("passed over", style="yellow")
         why = reason.why + (f" [moved back by: {', '.join(reason.demotions)}]" if reason.demotions else "")
-        table.add_row(Text(reason.candidate.value), state, Text(why), Text(_source(reason.source)))
+        table.add_row(Text(reason.candidate.value), state, Text(printable(why)), Text(_source(reason.source)))
     console.print(table)
     for warning in report["warnings"]:
         console.print(f"warning: {warning}", markup=False, style="yellow")

@@ -1,4 +1,4 @@
-"""The command line: `moegate check | explain | doctor | bench | ...`."""
+"""The command line: `moegate check | explain | doctor | bench | gate | ...`."""
 
 from __future__ import annotations
 
@@ -35,15 +35,19 @@ def main(
 
 def _mount() -> None:
     # Each command is a file of its own; none of them imports torch before it runs.
-    from moegate import bench_command, check, doctor, explain, tune
+    from moegate import bench_command, check, doctor, explain, faults, gate, history, report, tune
 
     app.command("check")(check.check)
     app.command("explain")(explain.explain)
+    app.command("faults")(faults.faults)
     # The benchmarks' own parser reads these options, as it does under `python -m moegate.bench`.
     raw = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command("bench", context_settings=raw)(bench_command.bench)
+    app.command("gate")(gate.gate)
     app.command("doctor")(doctor.doctor)
     app.command("tune")(tune.tune)
+    app.add_typer(history.app, name="history")
+    app.command("report")(report.report)
 
 
 _mount()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
+from moegate.json_output import expect_json_file, put_json
 
 if TYPE_CHECKING:
     from moegate.bench.tune import TuneRun
@@ -58,16 +58,16 @@ def tune(
         _refuse(console, f"--minutes: expected more than 0, got {minutes:g}")
     if limit is not None and limit < 1:
         _refuse(console, f"--limit: expected at least 1, got {limit}")
+    expect_json_file(console, "tune", json_file)
     folder = _folder(console, output)
     workloads = _workloads(console, model or [], shape or [], tokens, dtype)
     run, machine = _run(console, workloads, device, folder, minutes, limit, again)
 
-    if json_file:
-        text = json.dumps(_report(run, machine, folder), indent=1)
-        typer.echo(text) if json_file == "-" else Path(json_file).write_text(text + "\n")
+    is_written = put_json(console, "tune", json_file, _report(run, machine, folder), indent=1)
     if json_file != "-":
         _print(console, run)
-    raise typer.Exit(exit_codes.HOLDS if run.tuned or (run.kept and not run.failed) else exit_codes.NOTHING_DONE)
+    is_done = is_written and (run.tuned or (run.kept and not run.failed))
+    raise typer.Exit(exit_codes.HOLDS if is_done else exit_codes.NOTHING_DONE)
 
 
 def _refuse(console: Console, message: str) -> NoReturn:
@@ -83,9 +83,13 @@ def _nothing(console: Console, message: str) -> NoReturn:
 def _folder(console: Console, output: Path | None) -> Path:
     import os
 
+    from moegate.impl.whole_file import expect_writable
+
     folder = output or Path(os.environ.get("MOEGATE_TUNED_CONFIG_FOLDER") or "tuned")
-    if folder.exists() and not folder.is_dir():
-        _refuse(console, f"--output: expected a folder, got {str(folder)!r}")
+    try:
+        expect_writable("--output", folder / "probe.json", make_folders=True)
+    except ValueError as error:  # a NUL in the name among them
+        _refuse(console, f"--output: expected a folder that can be written, got {str(folder)!a:.300}: {error}")
     return folder
 
 
@@ -158,7 +162,7 @@ def _run(
         _nothing(console, f"--device {device}: the kernels that are tuned run on a GPU")
     platform = Platform.of(where)
     machine = {"device": platform.name, "torch": torch.__version__, "triton": triton.__version__}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
     try:
         with Remote(where) as bench, bar:

@@ -78,10 +78,28 @@ def activation_variance(
     )
 
 
-def activation_floor(slope: Slopes, gate_floor: Tensor, up_floor: Tensor, at_gate: Format, at_hidden: Format) -> Tensor:
-    """The linear part: what roundings below the smallest normal leave in the activation's result."""
+def activation_floor(
+    activation: Activation,
+    gate: Tensor,
+    slope: Slopes,
+    gate_floor: Tensor,
+    up_floor: Tensor,
+    at_gate_up: Format,
+    at_gate: Format,
+    at_hidden: Format,
+) -> Tensor:
+    """The linear part: what roundings leave in the activation's result that go one way along a row.
+
+    They are those below the smallest normal, and the activation's own where it is nearly the identity: A(g) of a large
+    g is g less a little, and where g stands on the grid to which A(g) is rounded, all of that little is lost.
+    """
+    short = (gate - slope.a).abs()
+    after = at_gate if activation.is_gated else at_hidden
+    step = min(at_gate_up.unit_roundoff, after.unit_roundoff) * gate.abs()
+    kept = torch.where((at_gate_up == after) & (short <= step), short, 0.0)
     return (
-        slope.of_gate.abs() * gate_floor
+        kept * slope.b.abs()
+        + slope.of_gate.abs() * gate_floor
         + slope.of_up.abs() * up_floor
         + slope.b.abs() * floor(slope.a, at_gate)
         + floor(slope.a * slope.b, at_hidden)

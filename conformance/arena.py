@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+MATRIX_PADDING = 16
 MARGIN_BYTES = 64 * 1024
 
 
@@ -34,14 +35,15 @@ class Arena:
             name: of the operand, for `changed`.
             values: of any shape; moved as they are.
             row_padding: poisoned elements behind each row of the last dimension (stride > width); of three dimensions,
-                each matrix has a row of poison behind it too, so that no stride follows from the others.
+                each matrix has rows of poison behind it too, so that no stride follows from the others: as many as keep
+                a stride's alignment, which compilers know strides by.
             fixed: whether the operand is an input, which must not change.
         """
         margin = MARGIN_BYTES // values.element_size()
         width = values.shape[-1] + row_padding if values.ndim else 1
         strides = [width]
         for size in reversed(values.shape[1:-1]):
-            strides.insert(0, strides[0] * (size + (row_padding > 0)))
+            strides.insert(0, strides[0] * (size + MATRIX_PADDING * (row_padding > 0)))
         used = values.shape[0] * (strides[0] if values.ndim > 1 else 1) if values.numel() and values.ndim else 0
         whole = torch.full((2 * margin + max(used, 1),), poison(values.dtype), dtype=values.dtype, device=values.device)
         view = whole.as_strided(values.shape, [*strides, 1] if values.ndim > 1 else [1] * values.ndim, margin)

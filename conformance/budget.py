@@ -25,7 +25,7 @@ from .lora_budget import first_product_variance, second_product_variance
 from .numerics import FLOAT32, TF32_UNIT_ROUNDOFF, Format, Numerics, format_of
 from .operands import ExpertsOperands
 from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, leaning, quantized
-from .rounding import Accumulator, accumulation, floor, rounding
+from .rounding import Accumulator, accumulation, beside_bias, floor, rounding
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
         + rounding(in_order, at_gate_up)
     )
     if call.adapters is not None:
-        gate_up_variance = gate_up_variance + first_product_variance(trace, call, numerics)
+        gate_up_variance = gate_up_variance + first_product_variance(trace, call, numerics, x_variance)
     gate_variance, up_variance = activation.split(gate_up_variance)
-    gate_floor, up_floor = activation.split(floor(in_order, at_gate_up))
+    gate_floor, up_floor = activation.split(floor(in_order, at_gate_up) + beside_bias(in_order, dot, at_gate_up))
     gate_dot, up_dot = activation.split(dot)
     # What rounds a routing weight: its own conversion where declared, and the float32 product with it.
     weight_error = torch.full_like(trace.output_weights, FLOAT32.unit_roundoff)
@@ -156,7 +156,7 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     at_gate, at_hidden = format_of(numerics.gate, storage), format_of(numerics.hidden, storage)
     slope = slopes(activation, trace.gate, trace.up, gate_variance, up_variance)
     hidden_variance = activation_variance(activation, trace.gate, gate_variance, up_variance, slope, at_gate, at_hidden)
-    hidden_floor = activation_floor(slope, gate_floor, up_floor, at_gate, at_hidden)
+    hidden_floor = activation_floor(activation, trace.gate, slope, gate_floor, up_floor, at_gate_up, at_gate, at_hidden)
     hidden_common = on_input * weight_error[..., None] * (slope.of_gate * gate_dot + slope.of_up * up_dot)
 
     activated_variance = hidden_variance + hidden_common**2
@@ -229,6 +229,8 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     independent_floor = (
         weights.abs() * (floor(trace.expert_output, at_output) + summing.drift(dot))
         + floor(weighted, at_weighted)
+        + weights.abs() * beside_bias(trace.expert_output, dot, at_output)
+        + beside_bias(weighted, weights * dot, at_weighted)
         + of_few_bits * weighted.abs()
     ).sum(dim=1) + floor(trace.output, output)
     weight_error = (1 - on_input) * weight_error

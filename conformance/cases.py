@@ -404,7 +404,7 @@ def _layer(
         "arena": arena,
         "activation": activation,
         "stored": stored,
-        **{name: arena.place(name, bias) for name, bias in biases.items()},
+        **{name: arena.place(name, bias, row_padding=padding) for name, bias in biases.items()},
     }
 
 
@@ -416,8 +416,8 @@ def build_experts(spec: ExpertsSpec, device: torch.device | str = "cpu") -> Expe
     padding = ROW_PADDING if spec.padded_rows else 0
     return ExpertsCase(
         hidden_states=arena.place("hidden_states", _hidden_states(spec, values, spec.M), row_padding=padding),
-        topk_weights=arena.place("topk_weights", _weights(spec, device)),
-        topk_ids=arena.place("topk_ids", routed_ids(spec, device)),
+        topk_weights=arena.place("topk_weights", _weights(spec, device), row_padding=padding),
+        topk_ids=arena.place("topk_ids", routed_ids(spec, device), row_padding=padding),
         num_experts=spec.E,
         expert_map=None if expert_map is None else arena.place("expert_map", expert_map),
         apply_router_weight_on_input=spec.weight_on_input,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -167,6 +167,13 @@ OTHERS = declare("CONFIG-11", "a file for another layer, device, dtype or scale 
 SHARED = declare(
     "CONFIG-12", "bfloat16 and float16 share a file; nothing that only matters natively hides a public one", "configs"
 )
+ROWS = declare(
+    "CONFIG-13",
+    "a default tile's rows follow the batch: at most 8 times the mean pairs of an expert (or 16), at least that mean "
+    "(or 64)",
+    "configs",
+)
+USERS_FIRST = declare("CONFIG-14", "a file in the user's folder comes before the shipped one", "configs")
 
 
 def public_name(question: ConfigSpec) -> str:
@@ -289,6 +296,11 @@ def judge_lookup(facet: ConfigsFacet, question: ConfigSpec, folder: Path) -> lis
                 FOUND.verdict(found.file == file, f"{file.name} is there, and {found.file} was taken: {found}")
             )
         verdicts.append(NEAREST.verdict(found.key == key, f"expected key {key} of {question.tokens}, got {found.key}"))
+    for low, high in pairwise(question.tokens):
+        if (low + high) % 2 == 0:  # exactly between two keys, where chance seldom comes
+            at_tie = facet.find(replace(question, M=(low + high) // 2), folder)
+            verdicts.append(NEAREST.verdict(at_tie.key == low, f"a tie of {low} and {high}: got {at_tie.key}"))
+            break
     for tokens, (w13, w2) in pairs.items():
         at_key = facet.find(replace(question, M=tokens), folder)
         holds = at_key.file == file and at_key.key == tokens and _same(at_key.w13, w13) and _same(at_key.w2, w2)
@@ -303,12 +315,15 @@ def _judge_default(facet: ConfigsFacet, question: ConfigSpec, folder: Path) -> l
     found = facet.find(question, folder)
     misfit = _misfit(question, found)
     named = public_name(question) in " ".join(found.reasons)
-    return [
-        DEFAULT.verdict(
-            found.file is None and not misfit and named,
-            misfit or f"expected the default and a reason that names {public_name(question)}, got {found}",
-        )
-    ]
+    verdict = DEFAULT.verdict(
+        found.file is None and not misfit and named,
+        misfit or f"expected the default and a reason that names {public_name(question)}, got {found}",
+    )
+    if found.w13 is None or DEVICES[question.device][0] == "cpu":  # the interpreter's tile is one for all sizes
+        return [verdict]
+    rows, mean = found.w13["BLOCK_SIZE_M"], question.M * question.top_k / question.E
+    fits = min(64, mean) <= rows <= max(16, 8 * mean)
+    return [verdict, ROWS.verdict(fits, f"{mean:.3g} pairs an expert, tiles of {rows} rows: {question}")]
 
 
 def _judge_neighbours(facet: ConfigsFacet, question: ConfigSpec, folder: Path, file: Path) -> list[Verdict]:
@@ -456,6 +471,11 @@ def judge_shipped(facet: ConfigsFacet, folder: Path) -> list[Verdict]:
             complaints = [reason for reason in found.reasons if "triton_version" not in reason]
             holds = found.file == file and found.key == tokens and not complaints and not _misfit(question, found)
             verdicts.append(SHIPPED.verdict(holds, f"{file.name}, {device}, {tokens} tokens: {found}"))
+        question = replace(question, M=question.tokens[0])
+        mine = facet.write(folder, question, {question.M: (small_tile(), small_tile())})
+        found = facet.find(question, folder, with_shipped=True)
+        verdicts.append(USERS_FIRST.verdict(found.file == mine, f"{mine} is there, and {found.file} was taken"))
+        mine.unlink()
     return verdicts
 
 

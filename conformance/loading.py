@@ -71,6 +71,9 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "paddings": PADDINGS,
 }
 
+# Of the name of a subject or a variant.
+MOST_CHARACTERS = 100
+
 
 class NotInstalledError(Exception):
     """A subject that ships here needs a package that is not installed; says how to install it."""
@@ -86,6 +89,10 @@ def load_subject(name: str) -> Subject:
             is no Subject, cannot be made without arguments, lacks a call or declares what the suite does not know.
         NotInstalledError: a subject of another project, which is not installed.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"subject: expected a name, got {type(name).__name__}")
+    if not name.isprintable():
+        raise ValueError(f"subject: expected one of {sorted(SHIPPED)} or FILE.py:CLASS, got {name!a:.200}")
     package, _, variant = name.partition(":")
     if package in SHIPPED:
         if package in NEEDS and importlib.util.find_spec(package) is None:
@@ -174,6 +181,12 @@ def _check(subject: Subject, name: str) -> None:
     _check_capabilities(subject.capabilities, name)
     if not subject.variants or isinstance(subject.variants, str):
         raise ValueError(f"subject {name}: expected variants to be a tuple of names, got {subject.variants!r}")
+    for said in (subject.name, *subject.variants):
+        # It stands in every table, report and test's name.
+        if isinstance(said, str) and not (said.isprintable() and len(said) <= MOST_CHARACTERS):
+            raise ValueError(
+                f"subject: expected printable names of at most {MOST_CHARACTERS} characters, got {said!a:.200}"
+            )
     _check_calls(subject, name)
 
 

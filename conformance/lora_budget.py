@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference.experts import Trace
 from ..reference.lora import LowRank
 from ..reference.quantization import expert_weight
-from .numerics import FLOAT32, TF32_UNIT_ROUNDOFF, Numerics, format_of
+from .numerics import FLOAT32, TF32_UNIT_ROUNDOFF, Format, Numerics, format_of
 from .operands import ExpertsOperands
 from .rounding import accumulation, rounding
 
@@ -44,12 +44,27 @@ def _delta_variance(rows: Tensor, low_rank: LowRank, numerics: Numerics, storage
     return of_shrunk @ (b**2).T + own + accumulation(k, delta, torch.zeros_like(delta), u)
 
 
-def first_product_variance(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> Tensor:
-    """`[M, top_k, 2I]`, squared, in the order of w13's rows."""
+def first_product_variance(trace: Trace, call: ExpertsOperands, numerics: Numerics, x_variance: Tensor) -> Tensor:
+    """`[M, top_k, 2I]`, squared, in the order of w13's rows.
+
+    Args:
+        trace: the reference's.
+        call: with adapters.
+        numerics: declared.
+        x_variance: `[M, H]`, squared error of the rows that w13 reads; A reads them too where it sees them quantised,
+            rounded to storage.
+    """
     wide = trace.output.dtype
     total = trace.gate.new_zeros(*trace.gate.shape[:2], call.w13.shape[1])
-    for token, slot, _, low_rank in _pairs(trace, call, "gate_up"):
-        own = _delta_variance(call.hidden_states[token].to(wide), low_rank, numerics, call.hidden_states.dtype)
+    storage = call.hidden_states.dtype
+    is_seen_quantized = call.adapters is not None and call.adapters.sees_quantized
+    seen = trace.x if is_seen_quantized else call.hidden_states.to(wide)
+    for token, slot, expert, low_rank in _pairs(trace, call, "gate_up"):
+        own = _delta_variance(seen[token], low_rank, numerics, storage)
+        if is_seen_quantized:
+            base, added = expert_weight(call.w13, expert, wide).abs(), low_rank.weight(seen).abs()
+            own = own + rounding(seen[token], Format.of(storage)) @ (added**2).T
+            own = own + x_variance[token] @ ((base + added) ** 2 - base**2).T
         on_input = call.topk_weights[token, slot, None].to(wide) ** 2 if call.apply_router_weight_on_input else 1.0
         total[token, slot] += own * on_input
     return total

@@ -172,16 +172,25 @@ class LoraCase:
     def operands(self) -> ExpertsOperands:
         """The reference's arguments, with the adapters; a slab's rows as the routed call that says the same."""
         routed = self.layer.routed() if isinstance(self.layer, BatchedCase) else self.layer
-        ids = self.rows(self.lora_ids).long()
-        exact = {index: self._exact(adapter) for index, adapter in enumerate(self.adapters)}
-        return replace(routed.operands(), adapters=reference.TokenAdapters(exact, ids))
-
-    def _exact(self, adapter: LoraAdapter) -> reference.Adapter:
-        """By local expert, over all of w13's rows."""
-        activation, mapping = self.layer.activation, self.expert_map
+        mapping = self.expert_map
         local = {e: e for e in range(self.num_experts)}
         if mapping is not None:
             local = {e: place for e, place in enumerate(mapping.tolist()) if place >= 0}
+        return replace(routed.operands(), adapters=self.of_experts(local))
+
+    def of_experts(self, local: Mapping[int, int], *, sees_quantized: bool = False) -> reference.TokenAdapters:
+        """The reference's adapters of some experts alone.
+
+        Args:
+            local: the index among the weights of each global expert.
+            sees_quantized: as the reference says.
+        """
+        exact = {index: self._exact(adapter, local) for index, adapter in enumerate(self.adapters)}
+        return reference.TokenAdapters(exact, self.rows(self.lora_ids).long(), sees_quantized)
+
+    def _exact(self, adapter: LoraAdapter, local: Mapping[int, int]) -> reference.Adapter:
+        """By local expert, over all of w13's rows."""
+        activation = self.layer.activation
 
         def widened(matrix: LoraMatrix, is_gate: bool) -> reference.LowRank:
             if not activation.is_gated:
@@ -202,7 +211,13 @@ class LoraCase:
 def build_lora(spec: LoraSpec, device: torch.device | str = "cpu") -> LoraCase:
     """The operands of a spec."""
     inner = spec.layer()
-    layer = build_batched(inner, device) if isinstance(inner, BatchedSpec) else build_experts(inner, device)
+    return with_adapters(
+        spec, build_batched(inner, device) if isinstance(inner, BatchedSpec) else build_experts(inner, device), device
+    )
+
+
+def with_adapters(spec: LoraSpec, layer: ExpertsCase | BatchedCase, device: torch.device | str = "cpu") -> LoraCase:
+    """A layer that is built already with the adapters of a spec."""
     ranks = RANKS[spec.ranks]
     arena = Arena()
     shape = (spec.E, spec.M) if spec.is_batched else (spec.M,)

@@ -466,6 +466,12 @@ def _truth(point: Point) -> str | None:
         (backend in FLASHINFER and question.weight_on_input, "routing weights on the input"),
         (backend in FLASHINFER and question.dtype == "float32", "float32"),
         (backend in FLASHINFER and question.scheme.startswith("int"), "integer weights"),
+        (
+            backend == "flashinfer_trtllm"
+            and question.activation in ("gelu", "gelu_tanh", "gelu_no_mul", "silu_no_mul"),
+            "an activation that it has no kernel of",
+        ),
+        (backend == "batched_triton" and question.scheme.startswith("int"), "integer weights in the batched format"),
         (backend == "aiter" and platform not in ROCM[1:], "a platform other than gfx942 and gfx950"),
         (backend == "xpu" and platform != "xpu", "a platform other than xpu"),
         (backend == "cpu" and platform not in CPUS, "a platform other than cpu"),
@@ -612,7 +618,7 @@ def oracle_specs() -> Any:
 
 
 def covering() -> Iterator[OracleSpec]:
-    """A few thousand points on which every rule meets every kind of platform: what planted faults are judged on."""
+    """A few thousand points on which every rule meets every kind of platform: what faults are judged on."""
     platforms = ("cuda:8.0", "cuda:8.9", "cuda:9.0", "cuda:10.0", "cuda:12.0", *ROCM[:2], "xpu", *CPUS, "tpu")
     flags = (False, True)
     for platform, weights, activation, batched, lora, dp in product(

@@ -15,7 +15,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ..reference.lora import Adapter, LowRank, TokenAdapters
 from .cases import ExpertsCase, build_experts
+from .lora_cases import ADAPTED, LoraCase, LoraSpec, with_adapters
+from .lora_cases import RANKS as ADAPTER_RANKS
+from .lora_cases import TOKENS as ADAPTER_TOKENS
 from .operands import ExpertsOperands
 from .spec import SCHEMES, ExpertsSpec, Spec
 from .strategies import POOLS, SEEDS
@@ -69,6 +73,9 @@ class ParallelSpec(Spec):
         shared: what of the shared experts each rank holds.
         overlap: shared experts run while tokens travel.
         batched: the experts get the batched activation format.
+        adapters: the ranks of LoRA adapters of the routed experts, by a name of `lora_cases.RANKS`; `none` without.
+        adapted: what they adapt, of `lora_cases.ADAPTED`.
+        tokens: which tokens have one, of `lora_cases.TOKENS`.
     """
 
     facet: ClassVar[str] = "parallel"
@@ -97,6 +104,9 @@ class ParallelSpec(Spec):
     overlap: bool = False
     batched: bool = False
     weight_on_input: bool = False
+    adapters: str = "none"
+    adapted: str = "everything"
+    tokens: str = "mixed"
     seed: int = 0
 
     @property
@@ -114,6 +124,12 @@ class ParallelSpec(Spec):
         names = ("M", "H", "I", "E", "top_k", "dtype", "routing", "weights", "scheme", "block_n", "block_k", "bias")
         own = {name: getattr(self, name) for name in names}
         return ExpertsSpec(**own, weight_on_input=self.weight_on_input, seed=self.seed)
+
+    def lora(self) -> LoraSpec:
+        """The adapters of the layer as one rank would run it."""
+        names = ("M", "H", "I", "E", "top_k", "dtype", "routing", "scheme", "block_n", "block_k", "bias")
+        own = {name: getattr(self, name) for name in (*names, "adapted", "tokens", "weight_on_input", "seed")}
+        return LoraSpec(ranks=self.adapters, **own)
 
     def counts(self) -> tuple[int, ...]:
         """Tokens of each of the `dp` runs of ranks."""
@@ -174,11 +190,13 @@ class ParallelCase:
         spec: who has what.
         routed: the layer as one rank would run it, all tokens in their order.
         shared: the shared experts as one expert of every token, whole; or None.
+        lora: the routed layer with its adapters, whole; or None.
     """
 
     spec: ParallelSpec
     routed: ExpertsCase
     shared: ExpertsCase | None
+    lora: LoraCase | None = None
 
     @cached_property
     def experts_of_rank(self) -> tuple[tuple[int, ...], ...]:
@@ -196,6 +214,11 @@ class ParallelCase:
         rows = slice(tokens.start, tokens.stop)
         return self.routed.topk_weights[rows], self.routed.topk_ids[rows]
 
+    def lora_ids(self, rank: int) -> Tensor | None:
+        """`[M_r]` int32: the adapter of each of a rank's tokens, -1 for none; None without adapters."""
+        tokens = self.spec.tokens_of(rank)
+        return None if self.lora is None else self.lora.lora_ids[tokens.start : tokens.stop]
+
     def token_ids(self, rank: int) -> Tensor:
         """`[M_r]` int32: the number of each token among all, as something that must stay with its token."""
         tokens = self.spec.tokens_of(rank)
@@ -204,14 +227,16 @@ class ParallelCase:
     def changed(self) -> list[str]:
         """The operands that no longer hold what they were given."""
         shared = [] if self.shared is None else [f"shared {name}" for name in self.shared.arena.changed()]
-        return [*self.routed.arena.changed(), *shared]
+        lora = [] if self.lora is None else self.lora.arena.changed()
+        return [*self.routed.arena.changed(), *shared, *lora]
 
-    def shard(self, rank: int, local_ids: Tensor) -> ExpertsOperands | None:
+    def shard(self, rank: int, local_ids: Tensor, *, is_quantized: bool = False) -> ExpertsOperands | None:
         """What the reference says of one rank's part; None where it holds no expert.
 
         Args:
             rank: of the mesh.
             local_ids: `[M, top_k]`, which pairs it computes, by its own numbers of the experts, -1 elsewhere.
+            is_quantized: tokens come to it in few bits, and its adapters see no others.
         """
         spec, case = self.spec, self.routed
         experts = self.experts_of_rank[rank // spec.tp]
@@ -219,7 +244,11 @@ class ParallelCase:
             return None
         which = torch.tensor(experts, device=local_ids.device)
         part = replace(case, **case.layer_of_experts(which), topk_ids=local_ids.to(torch.int32))
-        return _columns(part.operands(), rank % spec.tp, spec.tp)
+        call = part.operands()
+        if self.lora is not None:
+            local = {expert: place for place, expert in enumerate(experts)}
+            call = replace(call, adapters=self.lora.of_experts(local, sees_quantized=is_quantized))
+        return _columns(call, rank % spec.tp, spec.tp)
 
     def shared_operands(self) -> ExpertsOperands | None:
         """The shared experts, whole."""
@@ -241,7 +270,19 @@ def _columns(call: ExpertsOperands, rank: int, size: int) -> ExpertsOperands:
         w2=call.w2[:, :, columns],
         w13_bias=None if call.w13_bias is None else call.w13_bias[:, rows],
         w2_bias=call.w2_bias if rank == 0 else None,
+        adapters=None if call.adapters is None else _adapter_columns(call.adapters, rows, columns),
     )
+
+
+def _adapter_columns(adapters: TokenAdapters, rows: Tensor, columns: Tensor) -> TokenAdapters:
+    """Of w13's B the rows that w13 has, of w2's A the columns that w2 has."""
+
+    def of_shard(adapter: Adapter) -> Adapter:
+        gate_up = {e: tuple(LowRank(m.a, m.b[rows], m.scale) for m in ms) for e, ms in adapter.gate_up.items()}
+        down = {e: tuple(LowRank(m.a[:, columns], m.b, m.scale) for m in ms) for e, ms in adapter.down.items()}
+        return Adapter(gate_up, down)
+
+    return replace(adapters, adapters={index: of_shard(adapter) for index, adapter in adapters.adapters.items()})
 
 
 def build_parallel(spec: ParallelSpec, device: torch.device | str = "cpu") -> ParallelCase:
@@ -252,7 +293,8 @@ def build_parallel(spec: ParallelSpec, device: torch.device | str = "cpu") -> Pa
         plain = ExpertsSpec(M=spec.M, H=spec.H, I=SHARED_SIZE, E=1, top_k=1, dtype=spec.dtype, seed=spec.seed + 256)
         ones = torch.ones((spec.M, 1), dtype=torch.float32, device=device)
         shared = replace(build_experts(plain, device), hidden_states=routed.hidden_states, topk_weights=ones)
-    return ParallelCase(spec, routed, shared)
+    lora = None if spec.adapters == "none" else with_adapters(spec.lora(), routed, device)
+    return ParallelCase(spec, routed, shared, lora)
 
 
 def is_possible(spec: ParallelSpec) -> bool:
@@ -310,7 +352,27 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
         yield replace(spread, routing="some_invalid", split="one_empty")
         yield replace(spread, M=0)
         yield replace(spread, top_k=1, weight_on_input=True)
+        for number, adapted in enumerate(ADAPTED):
+            tp, dp, ep = MESHES[number % len(MESHES)] if exchange == "all_gather" else (1, *MESHES[number % 3][1:])
+            yield replace(
+                plain,
+                exchange=exchange,
+                tp=tp,
+                dp=dp,
+                ep=ep,
+                placement=PLACEMENTS[number % len(PLACEMENTS)],
+                split=SPLITS[number % len(SPLITS)],
+                adapters=tuple(ADAPTER_RANKS)[number % len(ADAPTER_RANKS)],
+                adapted=adapted,
+                tokens=ADAPTER_TOKENS[number // 2 % len(ADAPTER_TOKENS)],
+                seed=number,
+            )
+        for scheme in PARALLEL_SCHEMES[1:]:
+            h, i, block_n, block_k = POOLS[device].shapes_of(scheme)[0]
+            scaled = replace(spread, scheme=scheme, H=h, I=i, block_n=block_n, block_k=block_k, dtype="bfloat16")
+            yield replace(scaled, adapters="mixed", split="uneven", seed=3)
     yield replace(plain, tp=2, dp=2, ep=1, bias="both")
+    yield replace(plain, tp=4, dp=2, ep=1, adapters="wide")
 
 
 def parallel_specs(
@@ -339,6 +401,7 @@ def parallel_specs(
         experts = draw(st.sampled_from((4, 5, 8)))
         top_k = draw(st.integers(1, 4))
         shared = draw(st.sampled_from(SHARED_PARTS if tp * ep > dp else SHARED_PARTS[:2]))
+        adapted = draw(st.integers(0, 3)) == 0
         slabs = batched and SCHEMES[scheme].weight in (None, "fp8") and draw(st.integers(0, 3)) == 0
         return ParallelSpec(
             M=draw(st.integers(0 if capabilities.empty else 1, 20)),
@@ -364,6 +427,9 @@ def parallel_specs(
             overlap=shared != "none" and draw(st.booleans()),
             batched=slabs,
             weight_on_input=top_k == 1 and not slabs and capabilities.weight_on_input and draw(st.booleans()),
+            adapters=draw(st.sampled_from(tuple(ADAPTER_RANKS))) if adapted else "none",
+            adapted=draw(st.sampled_from(ADAPTED)) if adapted else "everything",
+            tokens=draw(st.sampled_from(ADAPTER_TOKENS)) if adapted else "mixed",
             seed=draw(SEEDS),
         )
 

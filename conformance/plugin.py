@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moegate-device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     group.addoption("--moegate-profile", choices=PROFILES, default="gate", help="how cases are drawn (default: gate)")
     group.addoption("--moegate-scale", type=float, default=1.0, help="multiplies the number of cases")
+    group.addoption("--moegate-minutes", type=float, metavar="N", help="soak for so long, over all workers")
     group.addoption("--moegate-spec", metavar="LINE", help="run this one spec, as a failure printed it")
     group.addoption("--moegate-isolate", action="store_true", help="run the subject in a process of its own")
     group.addoption("--moegate-timeout", type=float, default=120.0, metavar="S", help="seconds for a call there")
@@ -53,7 +54,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the selection from the options."""
     config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
     config.addinivalue_line("markers", "moegate_executions(examples, runs): what the test will run, for the progress")
-    for name in ("subject", "device", "profile", "scale", "spec", "progress", "known", "isolate", "timeout", "python"):
+    names = (
+        "subject",
+        "device",
+        "profile",
+        "scale",
+        "spec",
+        "progress",
+        "known",
+        "minutes",
+        "isolate",
+        "timeout",
+        "python",
+    )
+    for name in names:
         setattr(SELECTION, name, config.getoption(f"moegate_{name}"))
     SELECTION.isolate = SELECTION.isolate or SELECTION.python is not None
 
@@ -104,6 +118,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     _collected.extend(item.nodeid for item in mine)
     if spec is None:
+        _share_time(config, mine)
         _announce(config, mine)
         return
     takes = [item for item in mine if spec.facet in _needed(item) and _fits(item, spec)]
@@ -148,9 +163,23 @@ def _fits(item: Any, spec: Any) -> bool:
     return all(getattr(spec, name, value) == value for name, value in parameters.items())
 
 
+def _share_time(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test that draws cases an equal part of a soak's time; workers run theirs side by side."""
+    if SELECTION.minutes is None:
+        return
+    drawing = [item for item in items if item.get_closest_marker("moegate_executions")]
+    count = sum(item.get_closest_marker("skip") is None for item in drawing)
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    SELECTION.share = SELECTION.minutes * 60 * min(workers, max(1, count)) / max(1, count)
+
+
 def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say how many executions are to come, beside the file that counts them; with xdist the first worker does."""
-    if SELECTION.progress is None or getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0":
+    if (
+        SELECTION.progress is None
+        or SELECTION.minutes is not None
+        or getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0"
+    ):
         return
     from .session import current_session
 

@@ -28,6 +28,23 @@ def floor(values: Tensor, to: Format) -> Tensor:
     return torch.where((values != 0) & (values.abs() < to.smallest_normal), to.half_smallest_subnormal, 0.0)
 
 
+def beside_bias(values: Tensor, dot: Tensor, to: Format) -> Tensor:
+    """Largest error of rounding dot + bias where the dot moves the bias by less than a step, 0 elsewhere.
+
+    There the rounding is the bias's own, and biases that all lie a little beyond a format's grid lose one way.
+
+    Args:
+        values: dot + bias.
+        dot: shape as values.
+        to: the format.
+    """
+    largest = to.unit_roundoff * values.abs()
+    mantissa, exponent = torch.frexp(values)
+    rounded = torch.ldexp((mantissa / to.unit_roundoff).round() * to.unit_roundoff, exponent)
+    own = torch.minimum((rounded - values).abs() + dot.abs(), largest)
+    return torch.where(dot.abs() <= 2 * largest, own, 0.0)
+
+
 def accumulation(num_terms: int, total: Tensor, squares: Tensor, unit_roundoff: float) -> Tensor:
     """Squared error of summing `num_terms` products in an accumulator, in an order that nobody promised.
 

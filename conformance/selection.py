@@ -25,6 +25,8 @@ class Selection:
         isolate: the subject runs in a process of its own.
         timeout: seconds for one of its calls there.
         python: the interpreter of that process; None: this one's.
+        minutes: of a soak, over all its tests and workers; None: as many cases as the profile says.
+        share: seconds of one test of such a soak, once the tests are known.
     """
 
     subject: str = "moegate"
@@ -37,6 +39,8 @@ class Selection:
     isolate: bool = False
     timeout: float = 120.0
     python: str | None = None
+    minutes: float | None = None
+    share: float | None = None
 
 
 SELECTION = Selection()

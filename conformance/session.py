@@ -119,7 +119,8 @@ class Session:
                 _tick(SELECTION.progress, runs)
             self.settle(verdicts, spec, variant=variant, cause=cause)
 
-        explore(strategy, body, name=name, examples=self.examples(examples, is_value=is_value), pinned=pinned)
+        count = self.examples(examples, is_value=is_value)
+        explore(strategy, body, name=name, examples=count, pinned=pinned, facts=self.ledger.facts)
 
     def settle(
         self,

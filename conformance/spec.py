@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 DTYPES = ("bfloat16", "float16", "float32")
 TILE = 16
@@ -366,33 +366,46 @@ class QuantizeSpec(Spec):
     seed: int = 0
 
 
+# Of a spec's line; the longest that a failure prints is a tenth of it.
+MOST_CHARACTERS = 10_000
+
+
 def parse_spec(line: str) -> Spec:
     """The spec that a failure printed, from its line; nothing in the line is evaluated but literals.
 
     Raises:
         ValueError: not a spec, an unknown field, or a value that is not a literal.
     """
+    if not isinstance(line, str):
+        raise TypeError(f"spec: expected a line such as AlignSpec(M=1, E=2, top_k=1), got {type(line).__name__}")
     try:
+        if len(line) > MOST_CHARACTERS:
+            raise ValueError("too long")
         call = ast.parse(line.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"spec: expected a line such as AlignSpec(M=1, E=2, top_k=1), got {line!r}") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"spec: expected a line such as AlignSpec(M=1, E=2, top_k=1), got {line!a:.200}") from error
     if not (
         isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in Spec.kinds and not call.args
     ):
-        raise ValueError(f"spec: expected one of {sorted(Spec.kinds)} with named fields, got {line!r}")
+        raise ValueError(f"spec: expected one of {sorted(Spec.kinds)} with named fields, got {line!a:.200}")
     cls = Spec.kinds[call.func.id]
     known = {f.name for f in fields(cls)}
     values = {}
     for keyword in call.keywords:
         if keyword.arg not in known:
-            raise ValueError(f"spec: {call.func.id} has fields {sorted(known)}, got {keyword.arg!r}")
+            raise ValueError(f"spec: expected fields of {call.func.id}, {sorted(known)}, got {keyword.arg!a:.80}")
         if keyword.arg in values:
             raise ValueError(f"spec: expected each field once, got {keyword.arg} again")
         try:
             values[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError as error:
-            raise ValueError(f"spec: expected a literal for {keyword.arg}, got {ast.unparse(keyword.value)}") from error
+        except (ValueError, TypeError, RecursionError, MemoryError) as error:
+            got = ast.get_source_segment(line.strip(), keyword.value) or ""
+            raise ValueError(f"spec: expected a literal for {keyword.arg}, got {ascii(got)[1:-1]:.80}") from error
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if hints[name] in (int, str, bool, float) and type(value) is not hints[name]:
+            raise ValueError(f"spec: expected a {hints[name].__name__} for {name}, got {value!a:.80}")
     try:
         return cls(**values)
     except TypeError as error:
-        raise ValueError(f"spec: {error}") from error
+        raise ValueError(f"spec: expected other fields, got {line!a:.200}: {error}") from error

@@ -128,7 +128,8 @@ POOLS = {
         grouped_experts=(8, 60, 128),
     ),
     "cuda": Pools(
-        shapes=((256, 128), (200, 72)),
+        # One of whole tiles, and one that neither tiles nor the 16 elements that compilers know sizes by divide.
+        shapes=((256, 128), (200, 76)),
         scaled_shapes=((320, 464),),
         block_shapes=((320, 464, 128, 128),),
         group_shapes=((288, 160, 0, 32), (256, 128, 0, 128)),
@@ -278,12 +279,17 @@ def _nasty_routings(num_experts: int) -> Iterator[RoutingSpec]:
             yield replace(
                 base, logits="equal_groups", groups="some", group_ranking=ranking, correction_bias=bias, top_k=2
             )
+        # Experts of several kept groups tie at the k-th, and the best group is not the first.
+        for own in range(4):
+            yield replace(base, logits="ties", groups="some", top_k=4, seed=own)
         # A mask of 0 ranks above every expert of the kept groups.
         yield replace(base, groups="some", group_ranking="top2_sum", correction_bias="negative", top_k=2)
         # A renormalising sum of 0, and of infinity.
         yield replace(base, logits="infinite_rows", renormalize=True)
         yield replace(base, logits="infinite_rows", renormalize=True, seed=seed + 3)
         yield replace(base, logits="nan_rows", renormalize=True)
+    # So many choices that sorting a row is cheaper than one maximum after the other.
+    yield RoutingSpec(M=9, E=128, top_k=40)
 
 
 def _declares_routing(capabilities: Capabilities, spec: RoutingSpec) -> bool:
@@ -298,7 +304,8 @@ def pinned_routings(device: str, capabilities: Capabilities) -> tuple[RoutingSpe
     pairs = [RoutingSpec(M=7, seed=seed, **row) for seed, row in enumerate(rows)]
     pools = pools_of(device, capabilities)
     nasty = [spec for spec in _nasty_routings(pools.grouped_experts[0]) if _declares_routing(capabilities, spec)]
-    nasty = [spec for spec in nasty if spec.top_k <= pools.routing_top_k]
+    most, experts = capabilities.max_top_k, capabilities.max_experts
+    nasty = [spec for spec in nasty if spec.top_k <= (most or spec.top_k) and (experts or spec.E) >= spec.E]
     return (*pairs, *nasty)
 
 

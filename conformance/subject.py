@@ -52,6 +52,7 @@ class Capabilities:
     Attributes:
         devices: torch device types that it runs on.
         dtypes: of the activations and weights.
+        id_dtypes: of the routed ids.
         routings, weights, maps: the names of `spec.py` that it takes.
         counts: of the tokens of each expert in the batched format, by the names of `spec.py`.
         logits: kinds of router logits that its routing takes.
@@ -72,6 +73,7 @@ class Capabilities:
 
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = DTYPES
+    id_dtypes: tuple[str, ...] = ("int32",)
     routings: tuple[str, ...] = ROUTINGS
     weights: tuple[str, ...] = WEIGHTS
     maps: tuple[str, ...] = MAPS

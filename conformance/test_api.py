@@ -1,14 +1,13 @@
 import pytest
 
 from moegate.conformance.properties.api import BAD_CALLS, judge_bad_call
-from moegate.conformance.properties.api_routing import BAD_ROUTING_CALLS
 from moegate.conformance.spec import Spec
 
 FACET_OF_FUNCTION = {"moe_align_block_size": "align", "batched_experts": "batched"}
 pytestmark = pytest.mark.moegate_facets("api")
 
 
-@pytest.mark.parametrize("call", [*BAD_CALLS, *BAD_ROUTING_CALLS], ids=str)
+@pytest.mark.parametrize("call", BAD_CALLS, ids=str)
 def test_bad_input_is_refused_by_name(moegate_session, moegate_variant, call):
     session = moegate_session
     functions = session.subject.api()

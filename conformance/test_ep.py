@@ -6,6 +6,7 @@ import torch
 from moegate.conformance.parallel_cases import build_parallel, parallel_specs, pinned_parallel
 from moegate.conformance.properties.ep import (
     judge_again,
+    judge_base,
     judge_meeting,
     judge_memory,
     judge_raised,
@@ -19,7 +20,7 @@ from moegate.conformance.selection import SELECTION
 from moegate.conformance.simulated_ranks import run_simulated
 
 # Exchanges are the same whatever computes the experts, so the fastest variant has most of the cases.
-EXAMPLES, FEWER, RUNS = 240, 20, 3  # each poisoned, again, and without routed weights
+EXAMPLES, FEWER, RUNS = 240, 20, 3  # each poisoned, again, and without routed weights or adapters
 pytestmark = pytest.mark.moegate_facets("parallel")
 
 
@@ -47,6 +48,9 @@ def judge_of(session, run):
         verdicts += judge_values(judged, results, subject.numerics, subject.partial_sums[spec.exchange])
         if subject.numerics.repeatable:
             verdicts.append(judge_again(results, results_of(case)))
+        if spec.adapters != "none":
+            plain = build_parallel(replace(spec, adapters="none"), session.device)
+            verdicts.append(judge_base(judged, results, results_of(plain)))
         if spec.shared != "none":
             verdicts += judge_shared(judged, results_of(without_routed_weights(case)), subject.numerics)
         return verdicts

@@ -26,8 +26,11 @@ def pinned(device, capabilities, low_latency, dtype):
         return (base, replace(base, routing="all_invalid"))
     # Rows wider than any kernel's block, whose scale is found in several steps.
     wide = replace(base, M=3, H=40, I=WIDE, E=2, top_k=1, scheme="fp8_channel_token")
+    # So many choices that adding them up in fewer bits than float32 shows.
+    many = replace(base, M=4, E=40, top_k=32)
     return (
-        *((wide,) if dtype == "bfloat16" else ()),
+        *((wide, many) if dtype == "bfloat16" else ()),
+        replace(base, M=base.E // (4 * base.top_k) + 1),  # just over the threshold of naive blocks
         replace(base, M=0, E=8, top_k=2),
         replace(base, expert_map="linear"),
         replace(base, M=17, E=5, top_k=3, expert_map="owns_nothing"),

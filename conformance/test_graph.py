@@ -91,7 +91,7 @@ def test_two_graphs_replay_on_two_streams(moegate_session, moegate_variant):
 
 
 @pytest.mark.moegate_facets("capture", "shared")
-@pytest.mark.moegate_executions(EAGER_EXAMPLES, 3)
+@pytest.mark.moegate_executions(EAGER_EXAMPLES, 5)
 def test_operands_changed_in_place_are_read_anew(moegate_session, moegate_variant):
     session, calls = moegate_session, _calls(moegate_session.subject, moegate_variant)
 
@@ -99,4 +99,4 @@ def test_operands_changed_in_place_are_read_anew(moegate_session, moegate_varian
         case, donor = _cases(spec, session, 2)
         return [judge_eager(case, donor, calls)]
 
-    _explore(session, moegate_variant, judge, name="EAGER", examples=EAGER_EXAMPLES, runs=3)
+    _explore(session, moegate_variant, judge, name="EAGER", examples=EAGER_EXAMPLES, runs=5)

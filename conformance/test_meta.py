@@ -6,13 +6,15 @@ from moegate.conformance.properties.num import budget_of, reference_of
 from moegate.conformance.session import form_as_verdict
 from moegate.conformance.strategies import experts_specs
 
-EXAMPLES = 60
 pytestmark = pytest.mark.moegate_facets("experts")
 
 
 @pytest.mark.parametrize(
     "law",
-    [pytest.param(law, id=law.property.id, marks=pytest.mark.moegate_executions(EXAMPLES, law.runs)) for law in LAWS],
+    [
+        pytest.param(law, id=law.property.id, marks=pytest.mark.moegate_executions(law.examples, law.runs))
+        for law in LAWS
+    ],
 )
 def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant, law):
     session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
@@ -40,7 +42,7 @@ def test_two_calls_are_related_as_the_law_says(moegate_session, moegate_variant,
         judge,
         name=f"{law.property.id}/{variant}",
         variant=variant,
-        examples=EXAMPLES,
+        examples=law.examples,
         is_value=True,
         runs=law.runs,
     )

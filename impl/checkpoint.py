@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from .checkpoint_models import LayerPlan, plan_of
-from .checks import FLOATS
+from .checks import FLOATS, expect_bool, expect_device, expect_dtype, expect_instance, expect_int
 from .config import MoEConfig, ParallelConfig, QuantScheme
 from .experts_module import RoutedExperts, SharedExperts
 from .layer import Gate, MoELayer
@@ -98,7 +99,8 @@ class _Safetensors:
 
         self._where: dict[str, Any] = {}
         for file in files:
-            handle = safe_open(file, framework="pt", device="cpu")
+            with readable(file):
+                handle = safe_open(file, framework="pt", device="cpu")
             for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
                 if name in self._where:
                     raise ValueError(f"checkpoint: expected each entry in one file, got {name} in two")
@@ -116,8 +118,29 @@ class _Safetensors:
         return self._where[name].get_tensor(name)
 
 
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """What safetensors says of a file that it refuses (a header that lies, say), as an error with the file's name.
+
+    Raises:
+        ValueError: the file, and what is wrong with it.
+    """
+    from safetensors import SafetensorError
+
+    if not file.is_file():  # opening a pipe would wait for its writer
+        raise ValueError(f"{ascii(str(file))[1:-1]}: expected a safetensors file, got something else or nothing")
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{ascii(str(file))[1:-1]}: expected a safetensors file, got another: {error}") from error
+
+
 def _source_of(checkpoint: Any) -> _Source:
     if isinstance(checkpoint, Mapping):
+        for name, entry in checkpoint.items():
+            if not (isinstance(name, str) and isinstance(entry, torch.Tensor)):
+                wanted = f"checkpoint[{name!a:.80}]: expected a tensor by name"
+                raise TypeError(f"{wanted}, got {type(entry).__name__} by {type(name).__name__}")
         return _StateDict(checkpoint)
     if not isinstance(checkpoint, (str, Path)):
         raise TypeError(f"checkpoint: expected a state dict, a file or a folder, got {type(checkpoint).__name__}")
@@ -392,11 +415,15 @@ def load_layer(
         TypeError, ValueError: an argument that is wrong, by name.
     """
     plan = plan_of(config)
+    expect_int("layer", layer, low=0)
+    expect_instance("prefix", prefix, str, optional=True)
+    expect_instance("parallel", parallel, ParallelConfig, optional=True)
     parallel = ParallelConfig() if parallel is None else parallel
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype: expected one of {[str(d) for d in FLOATS]}, got {dtype}")
+    expect_dtype("dtype", dtype)
+    expect_dtype("router_dtype", router_dtype, optional=True)
+    expect_bool("prepare", prepare)
+    device = expect_device("device", device)
     experts, expert_map = _placement(plan, parallel, dtype)
-    device = torch.device(device)
     source = _source_of(checkpoint)
     prefix = plan.names.block.format(layer=layer) if prefix is None else prefix
     layout = _layout(plan, set(source.names()), prefix)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .checks import expect_bool, expect_instance, expect_int, expect_number
 from .config import Activation
 from .layer import RoutingMethod
 
@@ -82,32 +83,44 @@ class _Config:
             value = self.config.get(name)
             if value is not None:
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise ValueError(f"config.{name}: expected an integer of at least 1, got {value!r}")
+                    raise ValueError(f"config.{name}: expected an integer of at least 1, got {value!a:.80}")
                 return value
         raise ValueError(f"config: expected {' or '.join(names)}, got none of them")
 
-    def get(self, name: str, default: Any) -> Any:
+    def count(self, name: str, default: int) -> int:
         value = self.config.get(name)
-        return default if value is None else value
+        return default if value is None else expect_int(f"config.{name}", value, low=0)
+
+    def switch(self, name: str, default: bool) -> bool:
+        value = self.config.get(name)
+        return default if value is None else expect_bool(f"config.{name}", value)
+
+    def factor(self, name: str, default: float) -> float:
+        value = self.config.get(name)
+        return default if value is None else float(expect_number(f"config.{name}", value, above=0))
 
     def expect(self, name: str, *known: Any) -> None:
         """A key that is there has one of the known values."""
         value = self.config.get(name)
         if value is not None and value not in known:
-            raise ValueError(f"config.{name}: expected one of {list(known)}, got {value!r}")
+            raise ValueError(f"config.{name}: expected one of {list(known)}, got {value!a:.80}")
 
     def block_shape(self) -> tuple[int, int] | None:
         """Of fp8 weights, which is the one quantisation that is loaded as it is."""
         quantization = self.config.get("quantization_config")
-        if quantization is None or quantization.get("quant_method") == "mxfp4":
+        if quantization is None:
+            return None
+        expect_instance("config.quantization_config", quantization, Mapping)
+        if quantization.get("quant_method") == "mxfp4":
             return None
         shape = quantization.get("weight_block_size")
-        if quantization.get("quant_method") != "fp8" or not shape or len(shape) != 2:
-            raise ValueError(
-                "config.quantization_config: expected quant_method 'fp8' with a weight_block_size, or 'mxfp4', "
-                f"got {dict(quantization)}"
-            )
-        return int(shape[0]), int(shape[1])
+        is_shape = isinstance(shape, (list, tuple)) and len(shape) == 2
+        if quantization.get("quant_method") == "fp8" and is_shape and all(type(n) is int and n > 0 for n in shape):
+            return shape[0], shape[1]
+        raise ValueError(
+            "config.quantization_config: expected quant_method 'fp8' with a weight_block_size of two integers, or "
+            f"'mxfp4', got {dict(quantization)!a:.200}"
+        )
 
 
 def _mixtral(config: _Config) -> LayerPlan:
@@ -130,7 +143,7 @@ def _qwen(config: _Config, model_type: str, *, has_shared: bool) -> LayerPlan:
         config.number("num_experts", "num_local_experts"),
         config.number("hidden_size"),
         config.number("moe_intermediate_size"),
-        RoutingMethod(config.number("num_experts_per_tok"), renormalize=bool(config.get("norm_topk_prob", False))),
+        RoutingMethod(config.number("num_experts_per_tok"), renormalize=config.switch("norm_topk_prob", False)),
         shared_size=config.number("shared_expert_intermediate_size") if has_shared else 0,
         shared_is_gated=has_shared,
         block_shape=config.block_shape(),
@@ -144,10 +157,10 @@ def _deepseek_v3(config: _Config) -> LayerPlan:
     routing = RoutingMethod(
         config.number("num_experts_per_tok"),
         scoring_func="sigmoid",
-        renormalize=bool(config.get("norm_topk_prob", True)),
+        renormalize=config.switch("norm_topk_prob", True),
         num_expert_group=config.number("n_group"),
         topk_group=config.number("topk_group"),
-        routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
+        routed_scaling_factor=config.factor("routed_scaling_factor", 1.0),
     )
     return LayerPlan(
         "deepseek_v3",
@@ -156,7 +169,7 @@ def _deepseek_v3(config: _Config) -> LayerPlan:
         config.number("hidden_size"),
         size,
         routing,
-        shared_size=size * int(config.get("n_shared_experts", 0)),
+        shared_size=size * config.count("n_shared_experts", 0),
         has_correction_bias=True,
         block_shape=config.block_shape(),
     )
@@ -176,8 +189,8 @@ def _gpt_oss(config: _Config) -> LayerPlan:
         has_bias=True,
         is_transposed=True,
         activation=Activation.SWIGLUOAI,
-        swiglu_alpha=float(config.get("swiglu_alpha", 1.702)),
-        swiglu_limit=float(config.get("swiglu_limit", 7.0)),
+        swiglu_alpha=config.factor("swiglu_alpha", 1.702),
+        swiglu_limit=config.factor("swiglu_limit", 7.0),
     )
 
 
@@ -199,9 +212,9 @@ def plan_of(config: Mapping[str, Any]) -> LayerPlan:
     Raises:
         ValueError: an unknown model type, or a key that is missing or has a value that is not known here, by name.
     """
-    model_type = config.get("model_type")
-    if model_type not in MODELS:
-        raise ValueError(f"config.model_type: expected one of {sorted(MODELS)}, got {model_type!r}")
+    model_type = expect_instance("config", config, Mapping).get("model_type")
+    if model_type not in tuple(MODELS):
+        raise ValueError(f"config.model_type: expected one of {sorted(MODELS)}, got {model_type!a:.80}")
     read = _Config(config)
     read.expect("hidden_act", "silu")
     return MODELS[model_type](read)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -19,16 +19,37 @@ import torch
 from .config import Activation, ActivationFunction
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# What lists every expert is refused beyond this many, before it takes the memory.
+MOST_LISTED = 1 << 20
 
-_debug: ContextVar[bool] = ContextVar(
-    "moegate_debug", default=os.environ.get("MOEGATE_DEBUG", "0").lower() in ("1", "true", "on", "yes")
-)
+DEBUG_VARIABLE = "MOEGATE_DEBUG"
+_ON, _OFF = ("1", "true", "on", "yes"), ("", "0", "false", "off", "no")
+
+
+def switch(variable: str, environment: Mapping[str, str]) -> bool:
+    """Whether an environment variable is on; one that is not set is off.
+
+    Raises:
+        ValueError: neither on nor off.
+    """
+    text = environment.get(variable, "").strip().lower()
+    if text not in (*_ON, *_OFF):
+        raise ValueError(f"{variable}: expected one of {[*_ON, *_OFF]}, got {text!a:.80}")
+    return text in _ON
+
+
+_is_asked_for = switch(DEBUG_VARIABLE, os.environ)
+_debug: ContextVar[bool] = ContextVar("moegate_debug", default=_is_asked_for)
 
 
 @contextmanager
 def debug_checks(enabled: bool = True) -> Iterator[None]:
-    """Turn the checks that synchronise the device on (or off) inside this block."""
-    token = _debug.set(enabled)
+    """Turn the checks that synchronise the device on (or off) inside this block.
+
+    Raises:
+        TypeError: `enabled` is no bool.
+    """
+    token = _debug.set(expect_bool("enabled", enabled))
     try:
         yield
     finally:
@@ -45,7 +66,7 @@ def expect_tensor(
     value: Any,
     *,
     shape: Sequence[int | str],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[torch.dtype] | None = None,
     like: torch.Tensor | None = None,
     contiguous: bool = False,
 ) -> torch.Tensor:
@@ -55,7 +76,7 @@ def expect_tensor(
         name: the argument's name, for the message.
         value: what the caller passed.
         shape: the expected shape; a string (`"M"`) is a dimension of any size, an int is exact.
-        dtypes: the accepted dtypes.
+        dtypes: the accepted dtypes; None accepts any.
         like: the tensor whose device it must share.
         contiguous: whether the whole tensor must be contiguous, and not the last dimension alone.
 
@@ -71,11 +92,13 @@ def expect_tensor(
     for want, got in zip(shape, sizes, strict=True):
         if want != got and not isinstance(want, str):
             raise ValueError(f"{name}: expected shape {_wanted(shape)}, got {list(sizes)}")
-    if value.dtype not in dtypes:
+    if dtypes is not None and value.dtype not in dtypes:
         names = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got layout {value.layout}")
     if sizes and sizes[-1] > 1 and value.stride(-1) != 1 and value.numel():
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}")
     if contiguous and not value.is_contiguous():
@@ -111,6 +134,79 @@ def expect_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value's type and its beginning, for a message: escaped, so that no terminal obeys it."""
+    return f"{type(value).__name__} {value!a:.80}"
+
+
+def expect_instance(name: str, value: Any, kind: type, *, optional: bool = False) -> Any:
+    """Check an object's class; None is right where it is optional.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not (isinstance(value, kind) or (optional and value is None)):
+        wanted = f"{kind.__name__} or None" if optional else kind.__name__
+        raise TypeError(f"{name}: expected {wanted}, got {shown(value)}")
+    return value
+
+
+def expect_one_of(name: str, value: Any, known: Iterable[str]) -> Any:
+    """Check a name.
+
+    Raises:
+        ValueError: another one, with those that exist.
+    """
+    known = tuple(known)
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {[str(each) for each in known]}, got {value!a:.80}")
+    return value
+
+
+def expect_number(name: str, value: Any, *, above: float = -math.inf) -> float:
+    """Check a finite number, above another one where that is given.
+
+    Raises:
+        TypeError: no number (a bool is none).
+        ValueError: NaN, an infinity, or not above.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a float, got {shown(value)}")
+    if not (math.isfinite(value) and value > above):
+        wanted = "a finite number" + ("" if above == -math.inf else f" above {above:g}")
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return value
+
+
+def expect_dtype(name: str, value: Any, *, optional: bool = False) -> Any:
+    """Check a dtype of activations: bfloat16, float16 or float32.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if value not in FLOATS and not (optional and value is None):
+        known = [str(dtype) for dtype in FLOATS]
+        raise TypeError(f"{name}: expected one of {known}{' or None' if optional else ''}, got {value!a:.80}")
+    return value
+
+
+def expect_device(name: str, value: Any) -> torch.device:
+    """Check a device, given as one or by its name.
+
+    Raises:
+        TypeError: neither.
+        ValueError: a name that torch does not know.
+    """
+    if isinstance(value, torch.device):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a torch.device or its name, got {shown(value)}")
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected a torch.device or its name, got {value!a:.80}") from None
 
 
 def expect_activation(activation: Any, alpha: Any, limit: Any, interleaved: Any) -> ActivationFunction:

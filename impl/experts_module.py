@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import FLOATS, expect_activation, expect_tensor
+from .checks import FLOATS, expect_activation, expect_bool, expect_dtype, expect_one_of, expect_tensor
 from .config import Activation
 from .fused_moe import fused_experts
 from .lora.table import AdapterTable
 from .ops import fused_experts_op, quantization_arguments
+from .oracle.backends import AUTO, UnquantizedMoeBackend
 from .quantization import ExpertsQuantization
 from .weights import expect_experts_weights
 
@@ -58,10 +59,12 @@ class RoutedExperts(nn.Module):
         allow_tf32: bool = False,
     ) -> None:
         super().__init__()
-        if dtype not in FLOATS:
-            raise TypeError(f"dtype: expected one of {[str(d) for d in FLOATS]}, got {dtype}")
+        expect_dtype("dtype", dtype)
+        expect_one_of("backend", backend, (AUTO, *UnquantizedMoeBackend))
+        expect_bool("apply_router_weight_on_input", apply_router_weight_on_input)
+        expect_bool("allow_tf32", allow_tf32)
         function = expect_activation(activation, swiglu_alpha, swiglu_limit, interleaved)
-        expect_tensor("w2", w2, shape=("E_local", "H", "columns"), dtypes=(w2.dtype,))
+        expect_tensor("w2", w2, shape=("E_local", "H", "columns"))
         like = torch.empty((0, w2.shape[1]), dtype=dtype, device=w2.device)
         checked = expect_experts_weights(like, "E_local", w13, w2, w13_bias, w2_bias, quant, function)
         self.dtype = dtype
@@ -198,8 +201,8 @@ class SharedExperts(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        expect_tensor("w2", w2, shape=("H", "I"), dtypes=(w2.dtype,))
-        expect_tensor("w13", w13, shape=("rows", "columns"), dtypes=(w13.dtype,), like=w2)
+        expect_tensor("w2", w2, shape=("H", "I"))
+        expect_tensor("w13", w13, shape=("rows", "columns"), like=w2)
         self.expert = RoutedExperts(w13[None], w2[None], quant=quant, **options)
         if gate is not None:
             expect_tensor("gate", gate, shape=(1, self.expert.hidden_size), dtypes=FLOATS, like=w2)
@@ -209,7 +212,13 @@ class SharedExperts(nn.Module):
         self.register_buffer("_one", torch.ones((1, 1), dtype=torch.float32, device=w2.device), persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[M, H]` to `[M, H]`; nothing is reduced over ranks."""
+        """`[M, H]` to `[M, H]`; nothing is reduced over ranks.
+
+        Raises:
+            TypeError, ValueError: hidden states of another shape, dtype or device.
+        """
+        shape, dtypes = ("M", self.expert.hidden_size), (self.expert.dtype,)
+        expect_tensor("hidden_states", hidden_states, shape=shape, dtypes=dtypes, like=self.expert.w2)
         num_tokens = hidden_states.shape[0]
         if self.gate is None:
             weights = self._one.expand(num_tokens, 1)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import expect_int, expect_tensor
+from .align import IDS
+from .checks import MOST_LISTED, expect_int, expect_tensor
 
 
 def can_fuse_shared_experts(
@@ -23,7 +24,17 @@ def can_fuse_shared_experts(
         w2: `[E, H, I]`.
         shared_w13: `[2 n I, H]`, gate rows first.
         shared_w2: `[H, n I]`.
+
+    Raises:
+        TypeError, ValueError: no tensors, or of another rank or layout, by name.
     """
+    for name, tensor, dims in (
+        ("w13", w13, 3),
+        ("w2", w2, 3),
+        ("shared_w13", shared_w13, 2),
+        ("shared_w2", shared_w2, 2),
+    ):
+        expect_tensor(name, tensor, shape=("E", "rows", "columns")[-dims:])
     size, shared_size = w2.shape[2], shared_w2.shape[1]
     if shared_w2.shape[0] != w2.shape[1]:
         return f"their hidden size {shared_w2.shape[0]} is not the routed experts' {w2.shape[1]}"
@@ -47,11 +58,11 @@ def fuse_shared_experts(
         `w13 [E + n, 2I, H]` and `w2 [E + n, H, I]`.
 
     Raises:
-        ValueError: shapes or dtypes that do not allow it, with the reason.
+        TypeError, ValueError: shapes or dtypes that do not allow it, with the reason.
     """
     reason = can_fuse_shared_experts(w13, w2, shared_w13, shared_w2)
     if reason is not None:
-        raise ValueError(f"shared_experts: expected ones that can stand among the routed experts, but {reason}")
+        raise ValueError(f"shared_experts: expected ones that can stand among the routed experts, got others: {reason}")
     hidden_size, size = w2.shape[1:]
     expect_tensor("shared_w13", shared_w13, shape=(2 * shared_w2.shape[1], hidden_size), dtypes=(w13.dtype,), like=w13)
     expect_tensor("w13", w13, shape=(w2.shape[0], 2 * size, hidden_size), dtypes=(w13.dtype,), like=w2)
@@ -74,9 +85,14 @@ def append_shared_experts(
 
     Returns:
         `[M, top_k + n]` each.
+
+    Raises:
+        TypeError, ValueError: by name.
     """
-    expect_int("num_experts", num_experts, low=1)
-    expect_int("num_shared_experts", num_shared_experts, low=1)
+    expect_int("num_experts", num_experts, low=1, high=MOST_LISTED)
+    expect_int("num_shared_experts", num_shared_experts, low=1, high=MOST_LISTED)
+    expect_tensor("topk_ids", topk_ids, shape=("M", "top_k"), dtypes=IDS)
+    expect_tensor("topk_weights", topk_weights, shape=topk_ids.shape, dtypes=(torch.float32,), like=topk_ids)
     num_tokens = topk_ids.shape[0]
     ids = torch.arange(num_experts, num_experts + num_shared_experts, dtype=topk_ids.dtype, device=topk_ids.device)
     ids = ids.expand(num_tokens, num_shared_experts)

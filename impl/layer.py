@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import path
-from .checks import FLOATS, expect_int, expect_tensor
+from .checks import FLOATS, expect_instance, expect_int, expect_tensor, shown
 from .experts_module import RoutedExperts
 from .fused_shared import append_shared_experts
 from .lora.table import AdapterTable
 from .overlap import auxiliary_stream, beside, expect_stream
 from .parallel.experts import ParallelExperts
 from .platform import Platform
-from .routing import RoutingFunction, select_experts
+from .routing import RoutingFunction, expect_method, select_experts
 from .shared_experts import SharedExpertsOrder, SharedExpertsSetting, order_of_call
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -74,7 +74,13 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", e_score_correction_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[M, H]` to logits `[M, E]`."""
+        """`[M, H]` to logits `[M, E]`.
+
+        Raises:
+            TypeError, ValueError: hidden states of another shape, dtype or device.
+        """
+        shape = ("M", self.weight.shape[1])
+        expect_tensor("hidden_states", hidden_states, shape=shape, dtypes=FLOATS, like=self.weight)
         return F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -104,7 +110,9 @@ class MoELayer(nn.Module):
         aux_stream: of the experts' device; None takes the device's own, where it has one.
         max_captured_tokens: the most tokens that a CUDA graph may be captured with; None: any.
         reduce: the sum over ranks; None: there is one rank, or `parallel` says how they share the layer.
-        adapters: LoRA adapters of the routed experts, whose slots tokens name in `lora_ids`; None without.
+        adapters: LoRA adapters of the routed experts, whose slots tokens name in `lora_ids`; None without. With
+            `parallel` those of this rank's experts (`ExpertPlacement.local_experts`) and columns of I
+            (`shard_of_adapter`), in the same slots on every rank.
         parallel: how ranks exchange tokens, and who holds which experts. Its ranks all make the layer, and all call it,
             also without tokens.
 
@@ -131,11 +139,23 @@ class MoELayer(nn.Module):
         parallel: ParallelExperts | None = None,
     ) -> None:
         super().__init__()
+        for name, part, kind, optional in (
+            ("gate", gate, Gate, False),
+            ("experts", experts, RoutedExperts, False),
+            ("routing", routing, RoutingMethod, False),
+            ("shared_experts", shared_experts, nn.Module, True),
+            ("setting", setting, SharedExpertsSetting, True),
+            ("adapters", adapters, AdapterTable, True),
+            ("parallel", parallel, ParallelExperts, True),
+        ):
+            expect_instance(name, part, kind, optional=optional)
+        if reduce is not None and not callable(reduce):
+            raise TypeError(f"reduce: expected a callable or None, got {type(reduce).__name__}")
         num_experts, hidden_size = gate.weight.shape
         like = experts.w2
         expect_tensor("gate.weight", gate.weight, shape=("E", experts.hidden_size), dtypes=FLOATS, like=like)
         expect_int("num_fused_shared_experts", num_fused_shared_experts, low=0)
-        expect_int("top_k", routing.top_k, low=1, high=num_experts)
+        expect_method(num_experts, gate.e_score_correction_bias, **vars(routing))
         if expert_map is not None:
             if num_fused_shared_experts:
                 raise ValueError(
@@ -163,13 +183,15 @@ class MoELayer(nn.Module):
                 ("reduce", reduce is not None),
                 ("expert_map", expert_map is not None),
                 ("num_fused_shared_experts", num_fused_shared_experts > 0),
-                ("adapters", adapters is not None),  # whose table no exchange knows yet
             ):
                 if is_given:
                     raise ValueError(f"{name}: expected none beside parallel, which says who holds and adds what")
             if parallel.overlap and shared_experts is not None:
                 setting = replace(setting, dispatch_runs_shared_experts=True)
-            parallel.join(experts, num_experts, routing.top_k)
+            parallel.join(experts, num_experts, routing.top_k, adapters)
+        elif adapters is not None:
+            rows = like.new_empty((0, hidden_size), dtype=experts.dtype)
+            adapters.expect_layer(experts.num_local_experts, rows, experts.intermediate_size, experts.function)
         if max_captured_tokens is not None:
             expect_int("max_captured_tokens", max_captured_tokens, low=1)
         if aux_stream is not None:
@@ -219,6 +241,12 @@ class MoELayer(nn.Module):
             TypeError, ValueError: hidden states of another shape, dtype or device; a shared-experts module whose result
                 is not `[M, H]` of their dtype and device; a CUDA graph captured with more tokens than declared.
         """
+        if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() < 1:
+            raise TypeError(f"hidden_states: expected a tensor [..., {self.hidden_size}], got {shown(hidden_states)}")
+        if lora_ids is not None:
+            expect_instance("lora_ids", lora_ids, torch.Tensor)
+        if padded_tokens is not None:
+            expect_int("padded_tokens", padded_tokens, low=0)
         shape = hidden_states.shape
         rows = hidden_states.reshape(-1, shape[-1]) if hidden_states.dim() != 2 else hidden_states
         if lora_ids is not None:
@@ -234,9 +262,14 @@ class MoELayer(nn.Module):
 
         Returns:
             The layer.
+
+        Raises:
+            TypeError, ValueError: numbers of tokens that are none, before anything runs.
         """
+        expect_instance("num_tokens", num_tokens, Sequence)
         for count in num_tokens:
             expect_int("num_tokens", count, low=0)
+        for count in num_tokens:
             like = self.experts.w2
             hidden_states = torch.zeros((count, self.hidden_size), dtype=self.experts.dtype, device=like.device)
             self(hidden_states)
@@ -258,8 +291,6 @@ class MoELayer(nn.Module):
         path.note("shared_experts_order", str(decision.order))
         if path.is_recording():
             path.note("shared_experts_reasons", tuple(reason.as_dict() for reason in decision.reasons))
-        if lora_ids is not None and self.adapters is None:
-            raise ValueError("lora_ids: expected None without adapters, got ids")
         if self.parallel is not None:
             return self.parallel.run(
                 hidden_states,
@@ -270,9 +301,13 @@ class MoELayer(nn.Module):
                 stream=stream,
                 shared_is_reduced=self.setting.uses_external_experts,
                 padded_tokens=padded_tokens,
+                adapters=self.adapters,
+                lora_ids=lora_ids,
             )
         if padded_tokens is not None:
             raise ValueError(f"padded_tokens: expected None for a layer of one rank, got {padded_tokens}")
+        if lora_ids is not None and self.adapters is None:
+            raise ValueError("lora_ids: expected None without adapters, got ids")
         match decision.order:
             case SharedExpertsOrder.NONE:
                 return self._reduced(self._routed(hidden_states, lora_ids))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import FLOATS, expect_tensor
+from .checks import expect_dtype, expect_instance, expect_tensor
 
 BLOCK = 32
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -30,9 +30,8 @@ def dequantize_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dt
     Raises:
         TypeError, ValueError: by name.
     """
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype: expected one of {[str(d) for d in FLOATS]}, got {dtype}")
-    leading = tuple(blocks.shape[:-1])
+    expect_dtype("dtype", dtype)
+    leading = tuple(expect_instance("blocks", blocks, torch.Tensor).shape[:-1])
     expect_tensor("blocks", blocks, shape=(*leading, BLOCK // 2), dtypes=(torch.uint8,))
     expect_tensor("scales", scales, shape=leading, dtypes=(torch.uint8,), like=blocks)
     table = torch.tensor(_E2M1, dtype=torch.float32, device=blocks.device)

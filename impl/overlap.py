@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from .checks import expect_instance
+
 
 @cache
 def _stream_of(index: int) -> torch.cuda.Stream:
@@ -34,7 +36,11 @@ def auxiliary_stream(device: torch.device) -> torch.cuda.Stream | None:
 
     One is enough: what several layers or callers give it runs one after the other, and a second one would let their
     shared experts compete.
+
+    Raises:
+        TypeError: no device.
     """
+    expect_instance("device", device, torch.device)
     if device.type != "cuda":
         return None
     return _stream_of(torch.cuda.current_device() if device.index is None else device.index)

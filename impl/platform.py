@@ -14,6 +14,8 @@ from functools import cache
 
 import torch
 
+from .checks import expect_bool, expect_device, expect_instance, expect_int, shown
+
 
 class Vendor(StrEnum):
     """Who makes the device, under the name that torch and the engines use for its software stack."""
@@ -71,7 +73,13 @@ class Platform:
 
     def __post_init__(self) -> None:
         if not isinstance(self.vendor, Vendor):
-            raise TypeError(f"vendor: expected a Vendor, got {self.vendor!r}")
+            raise TypeError(f"vendor: expected a Vendor, got {shown(self.vendor)}")
+        if self.capability is not None and not isinstance(self.capability, tuple):
+            raise TypeError(f"capability: expected (major, minor) or None, got {shown(self.capability)}")
+        expect_instance("name", self.name, str)
+        expect_int("num_sms", self.num_sms, low=0)
+        expect_int("shared_memory", self.shared_memory, low=0)
+        expect_bool("interpreted", self.interpreted)
         if self.vendor is Vendor.NVIDIA and self.capability not in _NVIDIA_SHARED_MEMORY:
             known = ", ".join(f"{major}.{minor}" for major, minor in _NVIDIA_SHARED_MEMORY)
             raise ValueError(f"capability: expected one of {known} for cuda, got {self.capability!r}")
@@ -123,18 +131,22 @@ class Platform:
         """A platform from `cuda:9.0`, `rocm:gfx942`, `xpu`, `cpu`, `tpu` or `out_of_tree`.
 
         Raises:
-            ValueError: an unknown vendor, architecture or capability, by name.
+            TypeError, ValueError: no string, or an unknown vendor, architecture or capability, by name.
         """
+        expect_instance("platform", text, str)
         vendor_name, _, rest = text.partition(":")
         vendors = [v.value for v in Vendor]
         if vendor_name not in vendors:
-            raise ValueError(f"platform: expected one of {vendors}, got {text!r}")
+            raise ValueError(f"platform: expected one of {vendors}, got {text!a:.80}")
         vendor = Vendor(vendor_name)
         if vendor is Vendor.NVIDIA:
-            match = re.fullmatch(r"(\d+)\.(\d+)", rest)
+            match = re.fullmatch(r"([0-9]{1,3})\.([0-9]{1,3})", rest)
             if match is None:
-                raise ValueError(f"platform: expected a capability such as cuda:9.0, got {text!r}")
+                raise ValueError(f"platform: expected a capability such as cuda:9.0, got {text!a:.80}")
             capability = (int(match[1]), int(match[2]))
+            if capability not in _NVIDIA_SHARED_MEMORY:
+                known = ", ".join(f"cuda:{major}.{minor}" for major, minor in _NVIDIA_SHARED_MEMORY)
+                raise ValueError(f"platform: expected one of {known}, got {text!r}")
             return Platform(vendor, capability, shared_memory=_NVIDIA_SHARED_MEMORY.get(capability, 0))
         if vendor is Vendor.AMD:
             if rest not in _AMD_ARCHITECTURES:
@@ -152,9 +164,9 @@ class Platform:
         """The platform of a torch device of this machine.
 
         Raises:
-            ValueError: a device type that torch knows and moegate does not.
+            TypeError, ValueError: no device, or a type that torch knows and moegate does not.
         """
-        device = torch.device(device)
+        device = expect_device("device", device)
         if device.type == "cpu":
             return _cpu()
         if device.type == "cuda":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import FLOATS, expect_bool, expect_int, expect_tensor
+from .checks import FLOATS, expect_bool, expect_int, expect_one_of, expect_tensor
 from .config import QuantScheme, expect_block_shape
 from .kernels.device import current_device
 from .kernels.quantize import quantize_rows
@@ -152,9 +152,7 @@ def quantize_weights(
         TypeError, ValueError: an argument out of its range, or that the scheme does not have, by name.
     """
     expect_tensor("w", w, shape=("E", "N", "K"), dtypes=FLOATS)
-    if scheme not in _SCALES_OF_SCHEME:
-        raise ValueError(f"scheme: expected one of {[str(s) for s in _SCALES_OF_SCHEME]}, got {scheme!r}")
-    scheme = QuantScheme(scheme)
+    scheme = QuantScheme(expect_one_of("scheme", scheme, _SCALES_OF_SCHEME))
     known = _SCALES_OF_SCHEME[scheme]
     if weight_scale not in known:
         raise ValueError(f"weight_scale: expected one of {[str(s) for s in known]} for {scheme}, got {weight_scale!r}")
@@ -277,8 +275,14 @@ def quantize_experts(
         w13, w2, and how they are stored.
 
     Raises:
-        TypeError, ValueError: as `quantize_weights` and `ExpertsQuantization`.
+        TypeError, ValueError: as `quantize_weights` and `ExpertsQuantization`, before anything is computed; weights of
+            different E or H.
     """
+    expect_bool("is_gated", is_gated)
+    expect_bool("per_act_token_quant", per_act_token_quant)
+    expect_tensor("w2", w2, shape=("E_local", "H", "I"), dtypes=FLOATS)
+    rows = (2 if is_gated else 1) * w2.shape[2]
+    expect_tensor("w13", w13, shape=(w2.shape[0], rows, w2.shape[1]), dtypes=FLOATS, like=w2)
     options = {"weight_scale": weight_scale, "block_shape": block_shape, "zero_points": zero_points}
     w13, w13_scale, w13_zero_point = quantize_weights(w13, scheme, parts=2 if is_gated else 1, **options)
     w2, w2_scale, w2_zero_point = quantize_weights(w2, scheme, **options)

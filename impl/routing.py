@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import path
-from .checks import FLOATS, debugging, expect_bool, expect_int, expect_tensor
+from .checks import FLOATS, debugging, expect_bool, expect_int, expect_number, expect_one_of, expect_tensor
 from .kernels.device import current_device
 from .kernels.topk_routing import (
     GROUP_RANKINGS,
@@ -86,20 +85,25 @@ def select_experts(
     num_tokens, num_experts = router_logits.shape
     if num_experts < 1:
         raise ValueError(f"router_logits: expected at least one expert, got shape {list(router_logits.shape)}")
-    expect_int("top_k", top_k, low=1, high=num_experts)
-    expect_bool("renormalize", renormalize)
-    _expect_one_of("scoring_func", scoring_func, SCORING_FUNCS)
     bias = e_score_correction_bias
     if bias is not None:
         expect_tensor("e_score_correction_bias", bias, shape=(num_experts,), dtypes=FLOATS, like=router_logits)
-    groups = _expect_groups(num_experts, top_k, num_expert_group, topk_group, group_ranking, bias)
-    _expect_factor("routed_scaling_factor", routed_scaling_factor)
+    groups = expect_method(
+        num_experts,
+        bias,
+        top_k,
+        scoring_func,
+        renormalize,
+        num_expert_group,
+        topk_group,
+        group_ranking,
+        routed_scaling_factor,
+        custom_routing_function,
+    )
     if num_tokens_non_padded is not None:
         expect_tensor(
             "num_tokens_non_padded", num_tokens_non_padded, shape=(1,), dtypes=(torch.int32,), like=router_logits
         )
-    if custom_routing_function is not None:
-        _expect_custom(custom_routing_function, scoring_func, groups, bias)
     backend = _expect_backend(backend, router_logits)
     if debugging():
         _debug_operands(num_tokens, bias, num_tokens_non_padded)
@@ -132,9 +136,35 @@ def select_experts(
     return _topk_routing_torch(router_logits, top_k, **method)
 
 
-def _expect_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+def expect_method(
+    num_experts: int,
+    e_score_correction_bias: torch.Tensor | None,
+    top_k: int,
+    scoring_func: str,
+    renormalize: bool,
+    num_expert_group: int | None,
+    topk_group: int | None,
+    group_ranking: str | None,
+    routed_scaling_factor: float,
+    custom_routing_function: RoutingFunction | None,
+) -> Groups | None:
+    """Check the arguments of `select_experts` that say how it routes, against the number of experts.
+
+    Returns:
+        The groups; None without.
+
+    Raises:
+        TypeError, ValueError: by name.
+    """
+    expect_int("top_k", top_k, low=1, high=num_experts)
+    expect_bool("renormalize", renormalize)
+    expect_one_of("scoring_func", scoring_func, SCORING_FUNCS)
+    bias = e_score_correction_bias
+    groups = _expect_groups(num_experts, top_k, num_expert_group, topk_group, group_ranking, bias)
+    expect_number("routed_scaling_factor", routed_scaling_factor, above=0)
+    if custom_routing_function is not None:
+        _expect_custom(custom_routing_function, scoring_func, groups, bias)
+    return groups
 
 
 def _expect_backend(backend: str | None, router_logits: torch.Tensor) -> str:
@@ -146,13 +176,6 @@ def _expect_backend(backend: str | None, router_logits: torch.Tensor) -> str:
     if backend == "triton" and not runs_triton:
         raise ValueError(f"backend: expected 'torch' where Triton does not run, got 'triton' on {router_logits.device}")
     return backend
-
-
-def _expect_factor(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__} {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
 def _expect_groups(
@@ -179,7 +202,7 @@ def _expect_groups(
     expect_int("topk_group", topk_group, low=1, high=num_expert_group)
     if group_ranking is None:
         group_ranking = "max" if bias is None else "top2_sum"
-    _expect_one_of("group_ranking", group_ranking, GROUP_RANKINGS)
+    expect_one_of("group_ranking", group_ranking, GROUP_RANKINGS)
     size = num_experts // num_expert_group
     if group_ranking == "top2_sum" and size < 2:
         raise ValueError(f"group_ranking: expected 'max' for groups of one expert, got {group_ranking!r}")

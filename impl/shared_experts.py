@@ -16,7 +16,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from .checks import expect_bool, expect_int
+from .checks import expect_bool, expect_int, switch
 from .platform import Platform
 
 THRESHOLD_VARIABLE = "MOEGATE_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD"
@@ -31,7 +31,6 @@ is what belongs here, by GPU.
 SOURCE = "https://github.com/vllm-project/vllm/pull/38990"
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
-_ON, _OFF = ("1", "true", "on", "yes"), ("", "0", "false", "off", "no")
 
 
 class SharedExpertsOrder(StrEnum):
@@ -153,8 +152,8 @@ def stream_token_threshold(environment: Mapping[str, str] = _NOTHING) -> int:
     text = environment.get(THRESHOLD_VARIABLE, "").strip()
     if not text:
         return DEFAULT_THRESHOLD
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{THRESHOLD_VARIABLE}: expected an integer of at least 0, got {text!r}")
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise ValueError(f"{THRESHOLD_VARIABLE}: expected an integer of at least 0, got {text!a:.80}")
     return int(text)
 
 
@@ -164,10 +163,7 @@ def is_stream_disabled(environment: Mapping[str, str] = _NOTHING) -> bool:
     Raises:
         ValueError: neither on nor off.
     """
-    text = environment.get(SWITCH_VARIABLE, "").strip().lower()
-    if text not in (*_ON, *_OFF):
-        raise ValueError(f"{SWITCH_VARIABLE}: expected one of {[*_ON, *_OFF]}, got {text!r}")
-    return text in _ON
+    return switch(SWITCH_VARIABLE, environment)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ def trace_experts(
             continue
         rows = x[token] @ expert_weight(w13, expert, dtype).T
         if adapters is not None:
-            rows = rows + adapters.added("gate_up", expert, token, hidden_states[token].to(dtype))
+            seen = x if adapters.sees_quantized else hidden_states.to(dtype)
+            rows = rows + adapters.added("gate_up", expert, token, seen[token])
         if apply_router_weight_on_input:
             rows = rows * weights[token, slot, None]
         if w13_bias is not None:

@@ -49,10 +49,18 @@ class Adapter:
 
 @dataclass(frozen=True)
 class TokenAdapters:
-    """The adapters of one call: `adapters`, and for each token which one it has, `lora_ids [M]`, -1 for none."""
+    """The adapters of one call.
+
+    Attributes:
+        adapters: by number.
+        lora_ids: `[M]`, which one each token has, -1 for none.
+        sees_quantized: W13's A sees the input as W13 does, quantised and scaled back: that is all that is left of
+            tokens that came from another rank in few bits.
+    """
 
     adapters: Mapping[int, Adapter]
     lora_ids: Tensor
+    sees_quantized: bool = False
 
     def added(self, projection: str, expert: int, token: Tensor, rows: Tensor) -> Tensor | float:
         """What the adapters of `token [P]` add to an expert's product with `rows [P, K]`, `[P, N]`; 0 for nothing."""

@@ -8,41 +8,24 @@ one JSON list of compiled kernels, and must have a process of its own, since one
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime import jit
 
-from moegate.impl import path
+from moegate.bench.ahead_of_time import Launch, compile_launch, imagine, resources, target
 from moegate.impl.batched import batched_experts
 from moegate.impl.config import Activation, QuantScheme
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.lora.table import AdapterTable
-from moegate.impl.platform import Platform, Vendor
+from moegate.impl.parallel.travel import Homes, plan_travel, sum_over_ranks
+from moegate.impl.parallel.wire import Tokens, Wire
+from moegate.impl.platform import Platform
 from moegate.impl.quantization import ExpertsQuantization
 from moegate.impl.routing import select_experts
 from moegate.impl.tuning.kernel_config import KernelConfig, use_kernel_configs
-
-_GFX = {(9, 0): "gfx90a", (9, 4): "gfx942", (9, 5): "gfx950"}
-
-
-def target(platform: Platform) -> GPUTarget:
-    """Triton's name for a platform."""
-    capability = platform.capability or (0, 0)
-    if platform.vendor is Vendor.AMD:
-        return GPUTarget("hip", _GFX[capability], 64)
-    return GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-
 
 _STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 
@@ -93,13 +76,21 @@ def adapted(job: dict[str, Any], local: int, shape: tuple[int, ...], activation:
     return {"adapters": table, "lora_ids": torch.empty(shape, dtype=torch.int32, device="meta")}
 
 
-def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """What routing and experts, routing alone, or batched experts launch: kernel, arguments, constants and options."""
-    seen = []
+def travel(m: int, e: int, top_k: int, h: int, ranks: int, dtype: torch.dtype) -> None:
+    """What exchanges launch: tokens with adapters to `ranks` ranks, all of them to every rank, and the sum behind."""
 
-    def record(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
-        seen.append((kernel, args, meta))
+    def meta(*shape: int, of: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
 
+    tokens = Tokens(meta(m, h, of=dtype), meta(m, top_k, of=torch.float32), meta(m, top_k), meta(m))
+    plan = plan_travel(tokens.topk_ids, Homes(meta(e), meta(e)), meta(ranks))
+    Wire().pack(tokens, m * min(top_k, ranks), plan)
+    Wire().pack(tokens, 2 * m)
+    sum_over_ranks(meta(m, h, of=dtype), plan)
+
+
+def launches(platform: Platform, job: dict[str, Any]) -> list[Launch]:
+    """What routing and experts, routing alone, or batched experts launch."""
     m, e, k, h, i = (job.get(name, 1) for name in ("M", "E", "top_k", "H", "I"))
     local = e // 2 if job.get("expert_map") else e
     dtype = getattr(torch, job["dtype"])
@@ -122,6 +113,9 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[A
         routing["e_score_correction_bias"] = meta(e, of=torch.float32)
 
     def run() -> None:
+        if job.get("ranks"):
+            travel(m, e, k, h, job["ranks"], dtype)
+            return
         if job.get("batched"):
             batched_experts(meta(e, m, h), w13, w2, meta(e, of=torch.int32), **options)
             return
@@ -138,54 +132,34 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[tuple[Any, tuple[A
             **options,
         )
 
-    with mock.patch.object(path, "launch", record), mock.patch.object(Platform, "of", return_value=platform):
+    with imagine(platform) as imagined:
         configs = job.get("configs")
         if configs:
             with use_kernel_configs(*(KernelConfig(**config) for config in configs)):
                 run()
         else:
             run()
-    return seen
+    return imagined.launches
 
 
-def compile_launch(platform: Platform, kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> dict[str, Any]:
+def compile_one(platform: Platform, launch: Launch) -> dict[str, Any]:
     """Compile one launch; its name, constants, shared memory and, for NVIDIA, registers and spilled bytes."""
     gpu = target(platform)
-    backend = make_backend(gpu)
-    binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*args, **meta, debug=False, instrumentation_mode="")
-    options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=gpu, options=options.__dict__)
+    compiled = compile_launch(platform, launch)
+    name = launch.kernel.__name__
     result = {
-        "kernel": kernel.__name__,
+        "kernel": name,
         "platform": str(platform),
-        "constants": {name: value for name, value in meta.items() if isinstance(value, (int, bool, str))},
+        "constants": {key: value for key, value in launch.meta.items() if isinstance(value, (int, bool, str))},
         "shared_memory": compiled.metadata.shared,
     }
     if gpu.backend == "cuda":
         result |= resources(compiled.asm["cubin"])
         if len(sys.argv) > 1:
-            Path(sys.argv[1], f"{kernel.__name__}-{gpu.arch}-{compiled.hash[:8]}.cubin").write_bytes(
-                compiled.asm["cubin"]
-            )
+            cubin = Path(sys.argv[1], f"{name}-{gpu.arch}-{compiled.hash[:8]}.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
             result["hash"] = compiled.hash[:8]
     return result
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of stack (where spills live), as cuobjdump reads them off the binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {
-        "registers": int(re.findall(r"REG:(\d+)", text)[-1]),
-        "spilled": int(re.findall(r"STACK:(\d+)", text)[-1]) + int(re.findall(r"LOCAL:(\d+)", text)[-1]),
-    }
 
 
 def main() -> None:
@@ -195,12 +169,11 @@ def main() -> None:
     for job in json.load(sys.stdin):
         platform = Platform.parse(job["platform"])
         done = set()
-        for kernel, args, meta in launches(platform, job):
-            key = (kernel.__name__, str(meta))
-            if key in done or (job.get("only") and kernel.__name__ not in job["only"]):
+        for launch in launches(platform, job):
+            if launch.key in done or (job.get("only") and launch.kernel.__name__ not in job["only"]):
                 continue
-            done.add(key)
-            results.append(compile_launch(platform, kernel, args, meta) | {"job": job})
+            done.add(launch.key)
+            results.append(compile_one(platform, launch) | {"job": job})
     json.dump(results, sys.stdout)
 
 

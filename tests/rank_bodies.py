@@ -5,6 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 from layers import E, experts_of, gate_of, tokens
+from lora_tables import table_of
 
 from moegate.impl.checks import debug_checks
 from moegate.impl.experts_module import RoutedExperts
@@ -16,14 +17,14 @@ from moegate.impl.parallel.placement import ExpertPlacement, linear_placement
 from moegate.impl.parallel.ranks import connect
 
 
-def shared_layer(ranks, *, placement=None, device="cpu", max_tokens=8, **options):
+def shared_layer(ranks, *, placement=None, device="cpu", max_tokens=8, adapters=None, **options):
     """A layer over ranks that each have tokens of their own."""
     placement = linear_placement(E, ranks.mesh.ep_size) if placement is None else placement
     parallel = ParallelExperts(ranks, placement, max_tokens=max_tokens, **options)
     whole = experts_of(device=device)
     mine = list(placement.experts_of_rank[parallel.ep_rank])
     experts = RoutedExperts(whole.w13[mine], whole.w2[mine])
-    return MoELayer(gate_of(device=device), experts, RoutingMethod(2), parallel=parallel)
+    return MoELayer(gate_of(device=device), experts, RoutingMethod(2), adapters=adapters, parallel=parallel)
 
 
 def _ranks(links):
@@ -47,6 +48,11 @@ def placements_that_differ(links):
     held = [list(range(E // 2)), list(range(E // 2, E))]
     placement = ExpertPlacement(E, tuple(map(tuple, held[:: -1 if links.rank else 1])))
     ParallelExperts(_ranks(links), placement, max_tokens=8)
+
+
+def loaded_slots_that_differ(links):
+    held = linear_placement(E, links.size).experts_of_rank[links.rank]
+    shared_layer(_ranks(links), adapters=table_of(held, load=1 + links.rank))
 
 
 def experts_of_another_number_on_one_rank(links):
@@ -105,14 +111,18 @@ def collectives(links, device):
         assert x.float()[0, 0] == n * (n + 1) / 2
 
 
-def outputs(links, device, exchange, counts):
-    """A layer's output on every rank, of tokens 0 to sum(counts) - 1 spread over the ranks."""
+def outputs(links, device, exchange, counts, lora_ids=None):
+    """A layer's output on every rank, of tokens 0 to sum(counts) - 1 spread over the ranks, with their adapters."""
     mesh = Mesh(dp_size=links.size, ep_size=links.size)
     ranks = links.remembered("ranks", lambda: connect(mesh))
-    layer = shared_layer(ranks, device=device, exchange=exchange, max_tokens=max(1, *counts))
+    adapters = None
+    if lora_ids is not None:
+        adapters = table_of(linear_placement(E, links.size).experts_of_rank[links.rank], device=device)
+    layer = shared_layer(ranks, device=device, exchange=exchange, max_tokens=max(1, *counts), adapters=adapters)
     start = sum(counts[: links.rank])
-    x = tokens(sum(counts), device=device)[start : start + counts[links.rank]]
-    return layer(x).cpu()
+    mine = slice(start, start + counts[links.rank])
+    ids = None if lora_ids is None else torch.tensor(lora_ids, dtype=torch.int32, device=device)[mine]
+    return layer(tokens(sum(counts), device=device)[mine], ids).cpu()
 
 
 def replayed(links, device, counts):

@@ -26,13 +26,13 @@ def test_margins_and_row_padding_are_poison_and_the_operand_is_not(dtype):
     assert torch.equal(view, values)
     margin = MARGIN_BYTES // view.element_size()
     whole = whole_of(view)
-    assert whole.numel() == 2 * margin + 3 * (4 + 1) * 13
+    assert whole.numel() == 2 * margin + 3 * (4 + 16) * 13
     assert is_poison(whole[:margin]).all()
     assert is_poison(whole[-margin:]).all()
-    rows = whole[margin:-margin].view(3, 5, 13)
+    rows = whole[margin:-margin].view(3, 20, 13)
     assert torch.equal(rows[:, :4, :5], values)
     assert is_poison(rows[:, :4, 5:]).all()
-    assert is_poison(rows[:, 4]).all()
+    assert is_poison(rows[:, 4:]).all()
 
 
 def test_the_poison_of_fp8_is_its_nan():
@@ -64,9 +64,9 @@ def test_scales_zero_points_static_scales_and_biases_of_a_case_lie_in_its_arena(
     ((3, 5), 0, (5, 1)),
     ((3, 5), 24, (29, 1)),
     ((2, 3, 5), 0, (15, 5, 1)),
-    ((2, 3, 5), 24, (116, 29, 1)),
+    ((2, 3, 5), 24, (19 * 29, 29, 1)),
 ])  # fmt: skip
-def test_strides_are_those_of_rows_of_the_padded_width_with_one_more_a_matrix(shape, padding, strides):
+def test_strides_are_those_of_rows_of_the_padded_width_with_more_rows_a_matrix(shape, padding, strides):
     view = Arena().place("x", torch.zeros(shape), row_padding=padding)
     assert view.stride() == strides
     assert view.is_contiguous() == (padding == 0)

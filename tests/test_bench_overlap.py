@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moegate.bench import __main__ as command
 from moegate.bench import overlap_runner
-from moegate.bench.kernel_times import KernelTimes, summarise
+from moegate.bench.kernel_times import KernelTimes, last_pass, summarise
 from moegate.bench.layers import LAYERS, LayerBank, LayerModel
 from moegate.bench.machine import describe_machine
 from moegate.bench.overlap import OverlapCell, largest_worthwhile, mean_efficiency, thresholds
@@ -101,6 +101,13 @@ def test_kernels_are_summed_a_call_and_lost_records_give_no_sum():
     assert summarise([[1.0, 2.0], [1.0, 4.0], [1.0, 3.0]], calls=2) == KernelTimes(1, 2.0)
     assert summarise([[1.0, 2.0], [1.0], [1.0, 3.0]], calls=2) is None
     assert summarise([[], [], []], calls=2) is None
+
+
+def test_of_passes_that_keep_a_device_busy_the_last_counts_and_uneven_ones_do_not():
+    events = [(3.0, 0.3), (0.0, 9.0), (1.0, 9.0), (2.0, 0.2)]
+    assert last_pass(events, repeats=2) == [0.2, 0.3]
+    assert last_pass(events[:3], repeats=2) == []
+    assert last_pass([], repeats=3) == []
 
 
 def test_the_layers_are_those_of_their_sources():

@@ -197,9 +197,9 @@ def test_a_peer_is_loaded_from_a_file(tmp_path):
     assert load_peer(f"{path}:call") == ("theirs", fused_experts)
     path.with_name("bad.py").write_text("import no_such_module_at_all\n")
     for reference, message in [
-        (str(path), "expected path/to/file.py:callable"),
+        (str(path), "or path/to/file.py:callable"),
         (f"{path}:number", "expected a callable number"),
-        (f"{path}x:call", "expected path/to/file.py:callable"),
+        (f"{path}x:call", "or path/to/file.py:callable"),
         (f"{tmp_path}/absent.py:call", "expected a file"),
         (f"{tmp_path}/bad.py:call", "failed to load: ModuleNotFoundError"),
     ]:

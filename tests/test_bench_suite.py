@@ -29,7 +29,17 @@ def runs(tmp_path_factory):
     json_path = tmp_path_factory.mktemp("bench") / "benchmark.json"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["OMP_NUM_THREADS"] = "1"  # as many processes as runs share the cores
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "--moegate-bench-device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/test_moe_layer.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--moegate-bench-device",
+        "cpu",
+    ]
 
     def run(name):
         arguments = [*RUNS[name], json_path] if name == "measured" else RUNS[name]

@@ -15,6 +15,7 @@ from moegate.conformance.loading import load_subject
 from moegate.conformance.numerics import Numerics
 from moegate.conformance.properties.num import budget_of, judge_values, reference_of
 from moegate.conformance.spec import ExpertsSpec
+from moegate.conformance.statistics import statistics
 
 DECLARED = json.loads(files("moegate.conformance").joinpath("declarations.json").read_text())
 ROUNDING_POINTS = (
@@ -79,6 +80,32 @@ def test_an_honest_emulation_of_any_scheme_and_activation_violates_nothing(name,
         assert all(verdict.holds for verdict in verdicts), [v.detail for v in verdicts if not v.holds]
 
 
+ONE_SIGNED = {
+    "a large gate, of which silu's rounding keeps all": ExpertsSpec(
+        M=80, H=256, I=128, E=1, top_k=1, dtype="float16", values="large", activation="silu_no_mul"
+    ),
+    "biases beyond the grid, on rows of zeros": ExpertsSpec(
+        M=21, H=320, I=464, E=8, top_k=1, values="zero_rows", activation="swigluoai", bias="both_float32"
+    ),
+}
+
+
+@pytest.mark.parametrize("why", ONE_SIGNED)
+def test_roundings_that_all_go_one_way_use_the_gains_budget_no_more_than_others(why):
+    """They add up along a row and over an expert's rows: in quadrature alone they took all of it, at the median."""
+    numerics = replace(load_subject("moegate").numerics, weighted="float32", combine="float32")
+    used = {"row": [], "expert": []}
+    for seed in range(9):
+        case = build_experts(replace(ONE_SIGNED[why], seed=seed))
+        trace = reference_of(case)
+        measured = statistics(
+            emulate(case, numerics, seed), trace, budget_of(case, trace, numerics), case.operands().w2
+        )
+        used["row"].append(float(measured.row_gain.nan_to_num(0.0).max()) / limits().row_gain)
+        used["expert"].append(float(measured.expert_gain.nan_to_num(0.0).max()) / limits().expert_gain)
+    assert max(sorted(gains)[4] for gains in used.values()) < 0.5
+
+
 def test_the_budget_of_a_declaration_with_every_rounding_promised_away_is_exceeded():
     numerics = load_subject("moegate").numerics
     promised = replace(numerics, gate_up="float32", hidden="float32", weighted="float32")
@@ -95,8 +122,6 @@ def test_one_step_tighter_uses_more_of_the_budget_on_every_case(step):
 
 def _used(numerics, claimed):
     """Mean RMS of a row over its budget, on honest emulations of `numerics` under the `claimed` declaration."""
-    from moegate.conformance.statistics import statistics
-
     total = 0.0
     for seed in range(8):
         case = build_experts(ExpertsSpec(M=16, H=64, I=48, E=4, top_k=2, seed=seed))

@@ -84,7 +84,7 @@ def built(tmp_path_factory):
 
 
 def test_the_wheel_holds_gits_files_of_the_rooms_and_no_other(built):
-    kept = (".py", ".json", ".toml")
+    kept = (".py", ".json", ".toml", ".j2", ".css", ".js")
     expected = {f"moegate/{name}" for name in git_files() if name.split("/")[0] in ROOMS and name.endswith(kept)}
     expected |= {f"moegate/{name.removeprefix('cli/')}" for name in git_files() if name.startswith("cli/")}
     shipped = {name for name in built.shipped if ".dist-info/" not in name}

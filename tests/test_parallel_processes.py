@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from layers import layer_of, tokens
+from layers import E, layer_of, tokens
+from lora_tables import table_of
 
 from moegate.conformance.real_ranks import rank_processes
 from moegate.conformance.simulated_ranks import DeadlockError
@@ -44,6 +45,11 @@ def run(processes, name, *arguments):
         ),
         ("more_ranks_than_experts", ValueError, "num_ranks: expected at most num_experts 1"),
         ("tokens_beyond_the_agreed", ValueError, "rank 1: hidden_states: expected at most 8 tokens, as agreed, got 9"),
+        (
+            "loaded_slots_that_differ",
+            ValueError,
+            "loaded slots of adapters: expected the same on every rank, got ['0', '0-1']",
+        ),
         ("padded_tokens_that_differ", ValueError, "padded_tokens: expected the same on every rank, got [4, 5]"),
     ],
 )
@@ -66,6 +72,17 @@ def test_two_processes_give_the_layer_of_one(two, exchange, counts):
     assert [outcome.error for outcome in outcomes] == [None, None]
     output = torch.cat([outcome.result for outcome in outcomes])
     # The parts of two ranks are rounded each, and then their sum is.
+    torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_two_processes_give_the_layer_of_one_with_its_adapters(two, exchange):
+    counts, ids = (5, 3), [0, 1, -1, 1, 0, -1, 1, 0]
+    whole = layer_of(shared=False, adapters=table_of(range(E)))
+    expected = whole(tokens(8), torch.tensor(ids, dtype=torch.int32))
+    outcomes = run(two, "outputs", "cpu", exchange, counts, ids)
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    output = torch.cat([outcome.result for outcome in outcomes])
     torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
 
 

@@ -7,9 +7,11 @@ import torch
 
 from moegate.conformance.loading import load_subject
 from moegate.conformance.parallel_cases import build_parallel, pinned_parallel
-from moegate.conformance.properties.ep import judge_shared, judge_travel, judge_values
+from moegate.conformance.properties.ep import judge_base, judge_shared, judge_travel, judge_values
 from moegate.conformance.simulated_ranks import run_simulated
+from moegate.conformance.subjects import moegate_parallel
 from moegate.conformance.subjects.null import NULL_KERNELS
+from moegate.impl.lora.table import AdapterTable
 
 SUBJECT = load_subject("moegate")
 SPECS = [
@@ -83,6 +85,46 @@ def test_shared_experts_that_are_counted_twice_are_rejected(honest):
         assert not any(v.holds for v in judge_shared(zeroed, twice, SUBJECT.numerics))
         judged += 1
     assert judged > 3
+
+
+ADAPTED = [
+    spec
+    for spec in pinned_parallel("cpu", SUBJECT.capabilities, batched=False)
+    if spec.adapters == "mixed" and spec.tokens == "mixed" and spec.placement in ("linear", "copies")
+]
+
+
+def load_for_the_next_expert(table, adapter, slot=None):
+    def moved(part):
+        return {(expert + 1) % table.num_experts: low_rank for expert, low_rank in part.items()}
+
+    parts = {name: moved(getattr(adapter, name)) for name in ("gate", "up", "gate_up", "down")}
+    return AdapterTable.load(table, replace(adapter, **parts), slot)
+
+
+@pytest.mark.parametrize("spec", ADAPTED, ids=lambda spec: f"{spec.exchange}-{spec.scheme}")
+def test_what_is_wrong_with_adapters_on_ranks_is_rejected(spec, monkeypatch):
+    case = build_parallel(spec)
+    results = results_of(case)
+    assert all(verdicts_of(case, results).values())
+    bare = results_of(build_parallel(replace(spec, adapters="none")))
+    assert judge_base(case, results, bare).holds
+    # Adapters that reach nobody, those of another expert, and those of a token's neighbour.
+    without = [replace(result, partial=base.partial) for result, base in zip(results, bare, strict=True)]
+    assert not verdicts_of(case, without)["EP-02"]
+    assert not verdicts_of(case, [replace(r, output=base.output) for r, base in zip(results, bare, strict=True)])[
+        "EP-01"
+    ]
+    with monkeypatch.context() as planted:
+        planted.setattr(
+            moegate_parallel, "AdapterTable", type("Planted", (AdapterTable,), {"load": load_for_the_next_expert})
+        )
+        assert not verdicts_of(case, results_of(case))["EP-02"]
+    rolled = [replace(r, lora_ids=r.lora_ids.roll(1)) for r in results]
+    assert not {v.property.id: v.holds for v in judge_travel(case, rolled)}["EP-04"]
+    # A token without an adapter that gets a bit of one.
+    stray = [replace(r, output=r.output * 1.01) for r in results]
+    assert not judge_base(case, stray, bare).holds
 
 
 def test_a_pair_that_nobody_or_everybody_computes_is_rejected(honest):

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..judge import Verdict, declare
-from .api_quantization import BAD_EXPERTS_CALLS, quantized_arguments
+from .api_quantization import BAD_EXPERTS_CALLS, QUANTIZED, quantized_arguments
+from .api_routing import BAD_ROUTING
+from .bad_input import (
+    Arguments,
+    Bad,
+    BoolKind,
+    Change,
+    ChoiceKind,
+    Contents,
+    IntKind,
+    Kind,
+    NumberKind,
+    ObjectKind,
+    TensorKind,
+    bad_arguments,
+    mapped,
+    on_meta,
+    put,
+    refusal_of,
+)
 
-NAMED = declare("API-01", "bad input raises ValueError or TypeError with a message that names the argument", "api")
+NAMED = declare("API-01", "bad input raises an error that names the argument, what was expected and what came", "api")
 UNTOUCHED = declare("API-02", "a refused call leaves its inputs as they were", "api")
 
 
@@ -32,22 +49,24 @@ class BadCall:
     function: str
     argument: str
     what: str
-    change: Callable[[dict[str, Any]], dict[str, Any]]
+    change: Change
     debug: bool = False
     base: str = ""
 
     @property
     def needs(self) -> tuple[str, ...]:
         """What a subject must declare for it: the function, and the scales' class."""
-        return (self.function, "ExpertsQuantization") if self.base else (self.function,)
+        return (self.function, "ExpertsQuantization") if self.base in QUANTIZED else (self.function,)
 
     def __str__(self) -> str:
         base = f"-{self.base}" if self.base else ""
-        return f"{self.function}{base}-{self.argument}-{self.what}".replace(" ", "_")
+        return f"{self.function}{base}-{Bad(self.argument, self.what, self.change)}"
 
 
-def good_arguments(function: str, device: str, base: str = "") -> dict[str, Any]:
+def good_arguments(function: str, device: str, base: str = "") -> Arguments:
     """Arguments that the function accepts; `quant` as the fields of an `ExpertsQuantization`."""
+    if base == "groups":
+        return good_arguments(function, device) | {"num_expert_group": 2, "topk_group": 1, "group_ranking": "max"}
     if base:
         return good_arguments(function, device) | quantized_arguments(base, device)
     m, h, i, e, k = 4, 32, 16, 4, 2
@@ -77,64 +96,91 @@ def good_arguments(function: str, device: str, base: str = "") -> dict[str, Any]
     return {"topk_ids": ids, "block_size": 16, "num_experts": e}
 
 
-def _set(name: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda good: {**good, name: value}
+_EXPERTS: dict[str, Kind] = {
+    **dict.fromkeys(("hidden_states", "w13", "w2"), TensorKind()),
+    "activation": ChoiceKind(),
+    "swiglu_alpha": NumberKind(),
+    "swiglu_limit": NumberKind(),
+    "interleaved": BoolKind(),
+    "quant": ObjectKind(optional=True),
+    "adapters": ObjectKind(optional=True),
+    "allow_tf32": BoolKind(),
+    "dp_size": IntKind(1),
+}
+# What each function's arguments may be, by the good arguments that they are made from.
+KINDS: dict[tuple[str, str], dict[str, Kind]] = {
+    ("fused_experts", ""): {
+        **_EXPERTS,
+        "topk_weights": TensorKind(),
+        "topk_ids": TensorKind(),
+        "global_num_experts": IntKind(1, 4, optional=True),
+        "apply_router_weight_on_input": BoolKind(),
+        "backend": ChoiceKind(),
+    },
+    ("fused_experts", "optional"): dict.fromkeys(("expert_map", "w13_bias", "w2_bias", "out"), TensorKind(True)),
+    ("batched_experts", ""): {**_EXPERTS, "expert_num_tokens": TensorKind(), "backend": ChoiceKind(optional=True)},
+    ("select_experts", ""): {
+        "router_logits": TensorKind(),
+        "top_k": IntKind(1, 4),
+        "scoring_func": ChoiceKind(),
+        "renormalize": BoolKind(),
+        "routed_scaling_factor": NumberKind(),
+        "custom_routing_function": ObjectKind(optional=True),
+        "backend": ChoiceKind(optional=True),
+    },
+    ("select_experts", "groups"): {
+        "num_expert_group": IntKind(1, 4),
+        "topk_group": IntKind(1, 2),
+        "group_ranking": ChoiceKind(optional=True),
+    },
+    ("moe_align_block_size", ""): {
+        "topk_ids": TensorKind(),
+        "block_size": IntKind(1, 1024),
+        "num_experts": IntKind(1),
+    },
+}
 
 
-def _map(name: str, function: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda good: {**good, name: function(good[name])}
+def _generated() -> list[BadCall]:
+    return [
+        BadCall(function, bad.argument, bad.what, bad.change, bad.debug, base)
+        for (function, base), kinds in KINDS.items()
+        for bad in bad_arguments(kinds)
+    ]
 
 
-def _expert_map(*values: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _expert_map(*values: int) -> Change:
     return lambda good: {**good, "expert_map": torch.tensor(values, dtype=torch.int32, device=good["topk_ids"].device)}
 
 
-def _strided_columns(t: torch.Tensor) -> torch.Tensor:
-    return t.repeat_interleave(2, dim=-1)[..., ::2]
-
-
-def _bad_tensors(function: str, names: tuple[str, ...]) -> list[BadCall]:
-    calls = []
-    for name in names:
-        calls += [
-            BadCall(function, name, "is None", _set(name, None)),
-            BadCall(function, name, "is a list", _map(name, lambda t: t.tolist())),
-            BadCall(function, name, "has one dimension too few", _map(name, lambda t: t[0])),
-            BadCall(function, name, "has one dimension too many", _map(name, lambda t: t[None])),
-            BadCall(function, name, "is float64", _map(name, lambda t: t.double())),
-            BadCall(function, name, "is complex", _map(name, lambda t: t.to(torch.complex64))),
-            BadCall(function, name, "has strided columns", _map(name, _strided_columns)),
-        ]
-    return calls
-
-
-def _on_meta(t: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(t, device="meta")
+def _pairs_without_end(good: Arguments) -> Arguments:
+    """More pairs than are counted in 32 bits, in no memory."""
+    many = {name: good[name][:1].expand(2**31, -1) for name in ("hidden_states", "topk_weights", "topk_ids")}
+    return {**good, **many}
 
 
 BAD_CALLS: tuple[BadCall, ...] = (
-    *_bad_tensors("fused_experts", ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")),
-    *_bad_tensors("select_experts", ("router_logits",)),
-    *_bad_tensors("moe_align_block_size", ("topk_ids",)),
-    *_bad_tensors("batched_experts", ("hidden_states", "w13", "w2", "expert_num_tokens")),
-    BadCall("fused_experts", "w13", "has another H", _map("w13", lambda t: t[..., :-8].contiguous())),
-    BadCall("fused_experts", "w13", "has odd rows", _map("w13", lambda t: t[:, :-1])),
-    BadCall("fused_experts", "w13", "has another E", _map("w13", lambda t: t[:-1])),
-    BadCall("fused_experts", "w13", "has another dtype", _map("w13", lambda t: t.half())),
-    BadCall("fused_experts", "w13", "is on another device", _map("w13", _on_meta)),
-    BadCall("fused_experts", "w2", "has another H", _map("w2", lambda t: t[:, :-1])),
-    BadCall("fused_experts", "w2", "has another dtype", _map("w2", lambda t: t.float())),
-    BadCall("fused_experts", "w2", "is on another device", _map("w2", _on_meta)),
-    BadCall("fused_experts", "topk_weights", "has another M", _map("topk_weights", lambda t: t[:-1])),
-    BadCall("fused_experts", "topk_weights", "has another top_k", _map("topk_weights", lambda t: t[:, :1])),
-    BadCall("fused_experts", "topk_weights", "is bfloat16", _map("topk_weights", lambda t: t.bfloat16())),
-    BadCall("fused_experts", "topk_weights", "is on another device", _map("topk_weights", _on_meta)),
-    BadCall("fused_experts", "topk_weights", "has a NaN", _map("topk_weights", lambda t: t * float("nan")), debug=True),
-    BadCall("fused_experts", "topk_ids", "has another M", _map("topk_ids", lambda t: t[:-1])),
-    BadCall("fused_experts", "topk_ids", "is int16", _map("topk_ids", lambda t: t.short())),
-    BadCall("fused_experts", "topk_ids", "is on another device", _map("topk_ids", _on_meta)),
-    BadCall("fused_experts", "topk_ids", "has an id of E", _map("topk_ids", lambda t: t + 3), debug=True),
-    BadCall("fused_experts", "topk_ids", "has an id of -2", _map("topk_ids", lambda t: t - 2), debug=True),
+    *_generated(),
+    BadCall("fused_experts", "w13", "has another H", mapped("w13", lambda t: t[..., :-8].contiguous())),
+    BadCall("fused_experts", "w13", "has odd rows", mapped("w13", lambda t: t[:, :-1])),
+    BadCall("fused_experts", "w13", "has another E", mapped("w13", lambda t: t[:-1])),
+    BadCall("fused_experts", "w13", "has another dtype", mapped("w13", lambda t: t.half())),
+    BadCall("fused_experts", "w13", "is on another device", mapped("w13", on_meta)),
+    BadCall("fused_experts", "w2", "has another H", mapped("w2", lambda t: t[:, :-1])),
+    BadCall("fused_experts", "w2", "has another dtype", mapped("w2", lambda t: t.float())),
+    BadCall("fused_experts", "w2", "is on another device", mapped("w2", on_meta)),
+    BadCall("fused_experts", "topk_weights", "has another M", mapped("topk_weights", lambda t: t[:-1])),
+    BadCall("fused_experts", "topk_weights", "has another top_k", mapped("topk_weights", lambda t: t[:, :1])),
+    BadCall("fused_experts", "topk_weights", "is bfloat16", mapped("topk_weights", lambda t: t.bfloat16())),
+    BadCall("fused_experts", "topk_weights", "is on another device", mapped("topk_weights", on_meta)),
+    BadCall(
+        "fused_experts", "topk_weights", "has a NaN", mapped("topk_weights", lambda t: t * float("nan")), debug=True
+    ),
+    BadCall("fused_experts", "topk_ids", "has another M", mapped("topk_ids", lambda t: t[:-1])),
+    BadCall("fused_experts", "topk_ids", "is int16", mapped("topk_ids", lambda t: t.short())),
+    BadCall("fused_experts", "topk_ids", "is on another device", mapped("topk_ids", on_meta)),
+    BadCall("fused_experts", "topk_ids", "has an id of E", mapped("topk_ids", lambda t: t + 3), debug=True),
+    BadCall("fused_experts", "topk_ids", "has an id of -2", mapped("topk_ids", lambda t: t - 2), debug=True),
     BadCall(
         "fused_experts",
         "topk_ids",
@@ -151,10 +197,7 @@ BAD_CALLS: tuple[BadCall, ...] = (
         "has top_k of 0",
         lambda good: {**good, "topk_ids": good["topk_ids"][:, :0], "topk_weights": good["topk_weights"][:, :0]},
     ),
-    BadCall("fused_experts", "expert_map", "is a list", _set("expert_map", [0, 1, 2, 3])),
-    BadCall(
-        "fused_experts", "expert_map", "has two dimensions", _set("expert_map", torch.zeros(2, 2, dtype=torch.int32))
-    ),
+    BadCall("fused_experts", "expert_map", "has two dimensions", put(expert_map=torch.zeros(2, 2, dtype=torch.int32))),
     BadCall("fused_experts", "expert_map", "is int64", lambda good: {**good, "expert_map": torch.arange(4)}),
     BadCall(
         "fused_experts",
@@ -164,70 +207,74 @@ BAD_CALLS: tuple[BadCall, ...] = (
     ),
     BadCall("fused_experts", "expert_map", "uses a local id twice", _expert_map(0, 1, 1, 2), debug=True),
     BadCall("fused_experts", "expert_map", "has a local id out of range", _expert_map(0, 1, 2, 4), debug=True),
-    BadCall("fused_experts", "global_num_experts", "is 0", _set("global_num_experts", 0)),
-    BadCall("fused_experts", "global_num_experts", "is negative", _set("global_num_experts", -4)),
-    BadCall("fused_experts", "global_num_experts", "is not the number of experts", _set("global_num_experts", 9)),
-    BadCall("fused_experts", "global_num_experts", "is a float", _set("global_num_experts", 4.0)),
-    BadCall("fused_experts", "activation", "is unknown", _set("activation", "tanh")),
-    BadCall("fused_experts", "activation", "is None", _set("activation", None)),
-    BadCall(
-        "fused_experts", "apply_router_weight_on_input", "needs top_k 1", _set("apply_router_weight_on_input", True)
-    ),
-    BadCall("fused_experts", "apply_router_weight_on_input", "is an int", _set("apply_router_weight_on_input", 1)),
-    BadCall("fused_experts", "backend", "is unknown", _set("backend", "fastest")),
-    BadCall("fused_experts", "backend", "is None", _set("backend", None)),
-    BadCall("fused_experts", "allow_tf32", "is a string", _set("allow_tf32", "yes")),
+    BadCall("fused_experts", "global_num_experts", "is not the number of experts", put(global_num_experts=9)),
+    BadCall("fused_experts", "apply_router_weight_on_input", "needs top_k 1", put(apply_router_weight_on_input=True)),
     BadCall(
         "fused_experts", "out", "has another shape", lambda good: {**good, "out": good["hidden_states"][:-1].clone()}
     ),
     BadCall("fused_experts", "out", "has another dtype", lambda good: {**good, "out": good["hidden_states"].float()}),
     BadCall("fused_experts", "out", "overlaps an input", lambda good: {**good, "out": good["hidden_states"]}),
     BadCall(
-        "fused_experts", "out", "is on another device", lambda good: {**good, "out": _on_meta(good["hidden_states"])}
+        "fused_experts", "out", "is on another device", lambda good: {**good, "out": on_meta(good["hidden_states"])}
     ),
-    BadCall("batched_experts", "w13", "has odd rows", _map("w13", lambda t: t[:, :-1])),
-    BadCall("batched_experts", "w2", "has another E", _map("w2", lambda t: t[:-1])),
-    BadCall("batched_experts", "expert_num_tokens", "has another E", _map("expert_num_tokens", lambda t: t[:-1])),
-    BadCall("batched_experts", "expert_num_tokens", "is int64", _map("expert_num_tokens", lambda t: t.long())),
-    BadCall("batched_experts", "expert_num_tokens", "is on another device", _map("expert_num_tokens", _on_meta)),
+    BadCall("batched_experts", "w13", "has odd rows", mapped("w13", lambda t: t[:, :-1])),
+    BadCall("batched_experts", "w2", "has another E", mapped("w2", lambda t: t[:-1])),
+    BadCall("batched_experts", "expert_num_tokens", "has another E", mapped("expert_num_tokens", lambda t: t[:-1])),
+    BadCall("batched_experts", "expert_num_tokens", "is int64", mapped("expert_num_tokens", lambda t: t.long())),
+    BadCall("batched_experts", "expert_num_tokens", "is on another device", mapped("expert_num_tokens", on_meta)),
     BadCall(
-        "batched_experts", "expert_num_tokens", "is above max_tokens", _map("expert_num_tokens", lambda t: t + 4), True
+        "batched_experts",
+        "expert_num_tokens",
+        "is above max_tokens",
+        mapped("expert_num_tokens", lambda t: t + 4),
+        True,
     ),
-    BadCall("batched_experts", "expert_num_tokens", "is negative", _map("expert_num_tokens", lambda t: t - 2), True),
-    BadCall("batched_experts", "activation", "is unknown", _set("activation", "tanh")),
-    BadCall("batched_experts", "backend", "is unknown", _set("backend", "fastest")),
-    BadCall("batched_experts", "allow_tf32", "is a string", _set("allow_tf32", "yes")),
+    BadCall("batched_experts", "expert_num_tokens", "is negative", mapped("expert_num_tokens", lambda t: t - 2), True),
     BadCall("batched_experts", "out", "overlaps an input", lambda good: {**good, "out": good["hidden_states"]}),
     BadCall(
         "batched_experts", "out", "has another shape", lambda good: {**good, "out": good["hidden_states"][:-1].clone()}
     ),
-    BadCall("moe_align_block_size", "block_size", "is 0", _set("block_size", 0)),
-    BadCall("moe_align_block_size", "block_size", "is no power of two", _set("block_size", 24)),
-    BadCall("moe_align_block_size", "block_size", "is a float", _set("block_size", 16.0)),
-    BadCall("moe_align_block_size", "num_experts", "is 0", _set("num_experts", 0)),
-    BadCall("moe_align_block_size", "num_experts", "is negative", _set("num_experts", -1)),
-    BadCall("moe_align_block_size", "topk_ids", "has an id of E", _map("topk_ids", lambda t: t + 3), debug=True),
+    BadCall("moe_align_block_size", "block_size", "is no power of two", put(block_size=24)),
+    BadCall("moe_align_block_size", "topk_ids", "has an id of E", mapped("topk_ids", lambda t: t + 3), debug=True),
     BadCall("moe_align_block_size", "expert_map", "has the wrong length", _expert_map(0, 1, 2)),
+    BadCall(
+        "fused_experts",
+        "topk_weights",
+        "is sparse and has one column",
+        lambda good: {
+            **good,
+            "topk_weights": good["topk_weights"][:, :1].to_sparse(),
+            "topk_ids": good["topk_ids"][:, :1],
+        },
+    ),
+    BadCall("fused_experts", "topk_ids", "has more pairs than 32 bits count", _pairs_without_end),
+    BadCall(
+        "moe_align_block_size",
+        "topk_ids",
+        "has more pairs than 32 bits count",
+        mapped("topk_ids", lambda t: t[:1].expand(2**31, -1)),
+    ),
+    BadCall(
+        "batched_experts",
+        "hidden_states",
+        "has more rows than 32 bits count",
+        mapped("hidden_states", lambda t: t[:, :1].expand(-1, 2**31, -1)),
+    ),
+    BadCall(
+        "fused_experts",
+        "out",
+        "has rows that overlap",
+        lambda good: {**good, "out": good["hidden_states"][:1].clone().expand(4, -1)},
+    ),
+    *(BadCall("select_experts", bad.argument, bad.what, bad.change, bad.debug) for bad in BAD_ROUTING),
     *(BadCall(*call) for call in BAD_EXPERTS_CALLS),
 )
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor of any layout, also of one without a dimension."""
-    return tensor.flatten().contiguous().view(torch.uint8)
-
-
-def _tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors among the arguments and the fields of their scales."""
-    fields = arguments.get("quant")
-    every = arguments | (fields if isinstance(fields, dict) else {})
-    return {name: value for name, value in every.items() if isinstance(value, torch.Tensor)}
-
-
-def _with_scales(arguments: dict[str, Any], functions: dict[str, Any]) -> dict[str, Any]:
+def _with_scales(arguments: Arguments, functions: dict[str, Any]) -> Arguments:
     """The arguments with the subject's own value in place of the fields of its scales."""
     fields = arguments.get("quant")
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or "scheme" not in fields:
         return arguments
     return arguments | {"quant": functions["ExpertsQuantization"](**fields)}
 
@@ -235,22 +282,12 @@ def _with_scales(arguments: dict[str, Any], functions: dict[str, Any]) -> dict[s
 def judge_bad_call(call: BadCall, functions: dict[str, Any], device: str) -> list[Verdict]:
     """API-01 and 02 on one bad call."""
     bad = call.change(good_arguments(call.function, device, call.base))
-    tensors = _tensors(bad)
-    before = {name: value.clone() for name, value in tensors.items()}
-    debug = functions["debug_checks"]
-    try:
-        with debug(call.debug):
+    contents = Contents(bad)
+
+    def run() -> None:
+        with functions["debug_checks"](call.debug):
             functions[call.function](**_with_scales(bad, functions))
-    except (ValueError, TypeError) as error:
-        named = re.search(rf"\b{re.escape(call.argument)}\b", str(error))
-        verdict = NAMED.verdict(bool(named) and "got" in str(error), f"{call}: the error says {str(error)!r}")
-    except Exception as error:  # any other class is the finding
-        verdict = NAMED.verdict(False, f"{call}: raised {type(error).__name__}: {error}")
-    else:
-        verdict = NAMED.verdict(False, f"{call}: accepted")
-    changed = [
-        name
-        for name, value in before.items()
-        if value.device.type != "meta" and not torch.equal(_bits(value), _bits(tensors[name]))
-    ]
-    return [verdict, UNTOUCHED.verdict(not changed, f"{call}: changed {changed}")]
+
+    wrong = refusal_of(run, call.argument)
+    changed = contents.changed()
+    return [NAMED.verdict(not wrong, f"{call}: {wrong}"), UNTOUCHED.verdict(not changed, f"{call}: changed {changed}")]

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-Change = Callable[[dict[str, Any]], dict[str, Any]]
+from .bad_input import Change, mapped, on_meta, put
+
 # function, argument, what, change, debug, base
 Call = tuple[str, str, str, Change, bool, str]
 
@@ -61,6 +62,10 @@ def quantized_arguments(base: str, device: str) -> dict[str, Any]:
             return stored(torch.uint8, "int4_w4a16", *group, block_shape=(0, 16), **zeros)
         case "bias":
             return {"w13_bias": scale(E, 2 * I, dtype=torch.bfloat16), "w2_bias": scale(E, H)}
+        case "optional":
+            expert_map = torch.arange(E, dtype=torch.int32, device=device)
+            out = torch.zeros(4, H, dtype=torch.bfloat16, device=device)
+            return {"expert_map": expert_map, "out": out} | quantized_arguments("bias", device)
         case "swigluoai":
             return {"activation": "swigluoai", "swiglu_alpha": 1.5, "swiglu_limit": 6.0, "interleaved": True}
         case "relu2":
@@ -70,17 +75,9 @@ def quantized_arguments(base: str, device: str) -> dict[str, Any]:
 
 BASES = (
     *("fp8_tensor", "fp8_static", "fp8_channel", "fp8_block", "int8_w8a8", "int8_channel", "int8_group", "int4"),
-    *("int4_zeros", "bias", "swigluoai", "relu2"),
+    *("int4_zeros", "bias", "optional", "swigluoai", "relu2"),
 )
 QUANTIZED = BASES[:9]
-
-
-def _set(**values: Any) -> Change:
-    return lambda good: good | values
-
-
-def _map(name: str, function: Callable[[torch.Tensor], Any]) -> Change:
-    return lambda good: good | {name: function(good[name])}
 
 
 def _field(**values: Any) -> Change:
@@ -103,10 +100,6 @@ def _not_contiguous(t: torch.Tensor) -> torch.Tensor:
     return t.repeat_interleave(2, dim=0)[::2] if t.ndim > 1 else t.repeat_interleave(2)[::2]
 
 
-def _on_meta(t: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(t, device="meta")
-
-
 def _calls() -> list[Call]:
     calls: list[Call] = []
 
@@ -118,7 +111,7 @@ def _calls() -> list[Call]:
     # Weights and the scheme that reads them.
     for name in ("w13", "w2"):
         for dtype in (FP8, torch.int8, torch.uint8):
-            bad("", name, f"is {str(dtype)[6:]} without scales", _map(name, lambda t, d=dtype: t.float().to(d)))
+            bad("", name, f"is {str(dtype)[6:]} without scales", mapped(name, lambda t, d=dtype: t.float().to(d)))
     for base, dtype in (
         ("fp8_tensor", torch.bfloat16),
         ("fp8_channel", torch.int8),
@@ -129,15 +122,15 @@ def _calls() -> list[Call]:
         ("int4", torch.int8),
     ):
         bad(base, "w2", f"is {str(dtype)[6:]}", _weights_as(dtype))
-        bad(base, "w13", f"alone is {str(dtype)[6:]}", _map("w13", lambda t, d=dtype: t.float().to(d)))
+        bad(base, "w13", f"alone is {str(dtype)[6:]}", mapped("w13", lambda t, d=dtype: t.float().to(d)))
     for base in ("fp8_tensor", "int8_channel", "int4"):
-        bad(base, "hidden_states", "is float32", _map("hidden_states", lambda t: t.float()))
-        bad(base, "w13", "has another H", _map("w13", lambda t: t[..., :-8].contiguous()))
-        bad(base, "w13", "has half the rows of a gated activation", _map("w13", lambda t: t[:, :I].contiguous()))
-        bad(base, "w2", "has another H", _map("w2", lambda t: t[:, :-8].contiguous()))
-        bad(base, "quant", "is a name", _set(quant="fp8_w8a8"))
-        bad(base, "quant", "is a list", _set(quant=[]))
-    bad("int4", "hidden_states", "has an odd H", _map("hidden_states", lambda t: t[:, :-1].contiguous()))
+        bad(base, "hidden_states", "is float32", mapped("hidden_states", lambda t: t.float()))
+        bad(base, "w13", "has another H", mapped("w13", lambda t: t[..., :-8].contiguous()))
+        bad(base, "w13", "has half the rows of a gated activation", mapped("w13", lambda t: t[:, :I].contiguous()))
+        bad(base, "w2", "has another H", mapped("w2", lambda t: t[:, :-8].contiguous()))
+        bad(base, "quant", "is a name", put(quant="fp8_w8a8"))
+        bad(base, "quant", "is a list", put(quant=[]))
+    bad("int4", "hidden_states", "has an odd H", mapped("hidden_states", lambda t: t[:, :-1].contiguous()))
     for scheme in ("none", "fp4", None):
         bad("fp8_tensor", "scheme", f"is {scheme}", _field(scheme=scheme))
 
@@ -150,7 +143,7 @@ def _calls() -> list[Call]:
             bad(base, name, "is an integer", _of_field(name, lambda t: t.int()))
             bad(base, name, "has another E", _of_field(name, lambda t: t[:-1]))
             bad(base, name, "has one dimension too many", _of_field(name, lambda t: t[..., None, None]))
-            bad(base, name, "is on another device", _of_field(name, _on_meta))
+            bad(base, name, "is on another device", _of_field(name, on_meta))
             bad(base, name, "is not contiguous", _of_field(name, _not_contiguous))
             if base not in ("fp8_tensor", "fp8_static"):
                 bad(base, name, "has another N", _of_field(name, lambda t: t[:, :-1].contiguous()))
@@ -203,7 +196,7 @@ def _calls() -> list[Call]:
         bad("int4_zeros", name, "is not packed", _of_field(name, lambda t: t.repeat(1, 2, 1)))
         bad("int4_zeros", name, "has another E", _of_field(name, lambda t: t[:-1]))
         bad("int4_zeros", name, "has a column too many", _of_field(name, lambda t: t.repeat(1, 1, 2)))
-        bad("int4_zeros", name, "is on another device", _of_field(name, _on_meta))
+        bad("int4_zeros", name, "is on another device", _of_field(name, on_meta))
         bad("int4_zeros", name, "is not contiguous", _of_field(name, _not_contiguous))
         zeros = {name: torch.zeros(E, I, 2, dtype=torch.uint8), other: None}
         for base in ("fp8_tensor", "int8_w8a8", "int8_group"):
@@ -218,7 +211,7 @@ def _calls() -> list[Call]:
         bad("fp8_static", name, "has two elements", _of_field(name, lambda t: t.repeat(2)))
         bad("fp8_static", name, "has no element", _of_field(name, lambda t: t[:0]))
         bad("fp8_static", name, "has two dimensions", _of_field(name, lambda t: t[None]))
-        bad("fp8_static", name, "is on another device", _of_field(name, _on_meta))
+        bad("fp8_static", name, "is on another device", _of_field(name, on_meta))
         for what, value in (("NaN", float("nan")), ("zero", 0.0), ("negative", -1.0)):
             bad("fp8_static", name, f"is {what}", _of_field(name, lambda t, v=value: t * 0 + v), debug=True)
     static = _field(a13_scale=torch.ones(1), a2_scale=torch.ones(1))
@@ -232,35 +225,34 @@ def _calls() -> list[Call]:
 
     # Biases.
     for name in ("w13_bias", "w2_bias"):
-        bad("bias", name, "is a list", _map(name, lambda t: t.tolist()))
-        bad("bias", name, "is float64", _map(name, lambda t: t.double()))
-        bad("bias", name, "is float16 beside bfloat16", _map(name, lambda t: t.half()))
-        bad("bias", name, "is an integer", _map(name, lambda t: t.int()))
-        bad("bias", name, "has another E", _map(name, lambda t: t[:-1]))
-        bad("bias", name, "has one dimension too few", _map(name, lambda t: t[0]))
-        bad("bias", name, "has one dimension too many", _map(name, lambda t: t[None]))
-        bad("bias", name, "has another N", _map(name, lambda t: t[:, :-1].contiguous()))
-        bad("bias", name, "is on another device", _map(name, _on_meta))
-        bad("bias", name, "has strided columns", _map(name, lambda t: t.repeat_interleave(2, dim=1)[:, ::2]))
-    bad("bias", "w13_bias", "has the gate rows alone", _map("w13_bias", lambda t: t[:, :I].contiguous()))
+        bad("bias", name, "is a list", mapped(name, lambda t: t.tolist()))
+        bad("bias", name, "is float64", mapped(name, lambda t: t.double()))
+        bad("bias", name, "is float16 beside bfloat16", mapped(name, lambda t: t.half()))
+        bad("bias", name, "is an integer", mapped(name, lambda t: t.int()))
+        bad("bias", name, "has another E", mapped(name, lambda t: t[:-1]))
+        bad("bias", name, "has one dimension too few", mapped(name, lambda t: t[0]))
+        bad("bias", name, "has one dimension too many", mapped(name, lambda t: t[None]))
+        bad("bias", name, "has another N", mapped(name, lambda t: t[:, :-1].contiguous()))
+        bad("bias", name, "is on another device", mapped(name, on_meta))
+        bad("bias", name, "has strided columns", mapped(name, lambda t: t.repeat_interleave(2, dim=1)[:, ::2]))
+    bad("bias", "w13_bias", "has the gate rows alone", mapped("w13_bias", lambda t: t[:, :I].contiguous()))
     bad("bias", "out", "overlaps a bias", lambda good: good | _biased_out(good))
 
     # Activations.
     for activation in ("silu_no_mul", "gelu_no_mul", "relu2_no_mul"):
-        bad("", "w13", f"has the rows of a gated activation for {activation}", _set(activation=activation))
-        bad("relu2", "interleaved", f"is on for {activation}", _set(activation=activation, interleaved=True))
+        bad("", "w13", f"has the rows of a gated activation for {activation}", put(activation=activation))
+        bad("relu2", "interleaved", f"is on for {activation}", put(activation=activation, interleaved=True))
     for activation in ("silu", "gelu", "gelu_tanh", "swigluoai"):
-        bad("relu2", "w13", f"has half the rows of {activation}", _set(activation=activation))
+        bad("relu2", "w13", f"has half the rows of {activation}", put(activation=activation))
     for base, activation in (("", "silu"), ("", "gelu"), ("", "gelu_tanh"), ("relu2", "relu2_no_mul")):
-        bad(base, "swiglu_alpha", f"is given for {activation}", _set(activation=activation, swiglu_alpha=1.0))
-        bad(base, "swiglu_limit", f"is given for {activation}", _set(activation=activation, swiglu_limit=1.0))
+        bad(base, "swiglu_alpha", f"is given for {activation}", put(activation=activation, swiglu_alpha=1.0))
+        bad(base, "swiglu_limit", f"is given for {activation}", put(activation=activation, swiglu_limit=1.0))
     for name in ("swiglu_alpha", "swiglu_limit"):
         for value in (float("nan"), float("inf"), 0.0, -1.0, "7", None, True):
-            bad("swigluoai", name, f"is {value}", _set(**{name: value}))
+            bad("swigluoai", name, f"is {value}", put(**{name: value}))
     for value in (1, None, "yes"):
-        bad("swigluoai", "interleaved", f"is {value}", _set(interleaved=value))
-    bad("fp8_block", "interleaved", "is on with scales in blocks", _set(interleaved=True))
-    bad("", "activation", "is a list", _set(activation=["silu"]))
+        bad("swigluoai", "interleaved", f"is {value}", put(interleaved=value))
+    bad("fp8_block", "interleaved", "is on with scales in blocks", put(interleaved=True))
 
     # The batched format asks the same questions, of fewer schemes.
     batched = "batched_experts"
@@ -271,15 +263,15 @@ def _calls() -> list[Call]:
         bad(base, "w13_scale", "has another E", _of_field("w13_scale", lambda t: t[:-1]), function=batched)
         bad(base, "w2_scale", "is float64", _of_field("w2_scale", lambda t: t.double()), function=batched)
         bad(base, "w2_scale", "is NaN", _of_field("w2_scale", lambda t: t * float("nan")), debug=True, function=batched)
-        bad(base, "hidden_states", "is float32", _map("hidden_states", lambda t: t.float()), function=batched)
+        bad(base, "hidden_states", "is float32", mapped("hidden_states", lambda t: t.float()), function=batched)
     for name in ("w13", "w2"):
-        bad("", name, "is float8_e4m3fn without scales", _map(name, lambda t: t.float().to(FP8)), function=batched)
+        bad("", name, "is float8_e4m3fn without scales", mapped(name, lambda t: t.float().to(FP8)), function=batched)
     for name in ("w13_bias", "w2_bias"):
-        bad("bias", name, "has another E", _map(name, lambda t: t[:-1]), function=batched)
-        bad("bias", name, "is float64", _map(name, lambda t: t.double()), function=batched)
-    bad("fp8_block", "interleaved", "is on with scales in blocks", _set(interleaved=True), function=batched)
-    bad("swigluoai", "swiglu_limit", "is 0", _set(swiglu_limit=0.0), function=batched)
-    bad("", "w13", "has the rows of a gated activation", _set(activation="relu2_no_mul"), function=batched)
+        bad("bias", name, "has another E", mapped(name, lambda t: t[:-1]), function=batched)
+        bad("bias", name, "is float64", mapped(name, lambda t: t.double()), function=batched)
+    bad("fp8_block", "interleaved", "is on with scales in blocks", put(interleaved=True), function=batched)
+    bad("swigluoai", "swiglu_limit", "is 0", put(swiglu_limit=0.0), function=batched)
+    bad("", "w13", "has the rows of a gated activation", put(activation="relu2_no_mul"), function=batched)
     return calls
 
 

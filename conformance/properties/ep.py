@@ -35,7 +35,7 @@ ONCE = declare(
 )
 TRAVEL = declare(
     "EP-04",
-    "a token arrives with its own hidden state and weights, at most once a rank, and padding as no token",
+    "a token arrives with its own hidden state, weights and adapter, at most once a rank, and padding as no token",
     "parallel",
 )
 NEEDED = declare("EP-05", "an all-to-all brings a rank the tokens of its experts and no others", "parallel")
@@ -53,6 +53,7 @@ SHARED = declare(
     "EP-12", "without routed weights every rank's output is the shared output, counted once", "parallel", is_value=True
 )
 RAISES = declare("EP-13", "where one rank raises in debug mode, every rank raises the same error", "parallel")
+BASE = declare("EP-14", "a token without an adapter has the bits that the ranks give it without adapters", "parallel")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class RankResult:
         local_ids: `[rows, top_k]`, its experts there by its own numbers, -1 without one here.
         topk_weights: `[rows, top_k]` float32.
         experts: the logical ids of the experts that it holds.
+        lora_ids: `[rows]`, the adapter that came with each; None without adapters.
         is_own: the result shares no memory with an operand.
     """
 
@@ -77,6 +79,7 @@ class RankResult:
     local_ids: Tensor
     topk_weights: Tensor
     experts: tuple[int, ...]
+    lora_ids: Tensor | None = None
     is_own: bool = True
 
     def on_cpu(self) -> RankResult:
@@ -168,6 +171,10 @@ def _wrong_rows(case: ParallelCase, result: RankResult) -> list[str]:
     weights = case.routed.topk_weights[tokens[rows]]
     if not torch.equal(torch.where(here, weights, 0.0), torch.where(here, result.topk_weights[rows], 0.0)):
         found.append("a routing weight is not the token's")
+    if case.lora is not None:
+        brought = case.lora.lora_ids[tokens[rows]]
+        if result.lora_ids is None or not torch.equal(brought, result.lora_ids[rows]):
+            found.append("an adapter is not the token's")
     if result.hidden_states is not None:
         sent = case.routed.hidden_states[tokens[rows]]
         if not torch.equal(sent, result.hidden_states[rows].to(sent.dtype)):
@@ -216,7 +223,7 @@ def judge_values(case: ParallelCase, results: Sequence[RankResult], numerics: Nu
         made = torch.zeros_like(output)
         real = result.token_ids >= 0
         made[result.token_ids[real].long()] = result.partial[real].to(made.dtype)
-        call = case.shard(rank, pairs)
+        call = case.shard(rank, pairs, is_quantized=result.hidden_states is None)
         if call is None:
             share, limit = float("inf") if bool((made != 0).any()) else 0.0, 1.0
         else:
@@ -225,7 +232,7 @@ def judge_values(case: ParallelCase, results: Sequence[RankResult], numerics: Nu
             output, squares = output + trace.output, squares + trace.output**2
             variance = variance + budget.sigma**2 + budget.last**2
             is_quantized = is_quantized or budget.is_quantized
-            share, limit = _used(made, trace, budget, call.w2), 1.0
+            share, limit = _used(made, trace, budget, call), 1.0
         if not share <= used:
             used, worst = share, f"rank {rank}, which computes {int((pairs >= 0).sum())} pairs"
     verdicts = [SHARD.verdict(used <= 1, worst, budget_used=used)]
@@ -266,12 +273,12 @@ def judge_values(case: ParallelCase, results: Sequence[RankResult], numerics: Nu
     return [*verdicts, WHOLE.verdict(used <= 1, worst, budget_used=used)]
 
 
-def _used(made: Tensor, trace, budget, w2) -> float:
-    """The largest of a part's four statistics over its limit."""
-    measured, limit = statistics(made, trace, budget, w2), limits(budget.is_quantized)
+def _used(made: Tensor, trace, budget, call) -> float:
+    """The largest of a part's four statistics over its limit; with adapters of two, as a gain's limit knows none."""
+    measured, limit = statistics(made, trace, budget, call.w2), limits(budget.is_quantized)
     shares = [
         (getattr(measured, name) / getattr(limit, name)).nan_to_num(0.0, torch.inf, torch.inf)
-        for name in ("row_gain", "expert_gain")
+        for name in (("row_gain", "expert_gain") if call.adapters is None else ())
     ]
     shares += [getattr(measured, name) / getattr(limit, name) for name in ("elementwise", "row_rms")]
     return max((float(share.nan_to_num(torch.inf).max()) for share in shares if share.numel()), default=0.0)
@@ -310,6 +317,17 @@ def judge_again(results: Sequence[RankResult], again: Sequence[RankResult]) -> V
         if not torch.equal(a.output.contiguous().view(torch.uint8), b.output.contiguous().view(torch.uint8))
     ]
     return REPEATABLE.verdict(not differ, f"ranks {differ} give other bits")
+
+
+def judge_base(case: ParallelCase, results: Sequence[RankResult], plain: Sequence[RankResult]) -> Verdict:
+    """EP-14; `plain` is of the same call without adapters."""
+    stray = []
+    for rank, (result, base) in enumerate(zip(results, plain, strict=True)):
+        ids = case.lora_ids(rank)
+        rows = torch.zeros(len(result.output), dtype=torch.bool) if ids is None else ids < 0
+        if not torch.equal(*(r.output[rows].contiguous().view(torch.uint8) for r in (result, base))):
+            stray.append(f"rank {rank} of {int(rows.sum())} tokens")
+    return BASE.verdict(not stray, f"other bits on {'; '.join(stray)}")
 
 
 def judge_raised(outcomes: Sequence[RankOutcome], text: str) -> Verdict:

@@ -132,6 +132,12 @@ def fresh(case: SharedCase, values: Sequence[Tensor]) -> SharedCase:
     )
 
 
+def fresh_weights(case: SharedCase) -> SharedCase:
+    """The case with its contents and w2 in memory that no call has seen, under no name that one could have kept."""
+    case = fresh(case, contents(case))
+    return replace(case, routed=replace(case.routed, w2=case.routed.w2.clone()))
+
+
 def judge_replays(case: SharedCase, donors: Sequence[SharedCase], calls: Calls) -> list[Verdict]:
     """GRAPH-01, 02, 05 and 06; the case is changed.
 
@@ -156,7 +162,7 @@ def judge_replays(case: SharedCase, donors: Sequence[SharedCase], calls: Calls) 
             APART.verdict(not written and not differs, f"written: {written}; {differs} bytes differ the second time")
         )
     case.routed.w2.neg_()
-    verdicts.append(_same(WEIGHTS, replayed(graph), call().clone(), "a w2 that was negated"))
+    verdicts.append(_same(WEIGHTS, replayed(graph), calls.eager(fresh_weights(case)), "a w2 that was negated"))
     return verdicts
 
 
@@ -213,7 +219,11 @@ def judge_eager(case: SharedCase, donor: SharedCase, calls: Calls) -> Verdict:
     call = calls.prepare(case)
     call()
     write(case, contents(donor))
-    return _same(EAGER, call(), calls.eager(fresh(case, contents(donor))), "contents of another case")
+    verdict = _same(EAGER, call(), calls.eager(fresh(case, contents(donor))), "contents of another case")
+    if not verdict.holds:
+        return verdict
+    case.routed.w2.neg_()
+    return _same(EAGER, call(), calls.eager(fresh_weights(case)), "a w2 that was negated")
 
 
 def _same(prop: Property, found: Tensor, expected: Tensor, what: str) -> Verdict:

@@ -23,6 +23,9 @@ REPEATABLE = declare(
     "the same call gives the same bits, whatever uninitialised memory held and in whatever order programs ran",
     "experts",
 )
+APART = declare(
+    "HYGIENE-07", "the results of two calls share no memory: a later call leaves an earlier result alone", "experts"
+)
 ROUTE_INPUTS = declare("HYGIENE-05", "routing writes neither its logits nor the memory around them", "route")
 ALIGN_INPUTS = declare("HYGIENE-06", "alignment writes neither its ids nor the memory around them", "align")
 
@@ -56,7 +59,7 @@ def judge_form(case: ExpertsCase, output: Tensor) -> Verdict:
 
 
 def judge_hygiene(case: ExpertsCase, output: Tensor, again: Tensor | None, numerics: Numerics) -> list[Verdict]:
-    """HYGIENE-02 to 04; `again` is the output of a second call, made without poisoned allocations."""
+    """HYGIENE-02 to 04 and 07; `again` is the output of a second call, made without poisoned allocations."""
     changed = case.arena.changed()
     storage = output.untyped_storage().data_ptr() if output.numel() else None
     inputs = {name: t.untyped_storage().data_ptr() for name, t in case.tensors().items() if t.numel()}
@@ -65,6 +68,8 @@ def judge_hygiene(case: ExpertsCase, output: Tensor, again: Tensor | None, numer
         INPUTS.verdict(not changed, f"written: {changed}"),
         ALIAS.verdict(not shared, f"shared with {shared}"),
     ]
+    if again is not None and output.numel():
+        verdicts.append(APART.verdict(again.untyped_storage().data_ptr() != storage, "both lie in the same memory"))
     if again is not None and numerics.repeatable:
         differs = (
             output.view(torch.uint8) != again.view(torch.uint8) if output.numel() else torch.zeros(1, dtype=torch.bool)

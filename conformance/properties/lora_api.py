@@ -43,8 +43,12 @@ def _with(part: str, change: Callable[[LoraMatrix], LoraMatrix]) -> Callable[[Lo
     return changed
 
 
-def _grown(matrix: LoraMatrix) -> LoraMatrix:
-    return replace(matrix, a=matrix.a.repeat(300, 1)[:257], b=matrix.b.repeat(1, 300)[:, :257])
+def _grown(rank: int) -> Callable[[LoraMatrix], LoraMatrix]:
+    return lambda m: replace(m, a=m.a.repeat(rank, 1)[:rank], b=m.b.repeat(1, rank)[:, :rank])
+
+
+def _holding(value: float) -> Callable[[LoraMatrix], LoraMatrix]:
+    return lambda m: replace(m, a=m.a.clone().index_fill_(1, torch.tensor([0], device=m.a.device), value))
 
 
 BAD_ADAPTERS = (
@@ -53,7 +57,10 @@ BAD_ADAPTERS = (
     BadAdapter("of an A of another hidden size", "gate", _with("gate", lambda m: replace(m, a=m.a[:, 1:]))),
     BadAdapter("of more experts", "expert", lambda a: replace(a, down={**a.down, 999: next(iter(a.down.values()))})),
     BadAdapter("of a negative expert", "expert", lambda a: replace(a, up={**a.up, -1: next(iter(a.up.values()))})),
-    BadAdapter("of a rank over the maximum", "rank", _with("down", _grown)),
+    BadAdapter("of a rank over the maximum", "rank", _with("down", _grown(257))),
+    BadAdapter("of a rank over the table's own maximum", "rank", _with("down", _grown(129))),
+    BadAdapter("with a NaN", "finite", _with("gate", _holding(float("nan")))),
+    BadAdapter("with an infinite number", "finite", _with("down", _holding(float("inf")))),
     BadAdapter("of an A without its B", "b", _with("gate", lambda m: replace(m, b=None))),
     BadAdapter("of a B of another rank", "b", _with("gate", lambda m: replace(m, b=m.b[:, :-1]))),
     BadAdapter("of mixed dtypes", "dtype", _with("up", lambda m: replace(m, b=m.b.double().float()))),

@@ -48,6 +48,13 @@ DOUBLED = declare(
     "experts",
 )
 
+WIDER_IDS = declare(
+    "META-10",
+    "ids of int64 give the bits of ids of int32",
+    "experts",
+    needs=lambda can: "int64" in can.id_dtypes,
+)
+
 Run = Callable[[ExpertsCase], Tensor]
 """The subject, on a case."""
 
@@ -62,6 +69,7 @@ class Law:
         adapt: the spec that the case is built from; most laws take what was drawn.
         judge: runs the subject as often as it needs, given the first output with its reference.
         runs: how often it calls the subject, the first call included.
+        examples: cases that the gate draws.
     """
 
     property: Property
@@ -69,6 +77,7 @@ class Law:
     applies: Callable[[ExpertsSpec], bool] = lambda spec: spec.M > 0
     adapt: Callable[[ExpertsSpec], ExpertsSpec] = lambda spec: spec
     runs: int = 2
+    examples: int = 60
 
 
 def placed(case: ExpertsCase, **operands: Any) -> ExpertsCase:
@@ -217,6 +226,10 @@ def _shards(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeri
     return agree(SHARDS, total, out, wider)
 
 
+def _wider_ids(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
+    return agree(WIDER_IDS, run(placed(case, topk_ids=case.topk_ids.long())), out, budget, exact=numerics.repeatable)
+
+
 LAWS = (
     Law(PERMUTED, _permuted),
     Law(RELABELLED, _relabelled),
@@ -239,6 +252,7 @@ LAWS = (
     ),
     Law(DUPLICATE, _duplicate),
     Law(DOUBLED, _doubled),
+    Law(WIDER_IDS, _wider_ids, examples=12),
     Law(
         SHARDS,
         _shards,

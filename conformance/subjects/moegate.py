@@ -96,6 +96,7 @@ class MoegateSubject(Subject):
     name = "moegate"
     variants = ("triton", "cpu")
     capabilities = Capabilities(
+        id_dtypes=("int32", "int64"),
         schemes=tuple(SCHEMES),
         batched_schemes=tuple(name for name, scheme in SCHEMES.items() if scheme.weight in (None, "fp8")),
         activations=tuple(ACTIVATIONS),
@@ -124,9 +125,12 @@ class MoegateSubject(Subject):
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
         """`select_experts`."""
-        backend = "triton" if variant == "triton" else "torch"
+        backend, method = "triton" if variant == "triton" else "torch", case.method()
+        by_default = "max" if case.e_score_correction_bias is None else "top2_sum"
+        if case.group_ranking == by_default and len(case.router_logits) % 2:
+            del method["group_ranking"]  # what it is where nothing is said
         with debug_checks():
-            return select_experts(case.router_logits, case.top_k, **case.method(), backend=backend)
+            return select_experts(case.router_logits, case.top_k, **method, backend=backend)
 
     def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:
         """`moe_align_block_size`."""

@@ -21,6 +21,11 @@ def _low_ranks(part: Mapping[int, LoraMatrix]) -> dict[int, LowRank]:
     return {expert: LowRank(matrix.a, matrix.b, matrix.scale) for expert, matrix in part.items()}
 
 
+def as_adapter(adapter: LoraAdapter) -> Adapter:
+    """The suite's adapter as moegate's."""
+    return Adapter(**{name: _low_ranks(part) for name, part in vars(adapter).items()})
+
+
 class MoegateLoraLayer:
     """`fused_experts` or `batched_experts` of a case with an `AdapterTable`.
 
@@ -53,7 +58,7 @@ class MoegateLoraLayer:
 
     def load(self, slot: int, adapter: LoraAdapter) -> None:
         """`AdapterTable.load`."""
-        self.table.load(Adapter(**{name: _low_ranks(part) for name, part in vars(adapter).items()}), slot)
+        self.table.load(as_adapter(adapter), slot)
 
     def evict(self, slot: int) -> None:
         """`AdapterTable.evict`."""

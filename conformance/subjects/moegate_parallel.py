@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from ...impl.checks import debug_checks
 from ...impl.config import ActivationFormat
 from ...impl.experts_module import RoutedExperts, SharedExperts
 from ...impl.layer import Gate, MoELayer, RoutingMethod
+from ...impl.lora.table import AdapterTable
 from ...impl.parallel.collectives import Group, Work
-from ...impl.parallel.exchange import Received
+from ...impl.parallel.exchange import Exchange, Launched, Received
 from ...impl.parallel.experts import ParallelExperts
 from ...impl.parallel.mesh import Mesh
 from ...impl.parallel.placement import ExpertPlacement, linear_placement, round_robin_placement
 from ...impl.parallel.ranks import Ranks, connect
-from ...impl.parallel.shards import experts_of_rank, shard_of_experts
+from ...impl.parallel.shards import experts_of_rank, shard_of_adapter, shard_of_experts
+from ...impl.parallel.wire import Tokens
 from ...impl.weights import ExpertsWeights
 from ..parallel_cases import ParallelCase
 from ..properties.ep import RankResult
+from .moegate_lora import as_adapter
 
 Arguments = Callable[[Any], dict[str, Any]]
 # Set-up and calls beyond the agreed number of tokens: more rows than a call needs.
@@ -58,30 +62,57 @@ class _Linked(Group):
         return _Done()
 
 
+class _Numbered(Exchange):
+    """An exchange that also says which token each row is: numbers travel as adapters do, before any of those."""
+
+    name = "numbered"
+
+    def __init__(self, exchange: Exchange, token_ids: Tensor) -> None:
+        self._exchange, self._token_ids = exchange, token_ids
+        self.arrived: Tensor | None = None
+
+    def dispatch(self, tokens: Tokens, padded_tokens: int) -> Launched:
+        numbered = self._exchange.dispatch(replace(tokens, lora_ids=self._token_ids), padded_tokens)
+        if tokens.lora_ids is None:
+            return numbered
+        self.arrived = numbered.wait().tokens.lora_ids
+        return self._exchange.dispatch(tokens, padded_tokens)
+
+    def combine(self, partial: Tensor, received: Received, shared: Tensor | None = None) -> Tensor:
+        return self._exchange.combine(partial, received, shared)
+
+
 class _Observed(ParallelExperts):
-    """Keeps what arrived and what was made of it, and gives every token its number to take along."""
+    """Keeps what arrived and what was made of it."""
 
     token_ids: Tensor
     seen: RankResult
 
-    def run(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        return super().run(hidden_states, *arguments, lora_ids=self.token_ids, **options)
+    def join(self, *arguments: Any) -> None:
+        super().join(*arguments)
+        self._numbered = _Numbered(super().exchange, self.token_ids)
 
-    def partial_sums(self, received: Received, experts: RoutedExperts) -> Tensor:
-        partial = super().partial_sums(received, experts)
+    @property
+    def exchange(self) -> Exchange:
+        return self._numbered
+
+    def partial_sums(self, received: Received, experts: RoutedExperts, adapters: AdapterTable | None = None) -> Tensor:
+        partial = super().partial_sums(received, experts, adapters)
         tokens = received.tokens
+        token_ids = tokens.lora_ids if adapters is None else self._numbered.arrived
         ids = tokens.topk_ids.long()
         expert_map = (self._local_map if tokens.ids_are_local else self._expert_map).long()
-        if tokens.lora_ids is None:
+        if token_ids is None:
             raise ValueError("lora_ids: expected them to arrive with their tokens, got None")
         self.seen = RankResult(
             output=partial,
             partial=partial.clone(),
             hidden_states=None if tokens.input_scale is not None else tokens.hidden_states.clone(),
-            token_ids=tokens.lora_ids.clone(),
+            token_ids=token_ids.clone(),
             local_ids=torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1),
             topk_weights=tokens.topk_weights.clone(),
             experts=self.placement.experts_of_rank[self.ep_rank],
+            lora_ids=None if adapters is None or tokens.lora_ids is None else tokens.lora_ids.clone(),
         )
         return partial
 
@@ -171,22 +202,41 @@ def run_rank(
 
         experts.register_forward_pre_hook(fail)
     gate = Gate(torch.zeros((spec.E, spec.H), dtype=dtype, device=device))
-    layer = MoELayer(gate, experts, RoutingMethod(spec.top_k), shared_experts=shared, parallel=parallel)
+    layer = MoELayer(
+        gate,
+        experts,
+        RoutingMethod(spec.top_k),
+        shared_experts=shared,
+        adapters=_table(case, parallel, experts),
+        parallel=parallel,
+    )
     # No routing of ours gives every id that experts take: -1, or one twice.
     layer._select = select
     with debug_checks() if spec.seed % 2 or fails is not None else nullcontext():
-        output = layer(x, padded_tokens=spec.max_tokens)
+        output = layer(x, case.lora_ids(rank), padded_tokens=spec.max_tokens)
     place_of = output.untyped_storage().data_ptr() if output.numel() else None
     operands = [t for part in (case.routed, case.shared) if part is not None for t in part.tensors().values()]
     is_own = all(t.untyped_storage().data_ptr() != place_of for t in operands if t.numel())
-    seen = parallel.seen
-    return RankResult(
-        output.clone(),
-        seen.partial,
-        seen.hidden_states,
-        seen.token_ids,
-        seen.local_ids,
-        seen.topk_weights,
-        seen.experts,
-        is_own,
+    return replace(parallel.seen, output=output.clone(), is_own=is_own)
+
+
+def _table(case: ParallelCase, parallel: ParallelExperts, experts: RoutedExperts) -> AdapterTable | None:
+    """The adapters of a rank's experts and columns."""
+    if case.lora is None:
+        return None
+    function, place = experts.function, parallel.mesh.place(parallel.ranks.rank)
+    kind = {"is_gated": function.kind.is_gated, "interleaved": function.interleaved}
+    table = AdapterTable(
+        len(case.lora.adapters),
+        case.lora.max_rank,
+        num_experts=case.spec.E,
+        hidden_size=experts.hidden_size,
+        intermediate_size=experts.intermediate_size,
+        dtype=experts.dtype,
+        device=experts.w2.device,
+        expert_map=parallel.placement.local_experts(parallel.ep_rank),
+        **kind,
     )
+    for adapter in case.lora.adapters:
+        table.load(shard_of_adapter(as_adapter(adapter), place.tp_rank, place.tp_size, **kind))
+    return table

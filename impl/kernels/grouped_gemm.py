@@ -36,7 +36,8 @@ ON_INPUT, ON_OUTPUT = tl.constexpr(1), tl.constexpr(2)
         "num_listed",
         "num_runs",
         "lora_part_rows",
-    ]
+    ],
+    do_not_specialize_on_alignment=["topk_weights_ptr"],
 )
 def grouped_gemm_kernel(
     a_ptr,

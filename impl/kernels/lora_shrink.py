@@ -198,8 +198,11 @@ _MOST_RUNS = ((32, 8), (264, 2))
 # Columns that one program takes at least: fewer would be launched faster than they are read.
 _LEAST_RUN = 256
 _ROWS = 16
-# Programs stream A: four of them on a multiprocessor, which the compiler left alone would not leave room for.
+# Programs stream A: four of them on a multiprocessor, which the compiler left alone would not leave room for. Of those
+# of large blocks, most of which only come and go where few rows have adapters, there is room for seven.
 _FEW_REGISTERS: dict[str, Any] = {"maxnreg": 128}
+_FEWER_REGISTERS: dict[str, Any] = {"maxnreg": 88}
+_LARGE_BLOCK = 128
 
 
 def lora_shrink(
@@ -223,7 +226,8 @@ def lora_shrink(
     """
     k, parts, width = x.shape[-1], low_rank.num_parts, low_rank.width
     on_cpu = platform.vendor is Vendor.CPU
-    block_k = 32 if on_cpu or x.dtype.itemsize == 4 else 128
+    is_large = rows.kind != "pairs" and rows.block_size >= _LARGE_BLOCK
+    block_k = 32 if on_cpu or x.dtype.itemsize == 4 else 64 if is_large else 128
     block_n = min(64, next_power_of_2(parts * width))
     num_n = cdiv(parts * width, block_n)
     strides = (x.stride(0), x.stride(1)) if rows.kind == "slabs" else (0, x.stride(0))
@@ -237,6 +241,7 @@ def lora_shrink(
         blocks, experts_of = rows.num_blocks * rows.num_listed, rows.expert_ids
         most_runs, of_a_run, dtype, stride_topk_ids = 1, cdiv(k, block_k), x.dtype, 0
     runs = cdiv(k, of_a_run * block_k)
+    few_registers = _FEWER_REGISTERS if is_large else _FEW_REGISTERS
     values = torch.empty((runs, rows.num_rows, parts * width), dtype=dtype, device=x.device)
     path.launch(
         lora_shrink_kernel,
@@ -277,7 +282,7 @@ def lora_shrink(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=4,
-        num_stages=4,
-        **(_FEW_REGISTERS if platform.vendor is Vendor.NVIDIA and block_n <= 32 and x.dtype.itemsize == 2 else {}),
+        num_stages=6 if is_large else 4,
+        **(few_registers if platform.vendor is Vendor.NVIDIA and block_n <= 32 and x.dtype.itemsize == 2 else {}),
     )
     return Shrunk(values, low_rank, rows, most_runs)

@@ -9,13 +9,20 @@ from types import MappingProxyType
 
 import torch
 
-from ..checks import FLOATS
+from ..checks import FLOATS, expect_bool, expect_instance, expect_int, expect_number
 
 PROJECTIONS = ("gate", "up", "gate_up", "down")
 
 
 def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool = False) -> float:
-    """What multiplies B A: alpha / r (LoRA, arXiv 2106.09685), or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+    """What multiplies B A: alpha / r (LoRA, arXiv 2106.09685), or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732).
+
+    Raises:
+        TypeError, ValueError: an alpha that is not finite, or a rank under 1, by name.
+    """
+    expect_number("alpha", alpha)
+    expect_int("rank", rank, low=1)
+    expect_bool("rank_stabilized", rank_stabilized)
     return alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
 
@@ -40,17 +47,16 @@ class LowRank:
         for name, tensor in (("a", self.a), ("b", self.b)):
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}: an A needs its B")
-            if tensor.ndim != 2 or tensor.dtype not in FLOATS:
+            if tensor.ndim != 2 or tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
                 raise ValueError(
                     f"{name}: expected two dimensions of bfloat16, float16 or float32, got {list(tensor.shape)} "
-                    f"{tensor.dtype}"
+                    f"{tensor.dtype} {tensor.layout}"
                 )
         if self.a.dtype != self.b.dtype:
             raise TypeError(f"b: expected the dtype of a, {self.a.dtype}, got {self.b.dtype}")
         if self.a.shape[0] != self.b.shape[1] or self.a.shape[0] < 1:
             raise ValueError(f"b: expected the rank of a, {self.a.shape[0]} (at least 1), got {self.b.shape[1]}")
-        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise ValueError(f"scale: expected a finite number, got {self.scale!r}")
+        expect_number("scale", self.scale)
 
     @property
     def rank(self) -> int:
@@ -72,6 +78,9 @@ class Adapter:
             this or the two others.
         down: of w2, a is `[r, I]` and b `[H, r]`.
         num_experts: E of the model that it was trained for; None where that is not known.
+
+    Raises:
+        TypeError, ValueError: no mapping of experts to pairs, or no number of experts, by name.
     """
 
     gate: Mapping[int, LowRank] = field(default_factory=lambda: _NONE)
@@ -79,6 +88,15 @@ class Adapter:
     gate_up: Mapping[int, LowRank] = field(default_factory=lambda: _NONE)
     down: Mapping[int, LowRank] = field(default_factory=lambda: _NONE)
     num_experts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_experts is not None:
+            expect_int("num_experts", self.num_experts, low=1)
+        for projection in PROJECTIONS:
+            pairs = expect_instance(projection, getattr(self, projection), Mapping)
+            for expert, low_rank in pairs.items():
+                expect_int(f"{projection}'s expert", expert, low=0)
+                expect_instance(f"{projection}[{expert}]", low_rank, LowRank)
 
     def entries(self) -> Iterator[tuple[str, int, LowRank]]:
         """Every pair: its projection's name, its global expert, and itself."""

@@ -12,7 +12,6 @@ Two layouts of experts, by their names below a layer's `experts`:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..checks import FLOATS, expect_int
+from ..checkpoint import readable
+from ..checks import expect_bool, expect_dtype, expect_instance, expect_int, expect_number, shown
+from ..json_file import JsonFileError, parse_object, read_bytes
 from .adapter import Adapter, LowRank, lora_scaling
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -34,8 +35,10 @@ _PROJECTIONS = {
     "w2": "down",
 }
 _STACKED = {"gate_up": "gate_up_proj", "down": "down_proj"}
-_EXPERTS = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:[a-z_]+\.)?experts\.(.+)$")
-_ONE = re.compile(r"(\d+)\.([a-z0-9_]+)\.lora_([AB])\.weight")
+_EXPERTS = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.(?:[a-z_]+\.)?experts\.(.+)$")
+_ONE = re.compile(r"([0-9]{1,9})\.([a-z0-9_]+)\.lora_([AB])\.weight")
+# Of an entry or a pattern: what a module's name never reaches.
+MAX_NAME = 200
 _STACK = re.compile(r"((?:base_layer\.)*)lora_([AB])\.weight")
 
 
@@ -62,22 +65,27 @@ def load_peft(
         On the CPU, by global expert; without an entry where the files hold none of this layer's experts.
 
     Raises:
-        FileNotFoundError: no such files.
-        TypeError, ValueError: an adapter of another kind (no LoRA, DoRA, with biases), of another model's sizes, an A
-            without its B, or a name of this layer's experts that neither layout has: by name.
+        TypeError, ValueError: an argument of another type or range; files that are not there or broken
+            (`JsonFileError` for the configuration); an adapter of another kind (no LoRA, DoRA, with biases), of another
+            model's sizes, an A without its B, or a name of this layer's experts that neither layout has: by name.
     """
     expect_int("layer", layer, low=0)
     expect_int("num_experts", num_experts, low=1)
-    if dtype is not None and dtype not in FLOATS:
-        raise TypeError(f"dtype: expected one of {[str(d) for d in FLOATS]} or None, got {dtype}")
+    expect_int("hidden_size", hidden_size, low=1)
+    expect_int("intermediate_size", intermediate_size, low=1)
+    expect_dtype("dtype", dtype, optional=True)
+    if not isinstance(folder, (str, Path)) or not Path(folder).is_dir():
+        raise ValueError(f"folder: expected a folder with {CONFIG} and {WEIGHTS}, got {shown(folder)}")
     folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text())
-    _expect_lora(config)
+    config = _config(folder / CONFIG)
     tensors: dict[str, torch.Tensor] = {}
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with readable(folder / WEIGHTS), safe_open(folder / WEIGHTS, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (a file is no mapping)
             found = _EXPERTS.search(name)
             if found is not None and int(found[1]) == layer:
+                if len(name) > MAX_NAME or found[2] in tensors:
+                    wanted = "a name of sensible length" if len(name) > MAX_NAME else "an entry of this layer once"
+                    raise ValueError(f"{_said(name)}: expected {wanted}, got another")
                 tensor = file.get_tensor(name)
                 tensors[found[2]] = tensor if dtype is None else tensor.to(dtype)
                 prefix = name[: found.start(2)]
@@ -85,17 +93,31 @@ def load_peft(
         return Adapter(num_experts=num_experts)
     module = prefix.removeprefix("base_model.model.").rstrip(".")
     parts: dict[str, dict[int, LowRank]] = {"gate": {}, "up": {}, "gate_up": {}, "down": {}}
+    h, i = hidden_size, intermediate_size
+    sizes = {"gate": (i, h), "up": (i, h), "down": (h, i)}
     singles = {name: _ONE.fullmatch(name) for name in tensors}
     stacks = {name: _STACK.fullmatch(name) for name in tensors}
     strange = [name for name in tensors if singles[name] is None and stacks[name] is None]
     if strange:
-        raise ValueError(f"{WEIGHTS}: expected lora_A and lora_B of layer {layer}'s experts, got {strange}")
+        names = ", ".join(map(_said, strange[:8])) + (f" and {len(strange) - 8} more" if len(strange) > 8 else "")
+        raise ValueError(f"{WEIGHTS}: expected lora_A and lora_B of layer {layer}'s experts, got {names}")
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2:
+            raise ValueError(f"{name}: expected two dimensions, got {list(tensor.shape)}")
     for name, found in singles.items():
         if found is not None and found[3] == "A":
             expert, projection = int(found[1]), found[2]
             if projection not in _PROJECTIONS or expert >= num_experts:
-                raise ValueError(f"{name}: expected one of {sorted(_PROJECTIONS)} of {num_experts} experts")
+                wanted = f"one of {sorted(_PROJECTIONS)} of {num_experts} experts"
+                raise ValueError(f"{name}: expected {wanted}, got {projection} of expert {expert}")
             a, b = tensors[name], _partner(tensors, name)
+            n, k = sizes[_PROJECTIONS[projection]]
+            if a.shape[1] != k or b.shape[0] != n:
+                raise ValueError(
+                    f"{name}: expected A over {k} and B over {n}, got shapes {list(a.shape)} and {list(b.shape)}"
+                )
+            if expert in parts[_PROJECTIONS[projection]]:
+                raise ValueError(f"{name}: expected one {_PROJECTIONS[projection]} of expert {expert}, got two")
             scale = _scale(config, f"{module}.{expert}.{projection}", a.shape[0])
             parts[_PROJECTIONS[projection]][expert] = LowRank(a, b, scale)
     for name, found in stacks.items():
@@ -113,12 +135,56 @@ def load_peft(
     return Adapter(**parts, num_experts=num_experts)
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """The adapter's configuration, checked.
+
+    Raises:
+        JsonFileError: the file is not there or no JSON object.
+        TypeError, ValueError: another kind of adapter, or a value of another type, by its key.
+    """
+    content = read_bytes(path)
+    if content is None:
+        raise JsonFileError(path, "", "expected a file, got none")
+    config = parse_object(path, content)
+    _expect_lora(config)
+    return config
+
+
 def _expect_lora(config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type: expected 'LORA', got {config.get('peft_type')!r}")
+        raise ValueError(f"peft_type: expected 'LORA', got {config.get('peft_type')!a:.80}")
     for name, plain in (("use_dora", False), ("lora_bias", False), ("bias", "none"), ("fan_in_fan_out", False)):
         if config.get(name, plain) not in (plain, None):
-            raise ValueError(f"{name}: expected {plain!r}, got {config[name]!r}")
+            raise ValueError(f"{name}: expected {plain!r}, got {config[name]!a:.80}")
+    expect_number("lora_alpha", config.get("lora_alpha", 8))
+    if config.get("use_rslora") is not None:
+        expect_bool("use_rslora", config["use_rslora"])
+    patterns = config.get("alpha_pattern")
+    for pattern, alpha in expect_instance("alpha_pattern", {} if patterns is None else patterns, Mapping).items():
+        _expect_pattern(pattern)
+        expect_number(f"alpha_pattern[{_said(pattern)}]", alpha)
+
+
+def _expect_pattern(pattern: str) -> None:
+    """Check a pattern that the file brings: one that takes exponentially long is refused before it is tried.
+
+    Nothing unbounded stands around a group, at most two things are unbounded at all, and nothing refers back.
+    """
+    unbounded = len(re.findall(r"[*+}]", pattern))
+    is_simple = len(pattern) <= MAX_NAME and unbounded <= 2 and not re.search(r"\)\s*[*+?{]|\\[0-9]|\(\?", pattern)
+    try:
+        if is_simple:
+            re.compile(pattern)
+            return
+        why = "one that may take exponentially long"
+    except (re.error, OverflowError) as error:
+        why = str(error)
+    raise ValueError(f"alpha_pattern: expected the simple end of a module's name, got {_said(pattern)}: {why}")
+
+
+def _said(name: str) -> str:
+    """A name from a file for a message: escaped, so that no terminal obeys it, and not without end."""
+    return f"{ascii(name)[1:-1]:.200}"
 
 
 def _partner(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -135,7 +201,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break
-    return lora_scaling(alpha, rank, rank_stabilized=bool(config.get("use_rslora")))
+    return lora_scaling(alpha, rank, rank_stabilized=config.get("use_rslora") or False)
 
 
 def _unstacked(

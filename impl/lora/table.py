@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import FLOATS, debugging, expect_bool, expect_int, expect_tensor
+from ..checks import (
+    debugging,
+    expect_bool,
+    expect_device,
+    expect_dtype,
+    expect_instance,
+    expect_int,
+    expect_tensor,
+    shown,
+)
 from ..config import ActivationFunction
 from .adapter import Adapter, LowRank
 
@@ -20,6 +29,7 @@ from .adapter import Adapter, LowRank
 RANKS = (16, 32, 64, 128, 256)
 # Slots are counted in 32 bits and walked one by one; more adapters than this belong in host memory.
 MOST_SLOTS = 1024
+INTEGERS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +136,8 @@ class AdapterTable:
         expect_int("intermediate_size", intermediate_size, low=1)
         expect_bool("is_gated", is_gated)
         expect_bool("interleaved", interleaved)
-        if dtype not in FLOATS:
-            raise TypeError(f"dtype: expected one of {[str(d) for d in FLOATS]}, got {dtype}")
+        expect_dtype("dtype", dtype)
+        device = expect_device("device", device)
         if interleaved and not is_gated:
             raise ValueError("interleaved: expected False where is_gated is False, got True")
         self.num_slots, self.max_rank, self.num_experts = num_slots, max_rank, num_experts
@@ -159,6 +169,11 @@ class AdapterTable:
     def loaded(self) -> tuple[int, ...]:
         """The slots that hold an adapter, ascending."""
         return tuple(slot for slot, adapter in enumerate(self._adapters) if adapter is not None)
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The global experts whose adapters are held, in the order of their local ids."""
+        return tuple(sorted(self._local, key=self._local.__getitem__))
 
     def adapter_of(self, slot: int) -> Adapter | None:
         """What a slot holds."""
@@ -331,7 +346,12 @@ def _local_experts(expert_map: torch.Tensor | Sequence[int] | None, num_experts:
     """
     if expert_map is None:
         return {expert: expert for expert in range(num_experts)}
-    entries = expert_map.tolist() if isinstance(expert_map, torch.Tensor) else list(expert_map)
+    if isinstance(expert_map, torch.Tensor):
+        entries = expect_tensor("expert_map", expert_map, shape=(num_experts,), dtypes=INTEGERS).tolist()
+    else:
+        entries = list(expect_instance("expert_map", expert_map, Sequence))
+    if any(type(entry) is not int for entry in entries):
+        raise TypeError(f"expert_map: expected integers, got {shown(entries)}")
     if len(entries) != num_experts:
         raise ValueError(f"expert_map: expected one entry for each of {num_experts} experts, got {len(entries)}")
     local = {expert: place for expert, place in enumerate(entries) if place >= 0}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
 
+from ..checks import expect_one_of
 from ..experts.base import Experts
 
 AUTO = "auto"
@@ -38,12 +39,16 @@ EXPERTS: Mapping[UnquantizedMoeBackend, tuple[str, str]] = {
 }
 
 
-@cache
 def experts_class(backend: UnquantizedMoeBackend) -> type[Experts]:
     """The experts class of a backend; its module is imported when first asked for.
 
     Raises:
-        KeyError: a backend without one (TPU, out-of-tree).
+        ValueError: an unknown backend, or one without experts here (TPU, out-of-tree).
     """
+    return _experts_class(expect_one_of("backend", backend, EXPERTS))
+
+
+@cache
+def _experts_class(backend: UnquantizedMoeBackend) -> type[Experts]:
     module, name = EXPERTS[backend]
     return getattr(importlib.import_module(f"..experts.{module}", __package__), name)

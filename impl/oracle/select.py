@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ..checks import expect_instance
 from ..config import ActivationFormat, MoEConfig
 from ..experts.readiness import Readiness, State
 from ..platform import Platform
@@ -35,6 +36,7 @@ def parse_request(request: str | None, environment: Mapping[str, str] = _NOTHING
     if request is not None:
         name, origin = request, "backend"
     else:
+        expect_instance("environment", environment, Mapping)
         name, origin = environment.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE
     if not isinstance(name, str):
         raise TypeError(f"{origin}: expected a backend's name, got {type(name).__name__} {name!r}")
@@ -215,6 +217,8 @@ def select_backend(
         raise TypeError(f"platform: expected a Platform, got {type(platform).__name__}")
     if not isinstance(available, Mapping):
         raise TypeError(f"available: expected a mapping of backends to their readiness, got {type(available).__name__}")
+    for backend, readiness in available.items():
+        expect_instance(f"available[{backend!r}]", readiness, Readiness)
     asked, origin = parse_request(request, environment)
     question = _Question(config, platform, available)
     if question.line[0] not in EXPERTS:

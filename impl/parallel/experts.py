@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from ..checks import debugging, expect_bool, expect_int
+from ..checks import debugging, expect_bool, expect_instance, expect_int, expect_one_of, expect_tensor
 from ..config import ActivationFormat
 from ..experts_module import RoutedExperts
+from ..lora.table import AdapterTable
 from ..overlap import beside
 from ..quantization import ActivationScale
 from ..shared_experts import SharedExpertsOrder
+from .adapters import adapter_facts, expect_adapters_of_rank
 from .agreement import agree, together
 from .all_gather import AllGather
 from .all_to_all import AllToAll
@@ -23,6 +25,7 @@ from .exchange import Exchange, Received
 from .placement import ExpertPlacement, choose_copies
 from .ranks import Ranks
 from .slabs import batched_partial
+from .travel import Homes
 from .wire import Tokens, Wire
 
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -64,6 +67,7 @@ class ParallelExperts:
         overlap: bool = False,
         activation_format: ActivationFormat | str = ActivationFormat.STANDARD,
     ) -> None:
+        expect_instance("ranks", ranks, Ranks)
         self.ranks, self.placement = ranks, placement
         self.mesh = ranks.mesh
         self.max_tokens, self.exchange_name, self.overlap = max_tokens, exchange, overlap
@@ -86,6 +90,7 @@ class ParallelExperts:
 
     def _check(self, shared_part: str, activation_format: str) -> None:
         mesh, placement = self.mesh, self.placement
+        expect_instance("placement", placement, ExpertPlacement)
         expect_int("max_tokens", self.max_tokens, low=1)
         expect_bool("overlap", self.overlap)
         if placement.num_ranks != mesh.ep_size:
@@ -95,8 +100,7 @@ class ParallelExperts:
             ("shared_part", shared_part, tuple(map(str, SharedPart))),
             ("activation_format", activation_format, tuple(map(str, ActivationFormat))),
         ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+            expect_one_of(name, value, known)
         if self.exchange_name == AllToAll.name and (mesh.num_replicas > 1 or mesh.tp_size > 1):
             raise ValueError(
                 f"exchange: expected all_gather where ranks have the same tokens or parts of experts, got all_to_all "
@@ -121,11 +125,18 @@ class ParallelExperts:
             raise RuntimeError("experts: expected a layer that has joined, got none")
         return self._exchange
 
-    def join(self, experts: RoutedExperts, num_experts: int, top_k: int) -> None:
+    def join(self, experts: RoutedExperts, num_experts: int, top_k: int, adapters: AdapterTable | None = None) -> None:
         """Take the experts of a layer; every rank's layer calls this as it is made.
 
+        Args:
+            experts: of this rank.
+            num_experts: E, logical.
+            top_k: of the routing.
+            adapters: of these experts, which each call is given again.
+
         Raises:
-            ValueError: experts that are not those of the placement, or ranks whose layers differ; the same everywhere.
+            TypeError, ValueError: experts, or adapters of experts, that are not those of the placement, or ranks whose
+                layers or tables differ; the same everywhere.
         """
         quant = experts.quant
         facts = {
@@ -135,19 +146,26 @@ class ParallelExperts:
             "intermediate_size": experts.intermediate_size,
             "dtype": str(experts.dtype),
             "scheme": "none" if quant is None else f"{quant.scheme} {quant.activation_scale}",
+            **adapter_facts(adapters),
         }
         with together(self.ranks.world, facts, always=True):
             self._check_experts(experts, num_experts)
+            expect_adapters_of_rank(adapters, experts, num_experts, self.placement.experts_of_rank[self.ep_rank])
         device = experts.w2.device
-        tables = self.placement.tables(device)
-        local = self.placement.expert_map(self.ep_rank)
+        tables, place = self.placement.tables(device), self.placement
+        homes = Homes(tables.rank_of, tables.local_of)
+        # Tokens travel with physical ids, or with logical ones where those say as much, and nothing is looked up.
+        local = place.expert_map(self.ep_rank) if place.has_copies else place.local_experts(self.ep_rank)
+        if not place.has_copies:
+            only = tables.copies[:, 0].long()
+            homes = Homes(tables.rank_of[only], tables.local_of[only])
         numbers = torch.arange(self.placement.num_physical, dtype=torch.int32)
         by_local = torch.where(numbers < experts.num_local_experts, numbers, -1)
         self._tables, self._expert_map, self._local_map = tables, local.to(device), by_local.to(device)
         wire = Wire(quant if self.activation_format is ActivationFormat.STANDARD else None)
         if self.exchange_name == AllToAll.name:
             peers = self.ranks.world if self.ranks.peers is None else self.ranks.peers
-            self._exchange = AllToAll(peers, tables, wire)
+            self._exchange = AllToAll(peers, homes, wire)
         else:
             self._exchange = AllGather(self.ranks.peers, self.ranks.replicas, wire)
 
@@ -167,8 +185,8 @@ class ParallelExperts:
             )
 
     @contextmanager
-    def _together(self, padded_tokens: int | None = None) -> Iterator[None]:
-        with together(self.ranks.world, {} if padded_tokens is None else {"padded_tokens": padded_tokens}):
+    def _together(self, **facts: Any) -> Iterator[None]:
+        with together(self.ranks.world, facts):
             yield
 
     def run(
@@ -182,6 +200,7 @@ class ParallelExperts:
         stream: torch.cuda.Stream | None = None,
         shared_is_reduced: bool = False,
         padded_tokens: int | None = None,
+        adapters: AdapterTable | None = None,
         lora_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A layer's output for this rank's tokens; every rank calls it, also one without tokens.
@@ -195,38 +214,43 @@ class ParallelExperts:
             stream: of `multi_stream_overlapped`.
             shared_is_reduced: their output is summed over the ranks already.
             padded_tokens: rows that each rank has with its padding; None: `max_tokens`.
-            lora_ids: `[M]` int32, which travel with their tokens.
+            adapters: of this rank's experts, in the slots that every rank has them in; None where no rank has any.
+            lora_ids: `[M]` int32, the slot of each token's adapter, which travels with it; None: this rank's tokens
+                have none. Other ranks' may, so with adapters every token takes its id along.
 
         Raises:
-            ValueError: more tokens than `padded_tokens`, or more of them than `max_tokens`; in debug mode on all ranks.
+            TypeError, ValueError: more tokens than `padded_tokens`, or more of them than `max_tokens`, ids of another
+                shape or without adapters; in debug mode on all ranks, and then also tables that differ.
         """
         exchange = self.exchange
         rows = self.max_tokens if padded_tokens is None else padded_tokens
         output = None
         if self.ranks.replicas is not None and debugging():
             agree(self.ranks.replicas, {"num_tokens of ranks with the same tokens": len(hidden_states)})
-        with self._together(rows):
+        with self._together(padded_tokens=rows, **(adapter_facts(adapters) if debugging() else {})):
             expect_int("padded_tokens", rows, low=0, high=self.max_tokens)
             if len(hidden_states) > rows:
                 raise ValueError(f"hidden_states: expected at most {rows} tokens, as agreed, got {len(hidden_states)}")
+            lora_ids = _travelling_ids(adapters, lora_ids, hidden_states)
             if shared is not None and order is SharedExpertsOrder.EXTERNAL:
                 output = shared(hidden_states)
             topk_weights, topk_ids = select(hidden_states)
-            # Replicas have the same tokens, and must choose alike.
-            physical = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
-            tokens = Tokens(hidden_states, topk_weights, physical, lora_ids)
+            if self.placement.has_copies:
+                # Replicas have the same tokens, and must choose alike.
+                topk_ids = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
+            tokens = Tokens(hidden_states, topk_weights, topk_ids.to(torch.int32), lora_ids)
         launched = exchange.dispatch(tokens, rows)
         with self._together():
             if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:
                 with beside(lambda: shared(hidden_states), stream, hidden_states) as side:
                     received = launched.wait()
-                    partial = self.partial_sums(received, experts)
+                    partial = self.partial_sums(received, experts, adapters)
                 output = side.joined()
             else:
                 if shared is not None and order is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED:
                     output = shared(hidden_states)  # while the tokens travel
                 received = launched.wait()
-                partial = self.partial_sums(received, experts)
+                partial = self.partial_sums(received, experts, adapters)
                 if shared is not None and output is None:
                     output = shared(hidden_states)
         if output is None:
@@ -235,14 +259,16 @@ class ParallelExperts:
             return exchange.combine(partial, received, output)
         return exchange.combine(partial, received).add_(output)
 
-    def partial_sums(self, received: Received, experts: RoutedExperts) -> torch.Tensor:
+    def partial_sums(
+        self, received: Received, experts: RoutedExperts, adapters: AdapterTable | None = None
+    ) -> torch.Tensor:
         """What the experts here make of what arrived: `[rows, H]`, a part of each token's sum."""
         tokens, dp_size = received.tokens, self.mesh.dp_size
         expert_map = self._local_map if tokens.ids_are_local else self._expert_map
         if self.activation_format is ActivationFormat.BATCHED:
             ids = tokens.topk_ids.long()
             local_ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
-            return batched_partial(experts, tokens, local_ids, dp_size)
+            return batched_partial(experts, tokens, local_ids, dp_size, adapters)
         out = None
         if tokens.input_scale is not None:
             out = torch.empty(tokens.hidden_states.shape, dtype=experts.dtype, device=tokens.hidden_states.device)
@@ -252,7 +278,25 @@ class ParallelExperts:
             tokens.topk_ids,
             expert_map,
             self.placement.num_physical,
+            adapters,
+            None if adapters is None else tokens.lora_ids,
             dp_size=dp_size,
             input_scale=tokens.input_scale,
             out=out,
         )
+
+
+def _travelling_ids(
+    adapters: AdapterTable | None, lora_ids: torch.Tensor | None, hidden_states: torch.Tensor
+) -> torch.Tensor | None:
+    """The adapter of each token, as it travels; None where no rank has adapters."""
+    num_tokens = len(hidden_states)
+    if lora_ids is not None:
+        if adapters is None:
+            raise ValueError("lora_ids: expected None without adapters, got ids")
+        expect_tensor("lora_ids", lora_ids, shape=(num_tokens,), dtypes=(torch.int32,), like=hidden_states)
+        adapters.debug_expect_ids("lora_ids", lora_ids)
+        return lora_ids
+    if adapters is None:
+        return None
+    return torch.full((num_tokens,), -1, dtype=torch.int32, device=hidden_states.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checks import expect_int
+from ..checks import MOST_LISTED, expect_int
 from ..config import ParallelConfig
 
 
@@ -34,6 +34,8 @@ class Mesh:
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
             expect_int(name, size, low=1)
+        if self.world_size > MOST_LISTED:
+            raise ValueError(f"tp_size: expected at most {MOST_LISTED} ranks in all, got {self.world_size}")
         if self.world_size % self.dp_size:
             raise ValueError(
                 f"dp_size: expected a divisor of ep_size {self.ep_size} x tp_size {self.tp_size} ranks, "
@@ -51,20 +53,20 @@ class Mesh:
         return self.world_size // self.dp_size
 
     def ep_rank(self, rank: int) -> int:
-        """Which of the shares of experts a rank holds."""
-        return rank // self.tp_size
+        """Which of the shares of experts a rank holds; errors as of `place`."""
+        return self._expect(rank) // self.tp_size
 
     def dp_rank(self, rank: int) -> int:
-        """Which run of ranks a rank stands in, and so whose tokens it has."""
-        return rank // self.num_replicas
+        """Which run of ranks a rank stands in, and so whose tokens it has; errors as of `place`."""
+        return self._expect(rank) // self.num_replicas
 
     def place(self, rank: int) -> ParallelConfig:
         """One rank's place.
 
         Raises:
-            ValueError: no rank of this mesh.
+            TypeError, ValueError: no rank of this mesh.
         """
-        expect_int("rank", rank, low=0, high=self.world_size - 1)
+        self._expect(rank)
         return ParallelConfig(
             tp_size=self.tp_size,
             tp_rank=rank % self.tp_size,
@@ -80,8 +82,14 @@ class Mesh:
         return tuple(range(first, first + self.num_replicas))
 
     def data_peers(self, rank: int) -> tuple[int, ...]:
-        """One rank of each run, at the place that `rank` has in its own: between them they have all tokens once."""
-        return tuple(range(rank % self.num_replicas, self.world_size, self.num_replicas))
+        """One rank of each run, at the place that `rank` has in its own: between them they have all tokens once.
+
+        Errors are those of `place`.
+        """
+        return tuple(range(self._expect(rank) % self.num_replicas, self.world_size, self.num_replicas))
+
+    def _expect(self, rank: int) -> int:
+        return expect_int("rank", rank, low=0, high=self.world_size - 1)
 
     def __str__(self) -> str:
         return f"tp {self.tp_size}, dp {self.dp_size}, ep {self.ep_size}"

@@ -6,16 +6,21 @@ DeepSeek-V3, arXiv 2412.19437, section 3.4); a routed pair goes to exactly one o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 
-from ..checks import expect_int
+from ..align import IDS
+from ..checks import MOST_LISTED, expect_device, expect_instance, expect_int, expect_tensor, shown
 from .rows import turns
+
+# A greedy choice looks at every rank for every expert.
+MOST_RANKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,20 @@ class ExpertPlacement:
 
     def __post_init__(self) -> None:
         expect_int("num_experts", self.num_experts, low=1)
-        if not self.experts_of_rank:
+        if not expect_instance("experts_of_rank", self.experts_of_rank, Sequence):
             raise ValueError("experts_of_rank: expected at least one rank, got none")
         for rank, experts in enumerate(self.experts_of_rank):
-            for expert in experts:
+            for expert in expect_instance(f"experts_of_rank[{rank}]", experts, Sequence):
                 expect_int(f"experts_of_rank[{rank}]", expert, low=0, high=self.num_experts - 1)
             if len(set(experts)) != len(experts):
                 raise ValueError(f"experts_of_rank[{rank}]: expected each expert once, got {list(experts)}")
-        missing = set(range(self.num_experts)).difference(*self.experts_of_rank)
-        if missing:
-            raise ValueError(f"experts_of_rank: expected every expert on some rank, got none with {sorted(missing)}")
+        held = set().union(*self.experts_of_rank)
+        if len(held) != self.num_experts:
+            missing = list(islice((expert for expert in range(self.num_experts) if expert not in held), 8))
+            raise ValueError(
+                f"experts_of_rank: of num_experts {self.num_experts} expected every expert on some rank, "
+                f"got none with {missing}"
+            )
 
     @property
     def num_ranks(self) -> int:
@@ -66,23 +75,45 @@ class ExpertPlacement:
         return tuple(map(tuple, copies))
 
     @property
+    def has_copies(self) -> bool:
+        """Whether some expert lives on several ranks."""
+        return self.num_physical > self.num_experts
+
+    @property
     def num_physical(self) -> int:
         """Slots of all ranks."""
         return len(self.physical_to_logical)
 
     def first_physical(self, rank: int) -> int:
-        """The physical id of a rank's first slot."""
+        """The physical id of a rank's first slot.
+
+        Raises:
+            TypeError, ValueError: no rank of the placement.
+        """
+        expect_int("rank", rank, low=0, high=self.num_ranks - 1)
         return [0, *accumulate(map(len, self.experts_of_rank))][rank]
 
     def expert_map(self, rank: int) -> torch.Tensor:
-        """`[P]` int32 on the CPU: physical to local id on `rank`, -1 elsewhere."""
-        local = torch.full((self.num_physical,), -1, dtype=torch.int32)
+        """`[P]` int32 on the CPU: physical to local id on `rank`, -1 elsewhere; errors as `first_physical`."""
         first, size = self.first_physical(rank), len(self.experts_of_rank[rank])
+        local = torch.full((self.num_physical,), -1, dtype=torch.int32)
         local[first : first + size] = torch.arange(size, dtype=torch.int32)
         return local
 
+    def local_experts(self, rank: int) -> torch.Tensor:
+        """`[E]` int32 on the CPU: logical to local id on `rank`, -1 elsewhere, as `AdapterTable` takes it."""
+        local = torch.full((self.num_experts,), -1, dtype=torch.int32)
+        held = self.experts_of_rank[rank]
+        local[list(held)] = torch.arange(len(held), dtype=torch.int32)
+        return local
+
     def tables(self, device: torch.device | str) -> PlacementTables:
-        """The same as tensors on a device."""
+        """The same as tensors on a device.
+
+        Raises:
+            TypeError, ValueError: no device.
+        """
+        device = expect_device("device", device)
         most = max(map(len, self.copies))
         padded = [(*copies, *(-1,) * (most - len(copies))) for copies in self.copies]
         ranks = [rank for rank, experts in enumerate(self.experts_of_rank) for _ in experts]
@@ -117,7 +148,7 @@ class PlacementTables:
 
 
 def _expect_ranks(num_experts: int, num_ranks: int) -> None:
-    expect_int("num_experts", num_experts, low=1)
+    expect_int("num_experts", num_experts, low=1, high=MOST_LISTED)
     expect_int("num_ranks", num_ranks, low=1)
     if num_ranks > num_experts:
         raise ValueError(
@@ -165,14 +196,19 @@ def balanced_placement(load: Sequence[float], num_ranks: int, slots_per_rank: in
     Raises:
         TypeError, ValueError: loads that are no numbers of at least 0, or fewer slots than experts.
     """
-    num_experts = len(load)
-    expect_int("num_ranks", num_ranks, low=1)
-    expect_int("slots_per_rank", slots_per_rank, low=1, high=max(1, num_experts))
-    if any(not each >= 0 for each in load):
-        raise ValueError(f"load: expected numbers of at least 0, got {list(load)}")
+    num_experts = len(expect_instance("load", load, Sequence))
+    if not num_experts:
+        raise ValueError("load: expected one of each expert, got none")
+    for each in load:
+        if not isinstance(each, (int, float)) or not 0 <= each < math.inf:
+            raise ValueError(f"load: expected numbers of at least 0, got {shown(each)}")
+    expect_int("num_ranks", num_ranks, low=1, high=MOST_RANKS)
+    expect_int("slots_per_rank", slots_per_rank, low=1, high=num_experts)
     spare = num_ranks * slots_per_rank - num_experts
     if spare < 0:
-        raise ValueError(f"slots_per_rank: expected {num_ranks} ranks to hold {num_experts} experts, lacking {-spare}")
+        raise ValueError(
+            f"slots_per_rank: expected {num_ranks} ranks to hold {num_experts} experts, got {slots_per_rank} slots each"
+        )
     copies = [1] * num_experts
     for _ in range(spare):
         fewer = [expert for expert in range(num_experts) if copies[expert] < num_ranks]
@@ -200,7 +236,13 @@ def choose_copies(topk_ids: torch.Tensor, tables: PlacementTables, offset: int =
 
     Returns:
         `[M, top_k]` int32, physical ids.
+
+    Raises:
+        TypeError, ValueError: by name.
     """
+    expect_instance("tables", tables, PlacementTables)
+    expect_tensor("topk_ids", topk_ids, shape=("M", "top_k"), dtypes=IDS, like=tables.copies)
+    expect_int("offset", offset, low=0)
     ids = topk_ids.reshape(-1).long()
     known = ids.clamp(min=0)
     if tables.copies.shape[1] == 1:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from ..checks import expect_instance
 from .agreement import together
 from .collectives import Group, ProcessGroup
 from .mesh import Mesh
@@ -41,8 +42,14 @@ def connect(mesh: Mesh, group: dist.ProcessGroup | None = None) -> Ranks:
         group: an initialised process group; None: the default one.
 
     Raises:
-        ValueError: another number of ranks, or ranks that name different meshes; the same on every rank.
+        TypeError: no mesh, or no process group.
+        ValueError: torch.distributed is not initialised; another number of ranks, or ranks that name different meshes,
+            the same on every rank.
     """
+    expect_instance("mesh", mesh, Mesh)
+    expect_instance("group", group, dist.ProcessGroup, optional=True)
+    if group is None and not dist.is_initialized():
+        raise ValueError("group: expected torch.distributed to be initialised (init_process_group), got no group")
     world = ProcessGroup("world", group)
     with together(world, {"mesh": str(mesh)}, always=True):
         expect_world_size(mesh, world.size)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from ..checks import expect_int
+from ..lora.adapter import Adapter, LowRank
 from ..quantization import ExpertsQuantization, WeightScale
 from ..weights import ExpertsWeights
 from .rows import take_rows
@@ -106,3 +107,43 @@ def _shard_of_scales(quant: ExpertsQuantization, of_w13: Cut, of_w2: Cut) -> Exp
         w13_zero_point=None if w13_zero is None else of_w13(w13_zero),
         w2_zero_point=None if w2_zero is None else of_w2(w2_zero),
     )
+
+
+def shard_of_adapter(
+    adapter: Adapter, tp_rank: int, tp_size: int, *, is_gated: bool = True, interleaved: bool = False
+) -> Adapter:
+    """One rank's part of an adapter, cut as `shard_of_experts` cuts the experts: rows of w13's B, columns of w2's A.
+
+    w13's A and w2's B are whole on every rank: a sum over the shards' outputs has each adapter's addition once.
+
+    Args:
+        adapter: of whole experts.
+        tp_rank: which shard.
+        tp_size: of how many.
+        is_gated: w13 has gate and up rows.
+        interleaved: they alternate.
+
+    Raises:
+        TypeError, ValueError: no adapter, or shards that would cut a column of I.
+    """
+    expect_int("tp_size", tp_size, low=1)
+    expect_int("tp_rank", tp_rank, low=0, high=tp_size - 1)
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
+    if tp_size == 1:
+        return adapter
+    joined = 2 if is_gated else 1
+
+    def cut(name: str, expert: int, low_rank: LowRank) -> LowRank:
+        size = low_rank.a.shape[1] if name == "down" else low_rank.b.shape[0] // (joined if name == "gate_up" else 1)
+        if size % tp_size:
+            raise ValueError(f"tp_size: expected a divisor of I {size} of adapter.{name}[{expert}], got {tp_size}")
+        if name == "down":
+            return replace(low_rank, a=_rows(low_rank.a, 1, tp_rank, tp_size))
+        parts = joined if name == "gate_up" and not interleaved else 1
+        return replace(low_rank, b=_rows(low_rank.b, 0, tp_rank, tp_size, parts=parts))
+
+    parts: dict[str, dict[int, LowRank]] = {}
+    for name, expert, low_rank in adapter.entries():
+        parts.setdefault(name, {})[expert] = cut(name, expert, low_rank)
+    return replace(adapter, **parts)

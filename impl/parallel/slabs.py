@@ -6,6 +6,7 @@ import torch
 
 from ..batched import batched_experts
 from ..experts_module import RoutedExperts
+from ..lora.table import AdapterTable
 from .rows import turns
 from .wire import Tokens
 
@@ -26,7 +27,13 @@ def slab_rows(local_ids: torch.Tensor, num_local_experts: int) -> tuple[torch.Te
     return torch.where(ids >= 0, ids * max(1, len(ids)) + turns(ids), -1).view(local_ids.shape), counts
 
 
-def batched_partial(experts: RoutedExperts, tokens: Tokens, local_ids: torch.Tensor, dp_size: int) -> torch.Tensor:
+def batched_partial(
+    experts: RoutedExperts,
+    tokens: Tokens,
+    local_ids: torch.Tensor,
+    dp_size: int,
+    adapters: AdapterTable | None = None,
+) -> torch.Tensor:
     """`[M, H]`: the experts here on tokens that were received, through slabs that hold every pair of an expert.
 
     A slab has a row for each pair that could come to its expert, so that nothing is ever dropped: memory for
@@ -37,6 +44,7 @@ def batched_partial(experts: RoutedExperts, tokens: Tokens, local_ids: torch.Ten
         tokens: received.
         local_ids: `[M, top_k]` int32, their ids here.
         dp_size: for the oracle.
+        adapters: of these experts; tokens then bear their ids.
     """
     num_tokens, top_k = local_ids.shape
     hidden_size, num_local = experts.hidden_size, experts.num_local_experts
@@ -50,6 +58,11 @@ def batched_partial(experts: RoutedExperts, tokens: Tokens, local_ids: torch.Ten
     place = torch.where(flat >= 0, flat, num_local * pairs)
     slabs = torch.zeros((num_local * pairs + 1, hidden_size), dtype=out.dtype, device=out.device)
     slabs[place] = tokens.hidden_states.repeat_interleave(top_k, dim=0)
+    lora_ids = None
+    if adapters is not None and tokens.lora_ids is not None:
+        ids = torch.full((num_local * pairs + 1,), -1, dtype=torch.int32, device=out.device)
+        ids[place] = tokens.lora_ids.repeat_interleave(top_k)
+        lora_ids = ids[:-1].view(num_local, pairs)
     function = experts.function
     result = batched_experts(
         slabs[:-1].view(num_local, pairs, hidden_size),
@@ -63,6 +76,8 @@ def batched_partial(experts: RoutedExperts, tokens: Tokens, local_ids: torch.Ten
         swiglu_alpha=function.alpha,
         swiglu_limit=function.limit,
         interleaved=function.interleaved,
+        adapters=adapters,
+        lora_ids=lora_ids,
         backend=experts.backend,
         allow_tf32=experts.allow_tf32,
         dp_size=dp_size,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..checks import expect_dtype, expect_instance, expect_int, expect_one_of, shown
 from ..config import QuantScheme
 from ..platform import Platform, Vendor
 from .schema import Tile
@@ -189,7 +190,6 @@ def _fit(config: KernelConfig, dtype: torch.dtype, platform: Platform) -> Kernel
     return config
 
 
-@lru_cache(maxsize=4096)
 def default_kernel_config(
     *,
     num_tokens: int,
@@ -220,9 +220,42 @@ def default_kernel_config(
         block_shape: as `MoEConfig` has it.
 
     Raises:
-        ValueError: a platform with less shared memory than the smallest tile needs, or a block_shape whose K no step
-            of the kernel divides.
+        TypeError, ValueError: an argument of another type or range, by name; a platform with less shared memory than
+            the smallest tile needs, or a block_shape whose K no step of the kernel divides.
     """
+    sizes = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts, "n": n, "k": k}
+    for name, size in sizes.items():
+        expect_int(name, size, low=1)
+    expect_dtype("dtype", dtype)
+    expect_instance("platform", platform, Platform)
+    expect_one_of("scheme", scheme, QuantScheme)
+    expect_scales(block_shape)
+    return _default(*sizes.values(), dtype, platform, QuantScheme(scheme), block_shape)
+
+
+def expect_scales(block_shape: Any) -> None:
+    """Check a block_shape that tiles are asked for: `fit_block_k` says which of them a kernel has steps for.
+
+    Raises:
+        ValueError: no two integers of at least 0.
+    """
+    is_pair = isinstance(block_shape, tuple) and [type(size) for size in block_shape] == [int, int]
+    if block_shape is not None and not (is_pair and min(block_shape) >= 0):
+        raise ValueError(f"block_shape: expected two integers of at least 0 or None, got {shown(block_shape)}")
+
+
+@lru_cache(maxsize=4096)
+def _default(
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    platform: Platform,
+    scheme: QuantScheme,
+    block_shape: tuple[int, int] | None,
+) -> KernelConfig:
     tiles = _tiles(dtype, platform, scheme)
     rows = 2 * num_tokens * top_k / num_experts
     block_size_m = next((size for size in tiles if size >= rows), max(tiles))
@@ -259,8 +292,11 @@ def use_kernel_configs(w13: KernelConfig, w2: KernelConfig | None = None) -> Ite
         w2: for the second; None takes `w13` for both.
 
     Raises:
+        TypeError: no tiles.
         ValueError: two different block_size_m, which one alignment cannot serve.
     """
+    expect_instance("w13", w13, KernelConfig)
+    expect_instance("w2", w2, KernelConfig, optional=True)
     w2 = w13 if w2 is None else w2
     if w13.block_size_m != w2.block_size_m:
         raise ValueError(

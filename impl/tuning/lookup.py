@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from ..checks import expect_bool, expect_dtype, expect_instance, expect_int, expect_one_of
 from ..config import QuantScheme
 from ..once import log_once
 from ..platform import Platform, Vendor
-from .kernel_config import KernelConfig, default_kernel_config, fit_block_k, override_in_force
+from .kernel_config import KernelConfig, default_kernel_config, expect_scales, fit_block_k, override_in_force
 from .limits import kernel_config, obstacle
 from .names import ConfigKey
 from .schema import TunedFile, parse, read_bytes
@@ -70,6 +71,21 @@ class Layer:
     block_shape: tuple[int, int] | None
     platform: Platform
     is_gated: bool
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("top_k", 1),
+            ("num_experts", 1),
+            ("num_local_experts", 0),
+            ("hidden_size", 1),
+            ("intermediate_size", 1),
+        ):
+            expect_int(name, getattr(self, name), low=low)
+        expect_dtype("dtype", self.dtype)
+        expect_instance("platform", self.platform, Platform)
+        expect_bool("is_gated", self.is_gated)
+        object.__setattr__(self, "scheme", QuantScheme(expect_one_of("scheme", self.scheme, QuantScheme)))
+        expect_scales(self.block_shape)
 
     @property
     def key(self) -> ConfigKey | None:
@@ -128,12 +144,16 @@ def config_folders(environment: Mapping[str, str]) -> tuple[Path, ...]:
     Raises:
         ValueError: the variable names no folder.
     """
-    named = environment.get(FOLDER_VARIABLE)
+    named = expect_instance("environment", environment, Mapping).get(FOLDER_VARIABLE)
     if not named:
         return (SHIPPED,)
-    folder = Path(named).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{FOLDER_VARIABLE}: expected a folder, got {named!r}")
+    try:
+        folder = Path(named).expanduser()
+        is_there = folder.is_dir()
+    except (RuntimeError, ValueError, OSError):  # no such user; a NUL; a name that is too long
+        is_there = False
+    if not is_there:
+        raise ValueError(f"{FOLDER_VARIABLE}: expected a folder, got {named!a:.300}")
     return (folder, SHIPPED)
 
 
@@ -175,7 +195,8 @@ def find_kernel_configs(
 
     Raises:
         TunedConfigError: a file that is there and breaks the schema, with file and key.
-        ValueError: `MOEGATE_TUNED_CONFIG_FOLDER` names no folder.
+        TypeError, ValueError: an argument of another type or range, by name; `MOEGATE_TUNED_CONFIG_FOLDER` names no
+            folder.
     """
     override = override_in_force()
     if override is not None:
@@ -195,8 +216,12 @@ def find_kernel_configs(
         is_gated,
         folder,
     )
-    found = _found.get(question)
+    try:
+        found = _found.get(question)
+    except TypeError:
+        found = None  # what cannot be remembered is no argument that is right: `Layer` says which
     if found is None:
+        expect_int("num_tokens", num_tokens, low=1)
         if len(_found) >= _MOST_FOUND:
             _found.clear()
         found = _found[question] = _find(num_tokens, Layer(*question[1:-1]), folder)
@@ -216,7 +241,7 @@ def default_kernel_configs(
     block_shape: tuple[int, int] | None = None,
     is_gated: bool = True,
 ) -> TunedConfigs:
-    """The tiles of a layer's two GEMMs whatever files there are; arguments as in `find_kernel_configs`."""
+    """The tiles of a layer's two GEMMs whatever files there are; arguments and errors as of `find_kernel_configs`."""
     override = override_in_force()
     if override is not None:
         return TunedConfigs(*override, source="override")
@@ -232,6 +257,7 @@ def default_kernel_configs(
         platform,
         is_gated,
     )
+    expect_int("num_tokens", num_tokens, low=1)
     return TunedConfigs(*layer.default(num_tokens), DEFAULT)
 
 

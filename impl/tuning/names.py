@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from ..checks import expect_instance, expect_int, expect_one_of
 from ..config import QuantScheme
 from ..platform import Platform
 
 _MAX_DEVICE_NAME = 100
 _NAME = re.compile(
-    r"E=(?P<E>\d+),N=(?P<N>\d+)(?:,H=(?P<H>\d+),top_k=(?P<top_k>\d+))?,device_name=(?P<device>[^,]+?)"
-    r"(?:,dtype=(?P<dtype>[a-z0-9_]+))?(?:,block_shape=\[(?P<n>\d+),(?P<k>\d+)\])?(?:,group=(?P<group>\d+))?\.json"
+    r"E=(?P<E>[0-9]{1,10}),N=(?P<N>[0-9]{1,10})(?:,H=(?P<H>[0-9]{1,10}),top_k=(?P<top_k>[0-9]{1,10}))?,device_name=(?P<device>[^,]+?)"
+    r"(?:,dtype=(?P<dtype>[a-z0-9_]+))?(?:,block_shape=\[(?P<n>[0-9]{1,10}),(?P<k>[0-9]{1,10})\])?(?:,group=(?P<group>[0-9]{1,10}))?\.json"
 )
 
 
@@ -27,7 +28,11 @@ def normalise_device_name(name: str) -> str:
     """A device's name as files spell it: underscores for spaces, and one name for the H200 family.
 
     Whatever else a file name cannot hold, or would end the field, is an underscore too.
+
+    Raises:
+        TypeError: no string.
     """
+    expect_instance("name", name, str)
     spelled = re.sub(r"[^A-Za-z0-9_.()+@#-]", "_", name.strip())[:_MAX_DEVICE_NAME]
     return "NVIDIA_H200" if "H200" in spelled.split("_") else spelled
 
@@ -47,6 +52,7 @@ class ConfigKey:
         group: of scales along K alone, None where there is none or in the public convention.
 
     Raises:
+        TypeError: names that are no strings.
         ValueError: a size under 1, a device name that is not normalised or empty, native fields without each other.
     """
 
@@ -65,15 +71,23 @@ class ConfigKey:
             if value is None and name not in ("num_experts", "intermediate_size"):
                 continue
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+                raise ValueError(f"{name}: expected an int of at least 1, got {value!a:.80}")
+        expect_instance("device_name", self.device_name, str)
+        expect_instance("dtype", self.dtype, str, optional=True)
         if not self.device_name or self.device_name != normalise_device_name(self.device_name):
-            raise ValueError(f"device_name: expected a normalised device name, got {self.device_name!r}")
-        if self.dtype is not None and not re.fullmatch(r"[a-z0-9_]+", self.dtype):
-            raise ValueError(f"dtype: expected a scheme's name or None, got {self.dtype!r}")
-        if self.block_shape is not None and any(type(b) is not int or b < 1 for b in self.block_shape):
-            raise ValueError(f"block_shape: expected two integers of at least 1 or None, got {self.block_shape!r}")
+            raise ValueError(f"device_name: expected a normalised device name, got {self.device_name!a:.200}")
+        if self.dtype is not None and not re.fullmatch(r"[a-z0-9_]{1,32}", self.dtype):
+            raise ValueError(f"dtype: expected a scheme's name or None, got {self.dtype!a:.80}")
+        shape = self.block_shape
+        if shape is not None and not (
+            isinstance(shape, tuple) and len(shape) == 2 and all(type(size) is int and size >= 1 for size in shape)
+        ):
+            raise ValueError(f"block_shape: expected two integers of at least 1 or None, got {shape!a:.80}")
         if (self.hidden_size is None) != (self.top_k is None) or (self.group is not None and self.top_k is None):
-            raise ValueError("hidden_size: expected hidden_size and top_k together, and group only beside them")
+            given = [name for name in ("hidden_size", "top_k", "group") if getattr(self, name) is not None]
+            raise ValueError(
+                f"hidden_size: expected hidden_size and top_k together, and group only beside them, got {given} alone"
+            )
 
     @staticmethod
     def of_layer(
@@ -87,7 +101,16 @@ class ConfigKey:
         block_shape: tuple[int, int] | None,
         platform: Platform,
     ) -> ConfigKey | None:
-        """The native key of one rank's layer; None where the platform has no name or the rank no expert."""
+        """The native key of one rank's layer; None where the platform has no name or the rank no expert.
+
+        Raises:
+            TypeError, ValueError: an argument of another type or range, by name.
+        """
+        expect_int("num_local_experts", num_local_experts, low=0)
+        expect_instance("platform", platform, Platform)
+        scheme = QuantScheme(expect_one_of("scheme", scheme, QuantScheme))
+        for name, size in (("hidden_size", hidden_size), ("top_k", top_k)):
+            expect_int(name, size, low=1)
         device_name = normalise_device_name(platform.name)
         if not device_name or num_local_experts < 1:
             return None
@@ -131,11 +154,13 @@ class ConfigKey:
         """The key that a file's name says.
 
         Raises:
+            TypeError: no string.
             ValueError: a name of neither convention, or one that its key would not be written under.
         """
+        expect_instance("file name", file_name, str)
         match = _NAME.fullmatch(file_name)
         if match is None:
-            raise ValueError(f"file name: expected E=...,N=...,device_name=....json, got {file_name!r}")
+            raise ValueError(f"file name: expected E=...,N=...,device_name=....json, got {file_name!a:.200}")
 
         def number(field: str) -> int | None:
             return None if match[field] is None else int(match[field])
@@ -151,7 +176,7 @@ class ConfigKey:
             number("group"),
         )
         if key.file_name != file_name:
-            raise ValueError(f"file name: {file_name!r} is never looked up; {key.file_name!r} is")
+            raise ValueError(f"file name: expected {key.file_name!r}, got {file_name!r}, which is never looked up")
         return key
 
     def tune_command(self) -> str:

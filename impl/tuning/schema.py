@@ -12,17 +12,16 @@ share one alignment:
 
 from __future__ import annotations
 
-import json
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import json_file
+from ..json_file import JsonFileError
+
 FORMAT = "moegate"
 VERSION = 1
-MAX_BYTES = 1 << 20
 # Tokens are counted in 32 bits.
 MAX_TOKENS = 2**31 - 1
 
@@ -35,18 +34,8 @@ _MAY_BE_ZERO = ("num_stages", "waves_per_eu", "matrix_instr_nonkdim")
 _POWERS_OF_TWO = (*_BLOCKS, "num_warps")
 
 
-class TunedConfigError(ValueError):
-    """A tuned file that cannot be believed.
-
-    Attributes:
-        file: the file.
-        key: where in it, such as `16` or `16/w2/num_warps`; empty for the file as a whole.
-    """
-
-    def __init__(self, file: Path, key: str, message: str) -> None:
-        super().__init__(f"{file}{f', key {key}' if key else ''}: {message}")
-        self.file = file
-        self.key = key
+class TunedConfigError(JsonFileError):
+    """A tuned file that cannot be believed; `file` and `key` say where (`16`, `16/w2/num_warps`)."""
 
 
 @dataclass(frozen=True)
@@ -83,28 +72,9 @@ def read_bytes(path: Path) -> bytes | None:
     """A file's bytes; None where there is none.
 
     Raises:
-        TunedConfigError: something is there that cannot be read as a plain file of sensible size: a symlink loop, a
-            dangling link, a folder, a pipe, no permission.
+        TunedConfigError: something is there that cannot be read as a plain file of sensible size.
     """
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise TunedConfigError(path, "", f"cannot be read: {error.strerror}") from error
-    try:
-        # Not blocking: a pipe of this name must not stop the process.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except OSError as error:
-        raise TunedConfigError(path, "", f"cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise TunedConfigError(path, "", "expected a plain file")
-    with os.fdopen(handle, "rb") as stream:
-        content = stream.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise TunedConfigError(path, "", f"expected at most {MAX_BYTES} bytes")
-    return content
+    return json_file.read_bytes(path, TunedConfigError)
 
 
 def parse(path: Path, content: bytes) -> TunedFile:
@@ -113,44 +83,13 @@ def parse(path: Path, content: bytes) -> TunedFile:
     Raises:
         TunedConfigError: with the key at fault.
     """
-    document = _decode(path, content)
-    if not isinstance(document, dict):
-        raise TunedConfigError(path, "", f"expected a JSON object, got {type(document).__name__}")
+    document = json_file.parse_object(path, content, TunedConfigError)
     is_native = "format" in document
     ignored: list[str] = []
     entries = _native(path, document, ignored) if is_native else _public(path, document, ignored)
     if not entries:
         raise TunedConfigError(path, "", "expected an entry for at least one number of tokens, got none")
     return TunedFile(path, dict(sorted(entries.items())), is_native, tuple(ignored))
-
-
-def _decode(path: Path, content: bytes) -> Any:
-    if not content.strip():
-        raise TunedConfigError(path, "", "is empty")
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise TunedConfigError(path, key, "stands twice")
-            found[key] = value
-        return found
-
-    def no_constant(name: str) -> Any:
-        raise TunedConfigError(path, "", f"expected numbers, got {name}")
-
-    try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
-    except UnicodeDecodeError as error:
-        raise TunedConfigError(path, "", f"expected UTF-8, got byte {content[error.start]:#04x}") from error
-    except json.JSONDecodeError as error:
-        raise TunedConfigError(path, "", f"expected JSON: {error.msg} in line {error.lineno}") from error
-    except RecursionError as error:
-        raise TunedConfigError(path, "", "is nested too deeply") from error
-    except TunedConfigError:
-        raise
-    except ValueError as error:  # an integer of thousands of digits
-        raise TunedConfigError(path, "", f"expected numbers of sensible size: {error}") from error
 
 
 def _expect_object(path: Path, key: str, value: Any) -> dict[str, Any]:

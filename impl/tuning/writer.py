@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checks import expect_instance, expect_int, shown
+from ..whole_file import write_whole
 from .kernel_config import KernelConfig
 from .names import ConfigKey
-from .schema import FORMAT, VERSION, TunedFile, parse, read_bytes
+from .schema import FORMAT, MAX_TOKENS, VERSION, TunedFile, parse, read_bytes
 
 
 def _tile(config: KernelConfig) -> dict[str, Any]:
@@ -42,18 +42,29 @@ def dump(
         about: how they were found; plain data, kept in native files alone.
 
     Raises:
-        ValueError: no entry; a public key with tiles that the public form cannot hold (one for each GEMM, swapped
-            operands, about).
+        TypeError: an argument of another type, by name.
+        ValueError: no entry, or one that is none; an `about` that is no JSON; a public key with tiles that the public
+            form cannot hold (one for each GEMM, swapped operands, about).
     """
-    if not configs:
+    expect_instance("key", key, ConfigKey)
+    expect_instance("triton_version", triton_version, str, optional=True)
+    expect_instance("about", about, Mapping, optional=True)
+    if not expect_instance("configs", configs, Mapping):
         raise ValueError("configs: expected at least one number of tokens, got none")
+    for tokens, pair in configs.items():
+        expect_int("configs' number of tokens", tokens, low=1, high=MAX_TOKENS)
+        if not (isinstance(pair, tuple) and [type(tile) for tile in pair] == [KernelConfig, KernelConfig]):
+            raise TypeError(f"configs[{tokens}]: expected the tiles of two GEMMs, got {shown(pair)}")
     ordered = sorted(configs.items())
     document: dict[str, Any] = {} if triton_version is None else {"triton_version": triton_version}
     if key.is_native:
         document = {"format": FORMAT, "version": VERSION} | document
         document |= {} if about is None else {"about": dict(about)}
         document["tokens"] = {str(tokens): {"w13": _tile(w13), "w2": _tile(w2)} for tokens, (w13, w2) in ordered}
-        return json.dumps(document, indent=2, sort_keys=False) + "\n"
+        try:
+            return json.dumps(document, indent=2, sort_keys=False, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"about: expected plain data, got something else: {error}") from None
     for tokens, (w13, w2) in ordered:
         if w13 != w2 or w13.swap_ab or about is not None:
             raise ValueError(
@@ -83,27 +94,12 @@ def write_tuned_file(
         ValueError: as `dump`; tiles that the lookup would refuse to read (`TunedConfigError`).
         OSError: the folder cannot be written.
     """
+    expect_instance("key", key, ConfigKey)
     target = Path(folder) / key.file_name
     text = dump(key, configs, triton_version=triton_version, about=about)
     parse(target, text.encode())
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return target
+    return write_whole(target, text)
 
 
 def read_tuned_file(path: Path | str) -> TunedFile | None:

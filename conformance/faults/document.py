@@ -1,0 +1,153 @@
+"""What `docs/faults.md` says of the catalogue and of mutants, from the files that are checked in.
+
+python -m moegate.conformance.faults.document docs/faults.md
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..catalogue import PROPERTIES
+from .fault import Fault, load_catalogue
+from .record import Killed, read_witnesses
+
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+MUTANTS, MATRIX = (Path(__file__).parent / name for name in ("mutants.json", "matrix.json"))
+
+
+def as_markdown() -> str:
+    """The generated part of the document, with its marks."""
+    faults, witnesses = load_catalogue(), read_witnesses()
+    parts = [
+        _areas(faults, witnesses),
+        _properties(faults, witnesses),
+        _added(faults),
+        _equivalents(faults),
+        _gpu(faults),
+        _mutants(),
+    ]
+    return "\n\n".join([BEGIN, *("\n".join(part) for part in parts), END])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[str] = ()) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "|".join("--:" if name in numbers else "---" for name in head) + "|"
+    for row in rows:
+        yield "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+
+
+def _areas(faults: Sequence[Fault], witnesses: Mapping[str, Killed]) -> Iterator[str]:
+    yield "### Faults by area\n"
+    rows = []
+    for area in sorted({fault.area for fault in faults}):
+        mine = [fault for fault in faults if fault.area == area]
+        rows.append(_row_of(area, mine, witnesses))
+    rows.append(_row_of("all", faults, witnesses))
+    head = ("area", "faults", "on a CPU", "killed there", "on a GPU alone", "equivalent", "median cases", "threads")
+    yield from _table(head, rows, head[1:])
+
+
+def _row_of(name: str, faults: Sequence[Fault], witnesses: Mapping[str, Killed]) -> tuple[Any, ...]:
+    real = [fault for fault in faults if not fault.equivalent]
+    gpu = sum("cuda" in fault.needs for fault in real)
+    killed = [witnesses[fault.id] for fault in real if fault.id in witnesses]
+    threads = {thread for fault in real for thread in fault.threads}
+    median = f"{statistics.median(k.cases for k in killed):g}" if killed else "-"
+    return name, len(real), len(real) - gpu, len(killed), gpu, len(faults) - len(real), median, len(threads)
+
+
+def _properties(faults: Sequence[Fault], witnesses: Mapping[str, Killed]) -> Iterator[str]:
+    yield "### Kills by property\n"
+    if MATRIX.exists():
+        outcomes = json.loads(MATRIX.read_text())
+        seen = {id: [p for p, (kills, _) in row.items() if kills and p in PROPERTIES] for id, row in outcomes.items()}
+        yield (
+            f"`moegate faults --matrix` on {len(seen)} faults, a few cases of every applicable property each: how many "
+            "faults a property saw (*kills*), and how many it alone saw (*unique*).\n"
+        )
+    else:
+        seen = {fault.id: list(witnesses[fault.id].by) for fault in faults if fault.id in witnesses}
+        yield (
+            "Of the one case that killed a fault: every property that it violated (*kills*), and the faults that no "
+            "other property saw in that case (*unique*).\n"
+        )
+    kills = Counter(id for by in seen.values() for id in by)
+    unique = Counter(by[0] for by in seen.values() if len(by) == 1)
+    expected = Counter(id for fault in faults if not fault.equivalent for id in fault.expect)
+    rows = [
+        (id, kills[id], unique[id], expected[id], PROPERTIES[id].sentence if id in PROPERTIES else "")
+        for id in sorted({*PROPERTIES, *kills}, key=lambda id: (id not in PROPERTIES, id))
+    ]
+    head = ("property", "kills", "unique", "expected of", "what must hold")
+    yield from _table(head, rows, head[1:4])
+
+
+def _added(faults: Sequence[Fault]) -> Iterator[str]:
+    yield "### Faults that survived when they were first planted\n"
+    yield from _table(
+        ("fault", "what the suite lacked, or gained to kill it"), [(f.id, f.added) for f in faults if f.added]
+    )
+
+
+def _equivalents(faults: Sequence[Fault]) -> Iterator[str]:
+    yield "### Edits that change nothing that anybody can observe\n"
+    yield "They are listed, checked to fit the source, and never count.\n"
+    yield from _table(("edit", "why"), [(f.id, f.equivalent) for f in faults if f.equivalent])
+
+
+def _gpu(faults: Sequence[Fault]) -> Iterator[str]:
+    yield "### Faults that show on a GPU alone\n"
+    yield "`moegate faults --device cuda` hunts them.\n"
+    rows = [(f.id, ", ".join(f.expect)) for f in faults if "cuda" in f.needs and not f.equivalent]
+    yield from _table(("fault", "expected to be killed by"), rows)
+
+
+def _mutants() -> Iterator[str]:
+    yield "### Mutants\n"
+    if not MUTANTS.exists():
+        yield "No run is checked in."
+        return
+    data = json.loads(MUTANTS.read_text())
+    total, killed = data["hunted"], data["killed"]
+    yield (
+        f"`moegate faults --mutate {data['count']} --seed {data['seed']}`: {killed} of {total} killed "
+        f"({100 * killed / total:.1f} %), {data['by_error']} of them by an error that the call raised and no property. "
+        f"Of the {total - killed} survivors {_of_kind(data, 'equivalent')} are equivalent, {_of_kind(data, 'later')} "
+        f"are killed since by what was added, {_of_kind(data, 'elsewhere')} by tests that are not part of the suite, "
+        f"and {_of_kind(data, 'open')} are open.\n"
+    )
+    yield from _table(
+        ("module", "mutants", "killed"), [(area, *numbers) for area, numbers in sorted(data["areas"].items())],
+        ("mutants", "killed"),
+    )  # fmt: skip
+    yield ""
+    rows = [(s["id"], s["change"], s["verdict"], s["why"]) for s in data["survivors"]]
+    yield from _table(("survivor", "change", "verdict", "why"), rows)
+
+
+def _of_kind(data: Mapping[str, Any], verdict: str) -> int:
+    return sum(survivor["verdict"] == verdict for survivor in data["survivors"])
+
+
+def write(path: Path) -> None:
+    """Put the generated part into a document.
+
+    Raises:
+        ValueError: a document without the marks.
+    """
+    text = path.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path}: expected the marks {BEGIN} and {END}")
+    path.write_text(before + as_markdown() + after)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -1,0 +1,308 @@
+"""Mutants: faults that a rule makes of a source, so that what is planted is not of our own choosing.
+
+Every expression and statement of the implementation that a rule fits is a candidate; a sample of them is drawn by a
+seed. A mutant is a fault like any other: an edit of whole lines that occurs once in its file and keeps their number.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .fault import Edit, Fault, folder_of
+
+PACKAGE = "moegate.impl"
+# Below the package: what reads checkpoints and other engines' libraries is judged by tests of its own, not by the
+# suite; the rest of what no property of the suite runs on a CPU stands here too, each with what judges it.
+LEFT_OUT = (
+    "checkpoint.py",  # tests/test_checkpoint.py
+    "checkpoint_models.py",
+    "mxfp4.py",
+    "fused_shared.py",  # tests/test_layer.py
+    "ops.py",  # torch.compile: tests/test_compile.py
+    "once.py",  # logging
+    "overlap.py",  # two streams: a GPU alone, by the catalogue's faults that need one
+    "experts/flashinfer_cutlass.py",  # a library that is not here; its predicate is the oracle's
+    "lora/peft.py",  # tests/test_lora_peft.py
+    "parallel/agreement.py",
+    "parallel/collectives.py",  # process groups: tests/test_parallel_processes.py
+    "parallel/ranks.py",
+    "oracle/available.py",  # what is installed on this machine
+    "oracle/choose.py",
+    "__init__.py",
+)
+# The pairs of features come first: no other cases differ from each other as much.
+_EXPERTS = ("test_experts.py::every_pair", "test_experts.py::stay_within")
+_BATCHED = ("test_batched.py::every_pair", "test_batched.py::each_token")
+_ORACLE = ("questions.py::test_oracle",)
+# Which of the suite's files run a module, the nearest first.
+TESTS: dict[str, tuple[str, ...]] = {
+    "kernels/topk_routing.py": ("test_route.py",),
+    "routing.py": ("test_route.py", "test_api.py::select_experts"),
+    "kernels/align.py": ("test_align.py", *_EXPERTS),
+    "align.py": (*_EXPERTS, "test_align.py", "test_api.py::moe_align"),
+    "kernels/quantize.py": ("test_quant.py", *_EXPERTS, *_BATCHED),
+    "quantize.py": ("test_quant.py", "test_experts.py::every_pair"),
+    "quantization.py": ("test_api.py::quant", *_EXPERTS),
+    "kernels/batched_gemm.py": (*_BATCHED, "test_lora.py::every_kind"),
+    "kernels/slabs.py": _BATCHED,
+    "experts/batched_triton.py": (*_BATCHED, *_ORACLE),
+    "batched.py": (*_BATCHED, "test_api.py::batched_experts"),
+    "kernels/lora_": ("test_lora.py",),
+    "lora/": ("test_lora.py",),
+    "parallel/": ("test_ep.py::simulated",),
+    "oracle/": _ORACLE,
+    "platform.py": ("questions.py", "test_configs.py"),
+    "shared_experts.py": ("questions.py::test_order",),
+    "layer.py": ("test_shared.py::beside", "test_graph.py::operands_changed", "test_ep.py::simulated"),
+    "experts_module.py": ("test_shared.py::beside", "test_ep.py::simulated"),
+    "tuning/": ("test_configs.py",),
+    "checks.py": ("test_api.py",),
+    "weights.py": ("test_api.py", *_EXPERTS),
+    "fused_moe.py": (*_EXPERTS, "test_api.py::fused_experts", "test_large.py"),
+    "experts/cpu.py": (*_EXPERTS, "test_lora.py::every_kind"),
+    "experts/": (*_ORACLE, *_EXPERTS),
+    "kernels/activation.py": (*_EXPERTS, *_BATCHED),
+    "config.py": (*_ORACLE, *_EXPERTS),
+    "": (*_EXPERTS, "test_large.py", *_BATCHED),
+}
+_CPU_VARIANT = ("experts/cpu.py", "parallel/", "lora/eager.py", "quantize.py")
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One candidate: a span of a source and what would stand there."""
+
+    file: str
+    rule: str
+    start: tuple[int, int]
+    end: tuple[int, int]
+    new: str
+
+
+_COMPARISONS = {
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+    ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
+}  # fmt: skip
+_OPERATORS = {
+    ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.FloorDiv: "%", ast.Mod: "//",
+    ast.BitAnd: "|", ast.BitOr: "&", ast.LShift: ">>", ast.RShift: "<<", ast.BitXor: "&",
+}  # fmt: skip
+
+
+class _Rules(ast.NodeVisitor):
+    """Collects the candidates of one file; annotations, docstrings, messages and decorators are no code to mutate."""
+
+    def __init__(self, file: str, text: str) -> None:
+        self.file, self.text, self.found = file, text, []
+
+    def _put(self, rule: str, node: ast.AST, new: str) -> None:
+        start, end = (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
+        self.found.append(_Change(self.file, rule, start, end, new))
+
+    def _source(self, node: ast.AST) -> str:
+        return ast.get_source_segment(self.text, node) or ""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        # Defaults are part of the interface, which the suite passes.
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for statement in node.body:
+            if isinstance(statement, ast.FunctionDef):
+                self.visit(statement)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        self._put("statement deleted", node, "pass")
+
+    def visit_Import(self, node: ast.Import) -> None:
+        """Nothing."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        """Nothing."""
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        """Nothing."""
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Constant):
+            return
+        self._put("statement deleted", node, "pass")
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self._put("statement deleted", node, "pass")
+        operator = _OPERATORS.get(type(node.op))
+        if operator is not None:
+            self._put("operator", node, f"{self._source(node.target)} {operator}= {self._source(node.value)}")
+        self.visit(node.value)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if len(node.ops) == 1:
+            other = _COMPARISONS[type(node.ops[0])]
+            self._put("comparison", node, f"{self._source(node.left)} {other} {self._source(node.comparators[0])}")
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        left, right = self._source(node.left), self._source(node.right)
+        operator = _OPERATORS.get(type(node.op))
+        is_text = any(isinstance(side, (ast.JoinedStr, ast.Constant)) and not _is_number(side) for side in
+                      (node.left, node.right))  # fmt: skip
+        if operator is not None and not is_text:
+            self._put("operator", node, f"({left}) {operator} ({right})")
+            if isinstance(node.op, (ast.BitAnd, ast.BitOr)):
+                self._put("mask", node, f"({left})")
+                self._put("mask", node, f"({right})")
+            else:
+                self._put("operand", node, f"({left})")
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        word = "or" if isinstance(node.op, ast.And) else "and"
+        self._put("boolean", node, f" {word} ".join(f"({self._source(value)})" for value in node.values))
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        if isinstance(node.op, ast.Not):
+            self._put("negation", node, f"({self._source(node.operand)})")
+        self.generic_visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self._put("branch", node, f"({self._source(node.orelse)})")
+        self._put("branch", node, f"({self._source(node.body)})")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, bool):
+            self._put("constant", node, str(not node.value))
+        elif isinstance(node.value, (int, float)):
+            self._put("constant", node, str(node.value + 1))
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        # Kernels index to broadcast, and types are subscripted too: indices that are numbers alone.
+        if isinstance(node.slice, (ast.Constant, ast.UnaryOp, ast.Slice)):
+            self.visit(node.slice)
+        self.visit(node.value)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if self._source(node.func) == "KernelConfig":
+            return  # a tile changes speed and no number
+        for argument in node.args:
+            self.visit(argument)
+        name = self._source(node.func)
+        for keyword in node.keywords:
+            if keyword.arg in ("num_warps", "num_stages"):
+                continue
+            if keyword.arg == "mask" and name in ("tl.load", "tl.store"):
+                self._put("mask", keyword.value, f"({self._source(keyword.value)}) | True")
+            self.visit(keyword.value)
+        if name in ("tl.where", "torch.where") and len(node.args) == 3:
+            self._put("operand", node, f"({self._source(node.args[1])})")
+            self._put("operand", node, f"({self._source(node.args[2])})")
+        if name in ("min", "max", "tl.minimum", "tl.maximum") and len(node.args) == 2:
+            self._put("operand", node, f"({self._source(node.args[0])})")
+            self._put("operand", node, f"({self._source(node.args[1])})")
+        self.visit(node.func)
+
+    def visit_If(self, node: ast.If) -> None:
+        self._put("branch", node.test, "True")
+        self._put("branch", node.test, "False")
+        self.generic_visit(node)
+
+
+def _is_number(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+
+
+def candidates(package: str = PACKAGE) -> list[Fault]:
+    """Every mutant that the rules make of a package, in the order of its files."""
+    folder = folder_of(package)
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        name = str(path.relative_to(folder))
+        if name not in LEFT_OUT and path.name != "__init__.py":
+            found.extend(_of_file(name, path, package))
+    return found
+
+
+def sample(count: int, seed: int, package: str = PACKAGE) -> list[Fault]:
+    """So many of them, the same ones for the same seed and source; all of them where there are no more."""
+    every = candidates(package)
+    if count >= len(every):
+        return every
+    return sorted(random.Random(seed).sample(every, count), key=lambda fault: fault.id)
+
+
+def _of_file(name: str, path: Path, package: str) -> Iterator[Fault]:
+    text = path.read_text()
+    rules = _Rules(name, text)
+    rules.visit(ast.parse(text))
+    lines = text.splitlines(keepends=True)
+    numbers: dict[tuple[int, str], int] = {}
+    for change in rules.found:
+        edit = _edit(change, text, lines)
+        if edit is None:
+            continue
+        key = (change.start[0], change.rule)
+        numbers[key] = numbers.get(key, 0) + 1
+        suffix = f".{numbers[key]}" if numbers[key] > 1 else ""
+        id = f"{name}:{change.start[0]}:{change.rule.replace(' ', '-')}{suffix}"
+        yield Fault(
+            id=id,
+            area=name.split("/", maxsplit=1)[0].removesuffix(".py"),
+            edits=(edit,),
+            expect=(),
+            tests=_by_prefix(name),
+            variants=("cpu",) if name.startswith(_CPU_VARIANT) else ("triton",),
+            package=package,
+            note=f"{change.rule}: {_shown(text, lines, change)} becomes {' '.join(change.new.split())}",
+        )
+
+
+def _by_prefix(name: str) -> tuple[str, ...]:
+    return next(tests for prefix, tests in TESTS.items() if name.startswith(prefix))
+
+
+def _offset(lines: list[str], place: tuple[int, int]) -> int:
+    before = sum(len(line) for line in lines[: place[0] - 1])
+    # Columns are counted in bytes.
+    return before + len(lines[place[0] - 1].encode()[: place[1]].decode())
+
+
+def _shown(text: str, lines: list[str], change: _Change) -> str:
+    return " ".join(text[_offset(lines, change.start) : _offset(lines, change.end)].split())
+
+
+def _edit(change: _Change, text: str, lines: list[str]) -> Edit | None:
+    """The smallest run of whole lines around the change that occurs once; None where the result is no Python."""
+    start, end = _offset(lines, change.start), _offset(lines, change.end)
+    old = text[start:end]
+    new = change.new.replace("\n", " ")
+    # What had several lines keeps them: the rest is left empty inside a bracket, or behind a statement.
+    missing = old.count("\n") - new.count("\n")
+    if missing and new == "pass":
+        new = "pass" + "\n" * missing
+    elif missing:
+        new = f"({new}" + "\n" * missing + ")"
+    changed = text[:start] + new + text[end:]
+    if changed == text:
+        return None
+    try:
+        compile(changed, change.file, "exec", dont_inherit=True)
+    except SyntaxError:
+        return None
+    first, last = change.start[0] - 1, change.end[0]
+    changed_lines = changed.splitlines(keepends=True)
+    while text.count(window := "".join(lines[first:last])) != 1:
+        if first == 0 and last == len(lines):
+            return None
+        first, last = max(0, first - 1), min(len(lines), last + (first == 0))
+    return Edit(change.file, window, "".join(changed_lines[first:last]))
