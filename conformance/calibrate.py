@@ -37,6 +37,10 @@ from .subjects.eager import EagerSubject
 # Exceedance probability of one case at the limit.
 PER_CASE = 1e-6
 TAIL = 0.1
+# Cases that one process draws and runs at a time.
+PART = 100
+Samples = dict[str, list[dict[str, float]]]
+"""By who was run, for each case the largest value of each statistic."""
 # Sizes beyond the suite's own small shapes, so that the limits hold where rows are long too.
 LONGER = ((128, 96), (256, 64))
 # Tokens at most of a case: three in four are as small as most of the suite's, the others as large as a GPU's.
@@ -135,30 +139,44 @@ def fitted_limit(worst: np.ndarray, per_case: float = PER_CASE) -> float:
     return threshold + float(genpareto.isf(per_case / TAIL, shape, 0, scale))
 
 
-def _fitted(kind: str, cases: int, seed: int) -> dict[str, object]:
-    """What `calibration.json` says of one kind."""
+def _parts(kind: str, cases: int, seed: int, what: str) -> list[tuple[str, str, int]]:
+    """The work of one kind in parts that are drawn by themselves: (kind, seed of the part, cases)."""
+    return [(kind, f"{what} {kind} {seed} {first}", min(PART, cases - first)) for first in range(0, cases, PART)]
+
+
+def _in_parts(work: Callable[[tuple[str, str, int]], Samples], what: str, cases: int, seed: int) -> dict[str, Samples]:
+    """For each kind, what all of its parts gave, in order; the parts share the cores."""
+    parts = [part for kind in KINDS for part in _parts(kind, cases, seed, what)]
+    gathered: dict[str, Samples] = {kind: {} for kind in KINDS}
+    with ProcessPoolExecutor() as pool:
+        for (kind, _, _), samples in zip(parts, pool.map(work, parts), strict=True):
+            for who, some in samples.items():
+                gathered[kind].setdefault(who, []).extend(some)
+    return gathered
+
+
+def _emulated(part: tuple[str, str, int]) -> Samples:
+    """The worst statistics of each case of a part of the fit."""
+    kind, own, cases = part
     torch.set_num_threads(1)
-    rng = random.Random(f"{kind} {seed}")
-    worst: dict[str, list[float]] = {f.name: [] for f in fields(Limits)}
+    rng, worst = random.Random(own), []
     for number in range(cases):
         spec = drawn_spec(rng, kind=kind, most_tokens=MOST_TOKENS[number // len(EMULATED) % len(MOST_TOKENS)])
-        numerics, own = EMULATED[number % len(EMULATED)], rng.randrange(1 << 30)
-        measured = worst_statistics(spec, numerics, partial(emulate, numerics=numerics, seed=own))
-        for name, value in measured.items():
-            worst[name].append(value)
-    arrays = {name: np.array(values) for name, values in worst.items()}
-    return {
-        "limits": asdict(Limits(**{name: round(fitted_limit(values), 3) for name, values in arrays.items()})),
-        "largest_seen": {name: round(float(values.max()), 3) for name, values in arrays.items()},
-        "median": {name: round(float(np.median(values)), 3) for name, values in arrays.items()},
-    }
+        numerics = EMULATED[number % len(EMULATED)]
+        worst.append(worst_statistics(spec, numerics, partial(emulate, numerics=numerics, seed=rng.randrange(1 << 30))))
+    return {"emulations": worst}
 
 
 def calibrate(cases: int, seed: int) -> dict[str, object]:
-    """The contents of `calibration.json` from `cases` emulations of each kind, each kind in a process of its own."""
-    with ProcessPoolExecutor(len(KINDS)) as pool:
-        fitted = {kind: pool.submit(_fitted, kind, cases, seed) for kind in KINDS}
-        kinds = {kind: future.result() for kind, future in fitted.items()}
+    """The contents of `calibration.json` from `cases` emulations of each kind."""
+    kinds = {}
+    for kind, samples in _in_parts(_emulated, "fit", cases, seed).items():
+        arrays = _columns(samples["emulations"])
+        kinds[kind] = {
+            "limits": asdict(Limits(**{name: round(fitted_limit(values), 3) for name, values in arrays.items()})),
+            "largest_seen": {name: round(float(values.max()), 3) for name, values in arrays.items()},
+            "median": {name: round(float(np.median(values)), 3) for name, values in arrays.items()},
+        }
     return {
         "schema": 2,
         "command": f"python -m moegate.conformance.calibrate --cases {cases} --seed {seed}",
@@ -167,38 +185,42 @@ def calibrate(cases: int, seed: int) -> dict[str, object]:
     }
 
 
-def verify(cases: int, seed: int) -> dict[str, object]:
-    """What honest implementations that the fit never saw use of the limits, on `cases` of each kind and each of them.
-
-    Returns:
-        For the emulations and for the eager subject, and for each kind: the cases, how many exceed a limit, the
-        largest and the median share of each limit.
-    """
-    with ProcessPoolExecutor(len(KINDS)) as pool:
-        verified = {kind: pool.submit(_verified, kind, cases, seed) for kind in KINDS}
-        kinds = {kind: future.result() for kind, future in verified.items()}
-    return {"command": f"python -m moegate.conformance.calibrate --verify --cases {cases} --seed {seed}", **kinds}
-
-
-def _verified(kind: str, cases: int, seed: int) -> dict[str, object]:
+def _unseen(part: tuple[str, str, int]) -> Samples:
+    """The shares of the limits that each case of a part of the verification uses, of emulations and of torch."""
+    kind, own, cases = part
     torch.set_num_threads(1)
-    eager, limit = EagerSubject(), limits(kind == "quantized")
-    rng = random.Random(f"verify {kind} {seed}")
-    used: dict[str, list[dict[str, float]]] = {"emulations": [], "torch": []}
+    eager, limit, rng = EagerSubject(), limits(kind == "quantized"), random.Random(own)
+    used: Samples = {"emulations": [], "torch": []}
     for number in range(cases):
         spec = drawn_spec(rng, kind=kind, devices=(), most_tokens=MOST_TOKENS[number // len(OTHERS) % len(MOST_TOKENS)])
-        numerics, own = OTHERS[number % len(OTHERS)], rng.randrange(1 << 30)
+        numerics = OTHERS[number % len(OTHERS)]
         for who, declared, run in (
-            ("emulations", numerics, partial(emulate, numerics=numerics, seed=own)),
+            ("emulations", numerics, partial(emulate, numerics=numerics, seed=rng.randrange(1 << 30))),
             ("torch", eager.numerics, partial(eager.experts, variant="default")),
         ):
             worst = worst_statistics(spec, declared, run)
             used[who].append({name: value / getattr(limit, name) for name, value in worst.items()})
-    return {who: _summary(shares) for who, shares in used.items()}
+    return used
+
+
+def verify(cases: int, seed: int) -> dict[str, object]:
+    """What honest implementations that the fit never saw use of the limits, on `cases` of each kind and each of them.
+
+    Returns:
+        For each kind, for the emulations and for the eager subject: the cases, how many exceed a limit, the largest and
+        the median share of each limit.
+    """
+    found = _in_parts(_unseen, "verify", cases, seed)
+    kinds = {kind: {who: _summary(shares) for who, shares in used.items()} for kind, used in found.items()}
+    return {"command": f"python -m moegate.conformance.calibrate --verify --cases {cases} --seed {seed}", **kinds}
+
+
+def _columns(samples: list[dict[str, float]]) -> dict[str, np.ndarray]:
+    return {f.name: np.array([sample[f.name] for sample in samples]) for f in fields(Limits)}
 
 
 def _summary(shares: list[dict[str, float]]) -> dict[str, object]:
-    columns = {f.name: np.array([share[f.name] for share in shares]) for f in fields(Limits)}
+    columns = _columns(shares)
     exceeded = sum(max(share.values()) > 1 for share in shares)
     return {
         "cases": len(shares),
