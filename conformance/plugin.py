@@ -207,7 +207,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     from .report_formats import write_report
 
-    for path in config.getoption("moegate_report"):
+    for path in config.getoption("moegate_report") or ():
         write_report(report, path)
     if config.getoption("moegate_emit_repro"):
         from .repro import emit_repro

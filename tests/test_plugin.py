@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,7 @@ class Forgotten(Mine):
         weights = torch.softmax(case.router_logits, dim=-1).gather(1, ids)
         return weights / weights.sum(1, keepdim=True) if case.renormalize else weights, ids.int()
 '''
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "my_moe.py"
 SPEC = ExpertsSpec(M=6, H=16, I=8, E=3, top_k=2, dtype="float32")
 SUITE = ("--pyargs", "moegate.conformance", "--moegate-device", "cpu")
 MOEGATE = (*SUITE, "--moegate-scale", "0.05", "-k", "experts_stay and float16 or test_routing")
@@ -106,6 +108,7 @@ RUNS = {
         *("--moegate-subject", "mine.py:Deadly", "--moegate-isolate", "--moegate-timeout", "6"),
         *("--moegate-scale", "0.05", "-k", "stay and float32 and many", "--moegate-report", "deadly.json"),
     ),
+    "example": (*SUITE, "--moegate-subject", f"{EXAMPLE}:WrongMoE", "-k", "stay", "--moegate-report", "example.json"),
     "transformers": (*SUITE, "--moegate-subject", "transformers", "--moegate-scale", "0.05", "-k", "not api"),
     "deepseek_v3": (*SUITE, "--moegate-subject", "transformers:deepseek_v3", "--moegate-scale", "0.2", "-k", "route"),
     "gpt_oss": (*SUITE, "--moegate-subject", "transformers:gpt_oss", "--moegate-scale", "0.05", "-k", "meta or stay"),
@@ -246,6 +249,14 @@ def test_a_subject_that_is_not_there_is_a_usage_error_by_name_even_from_a_worker
     assert run.code == pytest.ExitCode.USAGE_ERROR, run.text
     assert "ERROR: moegate: subject: expected a file, got 'yours.py'" in run.text
     assert "Traceback" not in run.text
+
+
+def test_the_wrong_layer_of_the_docs_is_found_on_a_single_token(runs):
+    assert len(EXAMPLE.read_text().splitlines()) < 60
+    assert runs["example"].code == 1, runs["example"].text
+    assert "NUM-01" in findings(runs["example"])
+    smallest = next(row["spec"] for row in runs["example"].report["properties"] if row["id"] == "NUM-01")
+    assert parse_spec(smallest).M == 1
 
 
 def test_a_crash_and_a_hang_of_an_isolated_layer_are_findings_and_the_run_goes_on(runs):
