@@ -23,7 +23,8 @@ class Selection:
         progress: a file to which each execution adds one byte, or None.
         known: a file of known failures beside those that ship here, or None.
         minutes: of a soak, over all its tests and workers; None: as many cases as the profile says.
-        share: seconds of one test of such a soak, once the tests are known.
+        until: when such a soak ends in this process (`time.monotonic`), once the tests are known.
+        waiting: its tests that are still to come in this process, about.
     """
 
     subject: str = "moegate"
@@ -34,7 +35,8 @@ class Selection:
     progress: str | None = None
     known: str | None = None
     minutes: float | None = None
-    share: float | None = None
+    until: float | None = None
+    waiting: int = 0
 
 
 SELECTION = Selection()
