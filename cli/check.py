@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,16 @@ def check(
     select: Annotated[
         str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")
     ] = None,
+    emit_repro: Annotated[
+        str | None, typer.Option(help="Write the first finding as FILE.py, a script that runs without moegate.")
+    ] = None,
+    isolate: Annotated[
+        bool, typer.Option(help="Run the subject in a process of its own: a crash or a hang ends one case.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds for a call of an isolated subject.")] = 120.0,
+    subject_python: Annotated[
+        str | None, typer.Option(help="Isolate the subject under this Python, with the packages that it has.")
+    ] = None,
     known: Annotated[
         str | None, typer.Option(help="A file of known failures (TOML), beside those that ship with moegate.")
     ] = None,
@@ -80,6 +91,14 @@ def check(
         _refuse(console, f"--workers: expected a number in [0, {MOST_WORKERS}], got {workers}")
     for option, file in (("--json", json_file), ("--junit", junit), ("--markdown", markdown)):
         expect_output(console, "check", option, file)
+    if emit_repro is not None:
+        if not emit_repro.endswith(".py"):
+            _refuse(console, f"--emit-repro: expected a file that ends in .py, got {emit_repro!r}")
+        expect_output(console, "check", "--emit-repro", emit_repro)
+    if not 0 < timeout < math.inf:
+        _refuse(console, f"--timeout: expected a number above 0, got {timeout}")
+    if subject_python is not None and shutil.which(subject_python) is None:
+        _refuse(console, f"--subject-python: expected an interpreter, got {subject_python!r}")
     device = _resolve(device, console)
     _expect_readable(console, spec, known)
     workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
@@ -95,6 +114,9 @@ def check(
         command += [f"--moegate-spec={spec}"] if spec else []
         command += [f"--moegate-minutes={minutes}"] if minutes is not None else []
         command += [f"--moegate-known={known}"] if known else []
+        command += ["--moegate-isolate", f"--moegate-timeout={timeout}"] if isolate or subject_python else []
+        command += [f"--moegate-emit-repro={emit_repro}"] if emit_repro else []
+        command += [f"--moegate-python={subject_python}"] if subject_python else []
         command += ["-k", select] if select else []
         command += ["-n", str(workers)] if workers > 1 else []
         environment = dict(os.environ)
@@ -103,7 +125,7 @@ def check(
         if device == "cpu":
             # Small operands: threads would only get in each other's way, and the workers take the cores.
             environment.setdefault("OMP_NUM_THREADS", "1")
-        if device == "cuda":
+        if device == "cuda" and not (isolate or subject_python):
             _precompile(subject, workers, environment, console)
         started = time.monotonic()
         output, status = _run(command, environment, folder, progress_file, console)
@@ -119,6 +141,9 @@ def check(
     for option, path, text in (("--junit", junit, as_junit), ("--markdown", markdown, as_markdown)):
         is_written &= path is None or put_text(console, "check", option, path, text(report))
     _print(report, status, output, console)
+    if emit_repro:
+        notes = [line for line in output.splitlines() if line.startswith(emit_repro)]
+        console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
     code = _exit_code(report, status)
     raise typer.Exit(code if is_written or code == exit_codes.FINDING else exit_codes.NOTHING_DONE)
 

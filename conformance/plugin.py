@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _ledgers: list[Any] = []
 _collected: list[str] = []
+_notes: list[str] = []
 # Why nothing can be run, each with pytest's exit code for it.
 _refusals: list[tuple[int, str]] = []
 # A package is not there: nothing can be judged here, though nobody asked for anything wrong.
@@ -35,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moegate-scale", type=float, default=1.0, help="multiplies the number of cases")
     group.addoption("--moegate-minutes", type=float, metavar="N", help="soak for so long, over all workers")
     group.addoption("--moegate-spec", metavar="LINE", help="run this one spec, as a failure printed it")
+    group.addoption("--moegate-isolate", action="store_true", help="run the subject in a process of its own")
+    group.addoption("--moegate-timeout", type=float, default=120.0, metavar="S", help="seconds for a call there")
+    group.addoption("--moegate-python", metavar="FILE", help="the Python of that process (default: this one)")
     group.addoption("--moegate-known", metavar="FILE", help="known failures beside those that ship (TOML)")
     group.addoption(
         "--moegate-report",
@@ -43,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         help="write what was judged: as JUnit (.xml), Markdown (.md) or JSON; may be given several times",
     )
+    group.addoption("--moegate-emit-repro", metavar="FILE.py", help="write a finding as a script without moegate")
     group.addoption("--moegate-progress", metavar="FILE", help="append one byte to FILE for each execution")
 
 
@@ -50,8 +55,22 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the selection from the options."""
     config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
     config.addinivalue_line("markers", "moegate_executions(examples, runs): what the test will run, for the progress")
-    for name in ("subject", "device", "profile", "scale", "spec", "progress", "known", "minutes"):
+    names = (
+        "subject",
+        "device",
+        "profile",
+        "scale",
+        "spec",
+        "progress",
+        "known",
+        "minutes",
+        "isolate",
+        "timeout",
+        "python",
+    )
+    for name in names:
         setattr(SELECTION, name, config.getoption(f"moegate_{name}"))
+    SELECTION.isolate = SELECTION.isolate or SELECTION.python is not None
 
 
 @pytest.fixture(scope="session")
@@ -192,6 +211,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
     for path in config.getoption("moegate_report"):
         write_report(report, path)
+    if config.getoption("moegate_emit_repro"):
+        from .repro import emit_repro
+        from .session import current_session
+
+        _notes.append(emit_repro(current_session(), report["properties"], config.getoption("moegate_emit_repro")))
 
 
 def _own_ledger() -> Ledger | None:
@@ -251,7 +275,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     report = _report(config, merged)
     complaints = [f"NOT JUDGED: {reason}" for reason in report["not_judged"]]
     complaints += [f"STALE: {reason}" for reason in report["stale"]]
-    for line in (*as_lines(report), *complaints):
+    for line in (*as_lines(report), *complaints, *_notes):
         terminalreporter.line(line)
 
 

@@ -304,7 +304,8 @@ def pinned_routings(device: str, capabilities: Capabilities) -> tuple[RoutingSpe
     pairs = [RoutingSpec(M=7, seed=seed, **row) for seed, row in enumerate(rows)]
     pools = pools_of(device, capabilities)
     nasty = [spec for spec in _nasty_routings(pools.grouped_experts[0]) if _declares_routing(capabilities, spec)]
-    nasty = [spec for spec in nasty if spec.top_k <= pools.routing_top_k]
+    most, experts = capabilities.max_top_k, capabilities.max_experts
+    nasty = [spec for spec in nasty if spec.top_k <= (most or spec.top_k) and (experts or spec.E) >= spec.E]
     return (*pairs, *nasty)
 
 

@@ -16,6 +16,9 @@ from moegate.conformance.spec import ExpertsSpec, parse_spec
 
 # A user's own layer: one class, one call.
 MINE = '''
+import os
+import time
+
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +38,10 @@ class Mine(Subject):
     def experts(self, case, variant):
         if variant == "raises":
             raise NotImplementedError("no such layer")
+        if variant == "crashes" and case.num_tokens > 3:
+            os.abort()
+        if variant == "hangs" and case.num_tokens > 3:
+            time.sleep(1000)
         if variant == "keeps_state":
             shapes = (case.w13.shape, case.hidden_states.shape)
             return self.kept.setdefault(shapes, self.computed(case, variant))
@@ -61,6 +68,10 @@ class Wrong(Mine):
         *("honest", "drops_an_expert", "wrong_shape", "wrong_dtype", "writes_its_input", "returns_its_input"),
         *("raises", "returns_none", "keeps_state"),
     )
+
+
+class Deadly(Mine):
+    variants = ("honest", "crashes", "hangs")
 
 
 class Forgotten(Mine):
@@ -90,6 +101,11 @@ RUNS = {
     ),
     "all skipped": (*SUITE, "--moegate-subject", "mine.py:Mine", "-k", "test_align or test_api"),
     "unjudged": (*SUITE, "--moegate-subject", "mine.py:Forgotten", "--ignore-glob", "/*/test_[aemo]*.py"),
+    "deadly": (
+        *SUITE,
+        *("--moegate-subject", "mine.py:Deadly", "--moegate-isolate", "--moegate-timeout", "6"),
+        *("--moegate-scale", "0.05", "-k", "stay and float32 and many", "--moegate-report", "deadly.json"),
+    ),
     "transformers": (*SUITE, "--moegate-subject", "transformers", "--moegate-scale", "0.05", "-k", "not api"),
     "deepseek_v3": (*SUITE, "--moegate-subject", "transformers:deepseek_v3", "--moegate-scale", "0.2", "-k", "route"),
     "gpt_oss": (*SUITE, "--moegate-subject", "transformers:gpt_oss", "--moegate-scale", "0.05", "-k", "meta or stay"),
@@ -230,6 +246,18 @@ def test_a_subject_that_is_not_there_is_a_usage_error_by_name_even_from_a_worker
     assert run.code == pytest.ExitCode.USAGE_ERROR, run.text
     assert "ERROR: moegate: subject: expected a file, got 'yours.py'" in run.text
     assert "Traceback" not in run.text
+
+
+def test_a_crash_and_a_hang_of_an_isolated_layer_are_findings_and_the_run_goes_on(runs):
+    run = runs["deadly"]
+    assert run.code == 1, run.text
+    found = findings(run)
+    assert set(found) == {"SUBJECT-02", "SUBJECT-03"}, run.text
+    assert "experts: the process died by SIGABRT" in found["SUBJECT-02"]
+    assert "experts: no result after 6 s" in found["SUBJECT-03"]
+    crashed = parse_spec(next(row["spec"] for row in run.report["properties"] if row["id"] == "SUBJECT-02"))
+    assert crashed.M == 4, "a crash is shrunk"
+    assert run.report["executions_by_variant"]["honest"] > 4
 
 
 @pytest.mark.parametrize("model", ["transformers", "deepseek_v3", "gpt_oss"])
