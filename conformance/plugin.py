@@ -7,6 +7,7 @@ suite is collected, and registers no Hypothesis profile for others' tests.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -164,13 +165,14 @@ def _fits(item: Any, spec: Any) -> bool:
 
 
 def _share_time(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give each test that draws cases an equal part of a soak's time; workers run theirs side by side."""
+    """Say how long a soak's tests have together; each takes an equal part of what is left when it begins."""
     if SELECTION.minutes is None:
         return
     drawing = [item for item in items if item.get_closest_marker("moegate_executions")]
     count = sum(item.get_closest_marker("skip") is None for item in drawing)
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
-    SELECTION.share = SELECTION.minutes * 60 * min(workers, max(1, count)) / max(1, count)
+    SELECTION.until = time.monotonic() + SELECTION.minutes * 60
+    SELECTION.waiting = -(-count // workers)
 
 
 def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -241,7 +243,7 @@ def _merged(own: Ledger | None) -> Ledger | None:
 def _is_partial(config: pytest.Config) -> bool:
     """Whether somebody chose a part of the suite, which then owes no completeness."""
     chosen = config.option.keyword or config.option.markexpr or any(".py" in str(arg) for arg in config.args)
-    return bool(chosen or SELECTION.spec is not None or SELECTION.scale < 1)
+    return bool(chosen or SELECTION.spec is not None or SELECTION.minutes is not None or SELECTION.scale < 1)
 
 
 def _vacuous(config: pytest.Config, ledger: Ledger) -> list[str]:

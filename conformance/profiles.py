@@ -107,7 +107,7 @@ def explore(
         with _only_our_constants() if SELECTION.profile == "gate" else nullcontext():
             test()
 
-    if SELECTION.share is None:
+    if SELECTION.until is None:
         run(examples, pinned)
-        return
-    soak(lambda number: run(BATCH, () if number else pinned), SELECTION.share, Counter() if facts is None else facts)
+    else:  # what is pinned is the gate's: here every case is a new one
+        soak(lambda: run(BATCH, ()), SELECTION, Counter() if facts is None else facts)

@@ -26,7 +26,8 @@ class Selection:
         timeout: seconds for one of its calls there.
         python: the interpreter of that process; None: this one's.
         minutes: of a soak, over all its tests and workers; None: as many cases as the profile says.
-        share: seconds of one test of such a soak, once the tests are known.
+        until: when such a soak ends in this process (`time.monotonic`), once the tests are known.
+        waiting: its tests that are still to come in this process, about.
     """
 
     subject: str = "moegate"
@@ -40,7 +41,8 @@ class Selection:
     timeout: float = 120.0
     python: str | None = None
     minutes: float | None = None
-    share: float | None = None
+    until: float | None = None
+    waiting: int = 0
 
 
 SELECTION = Selection()

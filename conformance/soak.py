@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from .selection import Selection
+
 FOLDER = Path(".moegate", "soak")
 SCHEMA = "moegate-soak-failure/1"
 # Cases a batch: between two of them usage is looked at, and the time.
@@ -77,29 +79,34 @@ def growth(samples: Sequence[Usage]) -> str:
     return ", ".join(grown)
 
 
-def soak(batch: Callable[[int], None], seconds: float, facts: Counter[str]) -> None:
-    """Run batches until the time is over.
+def soak(batch: Callable[[], None], selection: Selection, facts: Counter[str]) -> None:
+    """Run batches until this test's part of the time is over: what is left, shared by the tests that are left.
 
     Args:
-        batch: runs batch `number`; raises what it finds.
-        seconds: how long; the batch that is running then is the last.
-        facts: counts what was done.
+        batch: runs some cases; raises what it finds.
+        selection: says until when, and how many tests wait; this one is counted off.
+        facts: counts what was done, and tests for which no time was left.
 
     Raises:
         GrowthError: memory or handles grew.
     """
     samples: list[Usage] = []
-    deadline = time.monotonic() + seconds
+    now, until = time.monotonic(), selection.until or 0.0
+    part = now + (until - now) / max(1, selection.waiting)
+    selection.waiting -= 1
+    if now >= until:
+        facts["soak: tests for which no time was left"] += 1
+        return
     try:
-        while not samples or time.monotonic() < deadline:
-            batch(len(samples))
+        while not samples or time.monotonic() < part:
+            batch()
             samples.append(Usage.now())
     except BaseException as error:
         for each in _findings(error):
             facts["soak: new failures"] += keep_failure(*each)
         raise
     finally:
-        facts["soak: batches"] += len(samples)
+        facts[f"soak: batches of {BATCH} cases"] += len(samples)
     facts["soak: tests long enough to see growth"] += len(samples) >= FEWEST_BATCHES
     grown = growth(samples)
     if grown:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moegate import check, exit_codes
 from moegate.conformance.console import PlainConsole
 from moegate.conformance.profiles import explore
-from moegate.conformance.selection import SELECTION
+from moegate.conformance.selection import SELECTION, Selection
 from moegate.conformance.soak import BATCH, FEWEST_BATCHES, GrowthError, Usage, growth, keep_failure, soak
 from moegate.conformance.spec import AlignSpec
 
@@ -35,16 +35,25 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def soaking(clock: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SELECTION, "profile", "soak")
-    monkeypatch.setattr(SELECTION, "share", 3.0)
+    monkeypatch.setattr(SELECTION, "until", 4.0)
+    monkeypatch.setattr(SELECTION, "waiting", 1)
     return tmp_path / ".moegate" / "soak"
 
 
 def test_a_share_of_the_time_is_filled_with_batches_of_new_cases(soaking: Path) -> None:
     seen, facts = [], Counter()
     explore(SPECS, lambda spec: seen.append(spec.M), name="x", examples=1, facts=facts)
-    assert facts["soak: batches"] == 3
+    assert facts[f"soak: batches of {BATCH} cases"] == 4
     assert len(set(seen)) > BATCH
     assert not soaking.exists()
+
+
+def test_tests_share_what_is_left_and_those_without_time_are_counted(clock: None) -> None:
+    batches, selection, facts = [], Selection(until=40.0, waiting=3), Counter()
+    for _ in range(4):
+        soak(lambda: batches.append(1), selection, facts)
+    assert 30 <= len(batches) <= 40
+    assert facts["soak: tests for which no time was left"] == 1
 
 
 def test_a_failure_is_shrunk_and_kept_once(soaking: Path) -> None:
@@ -52,6 +61,7 @@ def test_a_failure_is_shrunk_and_kept_once(soaking: Path) -> None:
         assert spec.M < 77, "too many"
 
     for new in (1, 0):
+        SELECTION.until, SELECTION.waiting = 1000.0, 1
         facts = Counter()
         with pytest.raises(AssertionError, match="too many"):
             explore(SPECS, finds, name="x", examples=1, facts=facts)
@@ -91,14 +101,14 @@ def test_growth_is_what_goes_on_after_the_warm_up(memory: list[int], grows: bool
 def test_memory_that_leaks_a_batch_is_a_finding(clock: None) -> None:
     leaked = []
     with pytest.raises(GrowthError, match="memory from"):
-        soak(lambda number: leaked.append(b"x" * (6 << 20)), 24, Counter())
+        soak(lambda: leaked.append(b"x" * (6 << 20)), Selection(until=24.0, waiting=1), Counter())
 
 
 def test_handles_that_leak_are_a_finding(clock: None) -> None:
     leaked = []
     try:
         with pytest.raises(GrowthError, match="handles from"):
-            soak(lambda number: leaked.append(os.open("/dev/null", os.O_RDONLY)), 24, Counter())
+            soak(lambda: leaked.append(os.open("/dev/null", os.O_RDONLY)), Selection(until=24.0, waiting=1), Counter())
     finally:
         for file in leaked:
             os.close(file)
