@@ -128,7 +128,7 @@ POOLS = {
         grouped_experts=(8, 60, 128),
     ),
     "cuda": Pools(
-        # One of whole tiles, and one that no tile, nor the 16 elements that compilers know sizes by, divides in any axis.
+        # One of whole tiles, and one that neither tiles nor the 16 elements that compilers know sizes by divide.
         shapes=((256, 128), (200, 76)),
         scaled_shapes=((320, 464),),
         block_shapes=((320, 464, 128, 128),),
@@ -304,7 +304,8 @@ def pinned_routings(device: str, capabilities: Capabilities) -> tuple[RoutingSpe
     pairs = [RoutingSpec(M=7, seed=seed, **row) for seed, row in enumerate(rows)]
     pools = pools_of(device, capabilities)
     nasty = [spec for spec in _nasty_routings(pools.grouped_experts[0]) if _declares_routing(capabilities, spec)]
-    nasty = [spec for spec in nasty if spec.top_k <= pools.routing_top_k]
+    most, experts = capabilities.max_top_k, capabilities.max_experts
+    nasty = [spec for spec in nasty if spec.top_k <= (most or spec.top_k) and (experts or spec.E) >= spec.E]
     return (*pairs, *nasty)
 
 
