@@ -18,7 +18,7 @@ from moegate.check import wide_console
 from moegate.conformance.faults.client import LIMIT_S, HuntError, outcomes_of
 from moegate.conformance.faults.fault import CatalogueError, Fault, load_catalogue
 from moegate.conformance.faults.job import Job, Orders, Outcome
-from moegate.conformance.faults.record import Journal, read_witnesses, write_witnesses
+from moegate.conformance.faults.record import Journal, read_witnesses, state_of, write_witnesses
 
 SCHEMA = 1
 # A catalogue must be killed whole; of mutants, many of which change nothing that anybody can see, so many.
@@ -83,7 +83,8 @@ def faults(
             fault.sources()
         runnable, left_out = _runnable(wanted, device, everything)
         witnesses = read_witnesses() if witness else {}
-        journal = Journal(resume, f"{mode} {device} {scale}")
+        state = state_of(fault.package for fault in runnable)
+        journal = Journal(resume, f"{mode} {device} {scale} {state}")
         done = journal.read(runnable)
     except CatalogueError as error:
         _refuse(console, str(error))

@@ -226,21 +226,21 @@ def _self_test(
     from dataclasses import replace
 
     from moegate.bench.gate import trial
-    from moegate.bench.gate.record import write_json
     from moegate.bench.gate.selftest import run_self_test
 
     # As many pairs as the time allows: each is evidence.
     most = replace(plan, pairs=max(plan.pairs, 100))
 
     def keep(data: dict[str, Any]) -> None:
-        if json_file not in (None, "-"):
-            write_json(Path(json_file), data)
+        if json_file != "-":
+            put_json(console, "gate", json_file, data)
 
     with _bar(console) as bar:
         data = run_self_test(
             Path.cwd(), workloads, device, most, _cache(), levels=fractions, progress=_progress(bar), keep=keep
         )
-    put_json(console, "gate", json_file, data)
+    if json_file == "-" or not data["pairs"]:
+        put_json(console, "gate", json_file, data)
     for name, reason in data["failed"].items():
         console.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
     machine = data["machine"]

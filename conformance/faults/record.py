@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fault import CatalogueError, Fault
+from .fault import CatalogueError, Fault, folder_of
 from .job import Outcome, Witness
 
 WITNESSES = Path(__file__).parent / "witnesses.json"
@@ -65,12 +66,21 @@ def write_witnesses(faults: Iterable[Fault], outcomes: Mapping[str, Outcome], pa
     path.write_text(f'{{"schema": {SCHEMA}, "witnesses": {{\n' + ",\n".join(rows) + "\n}}\n")
 
 
+def state_of(packages: Iterable[str]) -> str:
+    """A digest of what decides on an outcome beside the fault: the suite, its reference, the sources of packages."""
+    digest = hashlib.sha256()
+    for package in ("moegate.conformance", "moegate.reference", *sorted(set(packages))):
+        for path in sorted(folder_of(package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Journal:
     """A file of outcomes, a line each: what stands there need not be hunted again.
 
     Args:
         path: of the file, which may not exist yet; None keeps nothing.
-        mode: of the run; outcomes of another mode are left alone.
+        mode: of the run, and the state of what judges; outcomes of another mode are left alone.
     """
 
     def __init__(self, path: Path | None, mode: str) -> None:
