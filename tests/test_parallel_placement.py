@@ -77,7 +77,7 @@ def test_a_token_travels_once_to_each_rank_of_its_experts_and_every_sum_comes_ba
         ids = physical[token].tolist()
         if any(rank_of.get(i) == rank for i in ids):
             sent.append((rank, token, [int(tables.local_of[i]) if rank_of.get(i) == rank else -1 for i in ids]))
-    assert list(zip(*(of.tolist() for of in travel.rows()), strict=True)) == [(rank, token) for rank, token, _ in sent]
+    assert list(zip(*(of.tolist() for of in travel.rows), strict=True)) == [(rank, token) for rank, token, _ in sent]
     assert counts.tolist() == [sum(to == rank for to, _, _ in sent) for rank in range(placement.num_ranks)]
     x, weights = (torch.randn((num_tokens, n), generator=generator) for n in (5, top_k))
     tokens = Tokens(x, weights, physical, torch.arange(num_tokens, dtype=torch.int32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -124,6 +124,10 @@ class ParallelExperts:
         if self._exchange is None:
             raise RuntimeError("experts: expected a layer that has joined, got none")
         return self._exchange
+
+    def agreeing(self) -> AbstractContextManager[None]:
+        """A block of set-up, in which an error of one rank becomes every rank's; all of them enter one."""
+        return together(self.ranks.world, {}, always=True)
 
     def join(self, experts: RoutedExperts, num_experts: int, top_k: int, adapters: AdapterTable | None = None) -> None:
         """Take the experts of a layer; every rank's layer calls this as it is made.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -32,6 +33,7 @@ class Travel:
     counts: torch.Tensor
     homes: Homes
 
+    @cached_property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The rank and the token of each row, `[S]` int64; the host waits for the device."""
         rank, token = (self.places >= 0).nonzero(as_tuple=True)
@@ -83,6 +85,6 @@ def sum_over_ranks(back: torch.Tensor, travel: Travel) -> torch.Tensor:
         return out
     total = torch.zeros(out.shape, dtype=torch.float32, device=back.device)
     counts = travel.counts.tolist()
-    for tokens, rows in zip(travel.rows()[1].split(counts), back.split(counts), strict=True):
+    for tokens, rows in zip(travel.rows[1].split(counts), back.split(counts), strict=True):
         total[tokens] += rows.float()
     return out.copy_(total)

@@ -110,7 +110,7 @@ class Wire:
                 as_bytes(rows)[len(ids) :] = 0
                 words[len(ids) :] = self._padding(tokens, words.shape[1])
         else:
-            rank, which = travel.rows()
+            rank, which = travel.rows
             ids, hidden_states, parts = ids[which], hidden_states[which], [part[which] for part in parts]
             there = ranks_of_pairs(ids, travel.homes) == rank[:, None]
             ids = torch.where(there, travel.homes.local_of[ids.clamp(0, len(travel.homes.local_of) - 1).long()], -1)
