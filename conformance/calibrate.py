@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,7 +220,7 @@ def _columns(samples: list[dict[str, float]]) -> dict[str, np.ndarray]:
     return {f.name: np.array([sample[f.name] for sample in samples]) for f in fields(Limits)}
 
 
-def _summary(shares: list[dict[str, float]]) -> dict[str, object]:
+def _summary(shares: list[dict[str, float]]) -> dict[str, Any]:
     columns = _columns(shares)
     exceeded = sum(max(share.values()) > 1 for share in shares)
     return {
