@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moegate import exit_codes
@@ -25,6 +28,8 @@ from moegate.json_output import expect_output, put_json, put_text
 
 # Each is a process that imports torch.
 MOST_WORKERS = 512
+# pytest's exit code.
+INTERRUPTED = 2
 
 
 def check(
@@ -41,9 +46,22 @@ def check(
         int, typer.Option("--workers", "-n", help="Processes; 0: one a core, at most 8 on one GPU.")
     ] = 0,
     scale: Annotated[float, typer.Option(help="Multiplies the number of cases.")] = 1.0,
+    minutes: Annotated[
+        float | None, typer.Option(help="With --profile soak: so long, in batches of random cases.")
+    ] = None,
     spec: Annotated[str | None, typer.Option(help="Run this one spec, as a failure printed it.")] = None,
     select: Annotated[
         str | None, typer.Option("--select", "-k", help="Run the tests whose names match (pytest -k).")
+    ] = None,
+    emit_repro: Annotated[
+        str | None, typer.Option(help="Write the first finding as FILE.py, a script that runs without moegate.")
+    ] = None,
+    isolate: Annotated[
+        bool, typer.Option(help="Run the subject in a process of its own: a crash or a hang ends one case.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds for a call of an isolated subject.")] = 120.0,
+    subject_python: Annotated[
+        str | None, typer.Option(help="Isolate the subject under this Python, with the packages that it has.")
     ] = None,
     known: Annotated[
         str | None, typer.Option(help="A file of known failures (TOML), beside those that ship with moegate.")
@@ -65,10 +83,22 @@ def check(
         _refuse(console, f"--device: expected auto, cpu or cuda, got {device!r}")
     if not 0 < scale < math.inf:
         _refuse(console, f"--scale: expected a number above 0, got {scale}")
+    if minutes is not None and not 0 < minutes < math.inf:
+        _refuse(console, f"--minutes: expected a number above 0, got {minutes}")
+    if minutes is not None and profile != "soak":
+        _refuse(console, f"--minutes: expected --profile soak beside it, got {profile}")
     if not 0 <= workers <= MOST_WORKERS:
         _refuse(console, f"--workers: expected a number in [0, {MOST_WORKERS}], got {workers}")
     for option, file in (("--json", json_file), ("--junit", junit), ("--markdown", markdown)):
         expect_output(console, "check", option, file)
+    if emit_repro is not None:
+        if not emit_repro.endswith(".py"):
+            _refuse(console, f"--emit-repro: expected a file that ends in .py, got {emit_repro!r}")
+        expect_output(console, "check", "--emit-repro", emit_repro)
+    if not 0 < timeout < math.inf:
+        _refuse(console, f"--timeout: expected a number above 0, got {timeout}")
+    if subject_python is not None and shutil.which(subject_python) is None:
+        _refuse(console, f"--subject-python: expected an interpreter, got {subject_python!r}")
     device = _resolve(device, console)
     _expect_readable(console, spec, known)
     workers = workers or (1 if spec else min(os.cpu_count() or 1, 8))
@@ -82,7 +112,11 @@ def check(
         command += [f"--moegate-profile={profile}", f"--moegate-scale={scale}"]
         command += [f"--moegate-report={report_file}", f"--moegate-progress={progress_file}"]
         command += [f"--moegate-spec={spec}"] if spec else []
+        command += [f"--moegate-minutes={minutes}"] if minutes is not None else []
         command += [f"--moegate-known={known}"] if known else []
+        command += ["--moegate-isolate", f"--moegate-timeout={timeout}"] if isolate or subject_python else []
+        command += [f"--moegate-emit-repro={emit_repro}"] if emit_repro else []
+        command += [f"--moegate-python={subject_python}"] if subject_python else []
         command += ["-k", select] if select else []
         command += ["-n", str(workers)] if workers > 1 else []
         environment = dict(os.environ)
@@ -91,7 +125,7 @@ def check(
         if device == "cpu":
             # Small operands: threads would only get in each other's way, and the workers take the cores.
             environment.setdefault("OMP_NUM_THREADS", "1")
-        if device == "cuda":
+        if device == "cuda" and not (isolate or subject_python):
             _precompile(subject, workers, environment, console)
         started = time.monotonic()
         output, status = _run(command, environment, folder, progress_file, console)
@@ -107,6 +141,9 @@ def check(
     for option, path, text in (("--junit", junit, as_junit), ("--markdown", markdown, as_markdown)):
         is_written &= path is None or put_text(console, "check", option, path, text(report))
     _print(report, status, output, console)
+    if emit_repro:
+        notes = [line for line in output.splitlines() if line.startswith(emit_repro)]
+        console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
     code = _exit_code(report, status)
     raise typer.Exit(code if is_written or code == exit_codes.FINDING else exit_codes.NOTHING_DONE)
 
@@ -165,7 +202,8 @@ def _run(
     command: list[str], environment: dict[str, str], folder: str, progress_file: Path, console: Console
 ) -> tuple[str, int]:
     log = Path(folder, "log")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rate = TaskProgressColumn(show_speed=True)  # executions a second, where nobody knows how many are to come
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
     with log.open("w") as sink, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("executions", total=None)
         child = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
@@ -178,9 +216,15 @@ def _run(
                 progress.update(task, completed=progress_file.stat().st_size)
                 time.sleep(0.2)
         except KeyboardInterrupt:
-            child.terminate()
-            child.wait()
-            raise
+            # What was judged until here is in the report that pytest writes when it is interrupted.
+            child.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=30)
+            console.print(f"moegate check: interrupted after {progress_file.stat().st_size} executions", style="yellow")
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
     return log.read_text(), child.returncode
 
 
@@ -231,4 +275,6 @@ def _exit_code(report: dict[str, Any], status: int) -> int:
         return exit_codes.FINDING
     if not report["properties"]:
         return exit_codes.NOTHING_DONE
+    if status == INTERRUPTED:
+        return exit_codes.INCONCLUSIVE
     return exit_codes.HOLDS if status == 0 else exit_codes.FINDING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -229,13 +230,23 @@ def _self_test(
 
     # As many pairs as the time allows: each is evidence.
     most = replace(plan, pairs=max(plan.pairs, 100))
+
+    def keep(data: dict[str, Any]) -> None:
+        if json_file != "-":
+            put_json(console, "gate", json_file, data)
+
     with _bar(console) as bar:
-        data = run_self_test(Path.cwd(), workloads, device, most, _cache(), levels=fractions, progress=_progress(bar))
-    put_json(console, "gate", json_file, data)
+        data = run_self_test(
+            Path.cwd(), workloads, device, most, _cache(), levels=fractions, progress=_progress(bar), keep=keep
+        )
+    if json_file == "-" or not data["pairs"]:
+        put_json(console, "gate", json_file, data)
     for name, reason in data["failed"].items():
         console.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
     machine = data["machine"]
-    console.print(f"{data['pairs']} pairs in {data['seconds']:.0f} s on {machine.get('device')}", highlight=False)
+    console.print(
+        f"{data['pairs']} pairs in {data.get('seconds', 0):.0f} s on {machine.get('device')}", highlight=False
+    )
     first = min(plan.pairs, data["pairs"] - 2)
     if first < 2:
         _stop(
@@ -253,10 +264,12 @@ def _bar(console: Console) -> Progress:
 
 
 def _progress(bar: Progress) -> Any:
-    task = bar.add_task("starting", total=None)
+    task, started = bar.add_task("starting", total=None), time.monotonic()
 
     def show(phase: str, done: int, total: int) -> None:
         bar.update(task, description=phase, completed=done, total=total)
+        if done == total and not bar.console.is_terminal:
+            bar.console.print(f"{phase}: {done} workloads, {time.monotonic() - started:.0f} s", highlight=False)
 
     return show
 

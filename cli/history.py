@@ -2,55 +2,48 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from moegate import exit_codes
 from moegate.conformance.console import wide_console
+from moegate.history_common import (
+    AllOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    RoutingOption,
+    StoreOption,
+    SubjectOption,
+    TokensOption,
+    aside_of,
+    expect_checkout,
+    filter_of,
+    history_folder,
+    open_history,
+    refuse,
+    write_answer,
+)
 from moegate.history_tables import changes_table, print_comparison, range_table, runs_table
-from moegate.json_output import expect_output, put_json
 
 if TYPE_CHECKING:
     from moegate.bench.history.answers import Filter
     from moegate.bench.history.queries import History
 
-SCHEMA = "moegate-history-answer/1"
 NEWEST = 1000
-VARIABLE = "MOEGATE_HISTORY"
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Stored benchmark runs: add, list, compare, find change points, promote to baseline.",
 )
-
-StoreOption = Annotated[
-    Path | None, typer.Option("--store", help=f"The history's folder; {VARIABLE}, else .moegate/history, if left out.")
-]
-
-
-def _looked_at(file: str | None) -> str | None:
-    expect_output(wide_console(stderr=True), "history", "--json", file)
-    return file
-
-
-JsonOption = Annotated[
-    str | None, typer.Option("--json", callback=_looked_at, help="Write the result as JSON; - is standard output.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="The GPU's model, or a part of its name.")]
-ModelOption = Annotated[str | None, typer.Option(help="The model's name.")]
-TokensOption = Annotated[int | None, typer.Option("--tokens", "-M", help="The number of tokens M.")]
-RoutingOption = Annotated[str | None, typer.Option(help="uniform, zipf1.2, all-to-one; with or without -sSEED.")]
-DtypeOption = Annotated[str | None, typer.Option(help="bf16, fp8-block, ...")]
-SubjectOption = Annotated[str | None, typer.Option(help="Who was timed.")]
-AllOption = Annotated[bool, typer.Option("--all", help="Every clean run that passed, not the promoted ones alone.")]
 
 
 @app.command()
@@ -79,7 +72,7 @@ def add(
 
     console = wide_console(stderr=json_file == "-")
     target = Store(history_folder(store))
-    _expect_checkout(repository)
+    expect_checkout("add", repository)
     stored, refused = [], False
     for file in files:
         try:
@@ -90,7 +83,7 @@ def add(
             continue
         stored.append({"file": str(file), "id": id, "path": str(path), "new": is_new})
         console.print(f"{id} {'stored' if is_new else 'was stored before'}: {path}", markup=False, soft_wrap=True)
-    _write(json_file, {"stored": stored})
+    write_answer(json_file, {"stored": stored})
     raise typer.Exit(exit_codes.BAD_ARGUMENTS if refused else exit_codes.HOLDS)
 
 
@@ -113,11 +106,13 @@ def list_runs(
     Exit codes: 0 listed, 3 there is none, 4 bad arguments.
     """
     console = wide_console(stderr=json_file == "-")
-    with _open(console, store) as history:
+    with open_history(console, store) as history:
         runs = history.runs(
-            _filter(device, model, tokens, routing, dtype, subject), commit=commit, promoted=promoted, limit=limit
+            filter_of(device, model, tokens, routing, dtype, subject), commit=commit, promoted=promoted, limit=limit
         )
-        _write(json_file, {"runs": [{**asdict(run), "outcome": run.outcome} for run in runs], **_aside(history)})
+        write_answer(
+            json_file, {"runs": [{**asdict(run), "outcome": run.outcome} for run in runs], **aside_of(history)}
+        )
         if not runs:
             console.print("no run is stored that the options select")
         else:
@@ -147,22 +142,22 @@ def compare(
     from moegate.bench.history.queries import LATEST
 
     console = wide_console(stderr=json_file == "-")
-    which = _filter(device, model, tokens, routing, dtype, subject)
-    with _open(console, store) as history:
+    which = filter_of(device, model, tokens, routing, dtype, subject)
+    with open_history(console, store) as history:
         try:
             if ".." in before:
                 if after is not None:
-                    _refuse("compare", f"after: expected none beside a range, got {after!r}")
+                    refuse("compare", f"after: expected none beside a range, got {after!r}")
                 first, _, last = before.partition("..")
                 compared = _range(console, history, first, last or LATEST, which, json_file)
             else:
                 older, newer = history.find(before, which), history.find(after or LATEST, which)
                 comparison = history.compare(older, newer, which)
-                _write(json_file, {**comparison.as_dict(), **_aside(history)})
+                write_answer(json_file, {**comparison.as_dict(), **aside_of(history)})
                 print_comparison(console, comparison)
                 compared = bool(comparison.rows)
         except UnknownRunError as error:
-            _refuse("compare", str(error))
+            refuse("compare", str(error))
     raise typer.Exit(exit_codes.HOLDS if compared else exit_codes.NOTHING_DONE)
 
 
@@ -195,17 +190,17 @@ def changes(
 
     console = wide_console(stderr=json_file == "-")
     if not 0 < max_p < 1:
-        _refuse("changes", f"--max-p: expected a number in (0, 1), got {max_p}")
+        refuse("changes", f"--max-p: expected a number in (0, 1), got {max_p}")
     if find_spec("ruptures") is None:
-        _refuse("changes", "ruptures is not installed: pip install ruptures")
-    which = _filter(device, model, tokens, routing, dtype, subject)
-    with _open(console, store) as history:
+        refuse("changes", "ruptures is not installed: pip install ruptures")
+    which = filter_of(device, model, tokens, routing, dtype, subject)
+    with open_history(console, store) as history:
         series = history.series(which, promoted=not every, newest=newest)
         long_enough = [one for one in series if is_searchable(one)]
         rows = [change.as_dict() for change in changes_of(long_enough, max_p=max_p, min_change=min_change)]
-        _write(
+        write_answer(
             json_file,
-            {"series": len(series), "searched": len(long_enough), "changes": rows, **_aside(history)},
+            {"series": len(series), "searched": len(long_enough), "changes": rows, **aside_of(history)},
         )
     if rows:
         console.print(changes_table(rows))
@@ -237,22 +232,22 @@ def promote(
     from moegate.bench.history.promotion import PromotionRefusedError, judge
 
     console = wide_console(stderr=json_file == "-")
-    _expect_checkout(repository)
+    expect_checkout("promote", repository)
     if main.startswith("-") or not main.isprintable():
-        _refuse("promote", f"--main: expected a branch, got {main!a:.80}")
-    with _open(console, store) as history:
+        refuse("promote", f"--main: expected a branch, got {main!a:.80}")
+    with open_history(console, store) as history:
         try:
-            found = history.find(run, _filter(device=device))
+            found = history.find(run, filter_of(device=device))
         except UnknownRunError as error:
-            _refuse("promote", str(error))
+            refuse("promote", str(error))
         try:
             why = judge(repository, main, commit=found.commit, dirty=found.dirty, exit_code=found.exit_code)
         except PromotionRefusedError as error:
-            _write(json_file, {"run": found.id, "promoted": False, "why": str(error)})
+            write_answer(json_file, {"run": found.id, "promoted": False, "why": str(error)})
             console.print(f"run {found.id} is not promoted: {error}", markup=False, style="red", soft_wrap=True)
             raise typer.Exit(exit_codes.FINDING) from None
         is_new = history.store.promote(found.id, why)
-    _write(json_file, {"run": found.id, "promoted": True, "new": is_new})
+    write_answer(json_file, {"run": found.id, "promoted": True, "new": is_new})
     console.print(
         f"run {found.id} of commit {found.commit[:12]} {'is promoted' if is_new else 'was promoted before'}",
         markup=False,
@@ -279,7 +274,7 @@ def rebuild(
     folder = history_folder(store)
     default_path(Store(folder)).unlink(missing_ok=True)
     started = time.monotonic()
-    with _open(console, store) as history:
+    with open_history(console, store) as history:
         aside = history.aside()
         if move_aside:
             for each in aside:
@@ -287,7 +282,7 @@ def rebuild(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (folder / each.path).replace(target)
         runs = len(history.runs())
-        _write(json_file, {"runs": runs, **_aside(history), "moved": move_aside})
+        write_answer(json_file, {"runs": runs, **aside_of(history), "moved": move_aside})
         console.print(f"{runs} runs from {history.index.refreshed} files in {time.monotonic() - started:.1f} s")
     raise typer.Exit(exit_codes.FINDING if aside else exit_codes.HOLDS)
 
@@ -311,65 +306,6 @@ def _add(target: Any, file: Path, exit_code: int | None, repository: Path) -> tu
     return target.add(document(data, exit_code=exit_code, origin=origin(), commit=commit, time=written))
 
 
-def history_folder(store: Path | None) -> Path:
-    """The history's folder: as asked for, else the environment's, else below this folder; exit code 4 if it is none."""
-    folder = store or Path(os.environ.get(VARIABLE) or Path(".moegate", "history"))
-    name = VARIABLE if store is None else "--store"
-    if "\0" in str(folder) or not str(folder).isprintable() or (folder.exists() and not folder.is_dir()):
-        _refuse("history", f"{name}: expected a folder, got {str(folder)!a:.300}")
-    return folder
-
-
-def _expect_checkout(repository: Path) -> None:
-    if "\0" in str(repository) or not repository.is_dir():
-        _refuse("history", f"--repo: expected a folder, got {str(repository)!a:.300}")
-
-
-def _open(console: Console, store: Path | None) -> History:
-    """The history, after what was set aside has been named."""
-    from moegate.bench.history.queries import History
-
-    folder = history_folder(store)
-    try:
-        history = History(folder)
-    except FileNotFoundError:
-        _refuse("history", f"--store: expected a folder, got {folder}")
-    if history.index.rebuilt:
-        console.print(f"the index was made anew: {history.index.rebuilt}", markup=False, soft_wrap=True)
-    for each in history.aside():
-        console.print(f"set aside: {each.path}: {each.reason}", markup=False, style="yellow", soft_wrap=True)
-    return history
-
-
-def _refuse(command: str, message: str) -> NoReturn:
-    wide_console(stderr=True).print(f"moegate {command}: {message}", markup=False, style="red", soft_wrap=True)
-    raise typer.Exit(exit_codes.BAD_ARGUMENTS)
-
-
-def _filter(
-    device: str | None = None,
-    model: str | None = None,
-    tokens: int | None = None,
-    routing: str | None = None,
-    dtype: str | None = None,
-    subject: str | None = None,
-) -> Filter:
-    from moegate.bench.history.answers import Filter
-
-    return Filter(device, model, tokens, routing, dtype, subject)
-
-
-def _aside(history: History) -> dict[str, Any]:
-    return {"set_aside": [asdict(each) for each in history.aside()]}
-
-
-def _write(json_file: str | None, data: dict[str, Any]) -> None:
-    console = wide_console(stderr=True)
-    # What was asked about is in the store: only the answer is lost where it cannot be written.
-    if not put_json(console, "history", json_file, {"schema": SCHEMA, **data}):
-        raise typer.Exit(exit_codes.NOTHING_DONE)
-
-
 def _range(console: Console, history: History, first: str, last: str, which: Filter, json_file: str | None) -> bool:
     """Every series over the runs of a range; whether there was one."""
     runs = history.between(history.find(first, which), history.find(last, which), which)
@@ -388,7 +324,7 @@ def _range(console: Console, history: History, first: str, last: str, which: Fil
                 "change": seconds[-1] / seconds[0] - 1,
             }
         )
-    _write(json_file, {"runs": [asdict(run) for run in runs], "rows": rows, **_aside(history)})
+    write_answer(json_file, {"runs": [asdict(run) for run in runs], "rows": rows, **aside_of(history)})
     console.print(f"{len(runs)} runs on {runs[0].device}, from {runs[0].time} to {runs[-1].time}", markup=False)
     if rows:
         console.print(range_table(rows))

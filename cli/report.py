@@ -10,7 +10,7 @@ import typer
 
 from moegate import __version__, exit_codes
 from moegate.conformance.console import wide_console
-from moegate.history import StoreOption, history_folder
+from moegate.history_common import StoreOption, history_folder
 from moegate.json_output import expect_output, put_json
 
 # Of one report that is handed in.

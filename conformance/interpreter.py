@@ -91,6 +91,11 @@ def is_active() -> bool:
     return _installed is not None
 
 
+def is_reversed() -> bool:
+    """Whether launches run their programs last to first here and now (see `programs_reversed`)."""
+    return is_active() and "set_grid_idx" in vars(upstream.interpreter_builder)
+
+
 @contextmanager
 def programs_reversed() -> Iterator[None]:
     """Every launch in this block runs its programs last to first, where the interpreter runs them at all.

@@ -36,6 +36,7 @@ from .subject import FACETS, Capabilities, Subject
 # Where the subjects by name are, and what they need beside moegate's own packages, by its module.
 SHIPPED = {
     "moegate": "moegate:MoegateSubject",
+    "moegate:flashinfer_cutlass": "moegate_flashinfer:MoegateFlashinferSubject",
     "torch": "eager:EagerSubject",
     "transformers": "transformers_blocks:TransformersSubject",
     "transformers:deepseek_v3": "transformers_blocks:DeepseekV3Subject",
@@ -45,10 +46,11 @@ SHIPPED = {
     "flashinfer": "flashinfer_experts:FlashinferSubject",
 }
 NEEDS = {
-    "transformers": "pip install 'transformers>=5.20'",
-    "vllm": "pip install vllm",
-    "sglang": "pip install 'sglang[all]'",
-    "flashinfer": "pip install flashinfer-python",
+    "moegate:flashinfer_cutlass": ("flashinfer", "pip install 'moegate[flashinfer]'"),
+    "transformers": ("transformers", "pip install 'transformers>=5.20'"),
+    "vllm": ("vllm", "pip install vllm"),
+    "sglang": ("sglang", "pip install 'sglang[all]'"),
+    "flashinfer": ("flashinfer", "pip install flashinfer-python"),
 }
 # The names that a field of the capabilities may hold.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -79,6 +81,11 @@ class NotInstalledError(Exception):
     """A subject that ships here needs a package that is not installed; says how to install it."""
 
 
+def needed(name: str) -> tuple[str, str]:
+    """The module that a subject by name needs beside moegate's own, and how it is installed; empty where none."""
+    return next((need for start, need in NEEDS.items() if f"{name}:".startswith(f"{start}:")), ("", ""))
+
+
 def load_subject(name: str) -> Subject:
     """A subject that ships here, by name, or a user's own: `path/to/file.py:Class` or `package.module:Class`.
 
@@ -95,8 +102,9 @@ def load_subject(name: str) -> Subject:
         raise ValueError(f"subject: expected one of {sorted(SHIPPED)} or FILE.py:CLASS, got {name!a:.200}")
     package, _, variant = name.partition(":")
     if package in SHIPPED:
-        if package in NEEDS and importlib.util.find_spec(package) is None:
-            raise NotInstalledError(f"subject {name}: {package} is not installed here: {NEEDS[package]}")
+        module, install = needed(name)
+        if module and importlib.util.find_spec(module) is None:
+            raise NotInstalledError(f"subject {name}: {module} is not installed here: {install}")
         shipped = next(each for each in sorted(SHIPPED, reverse=True) if f"{name}:".startswith(f"{each}:"))
         variant = name.removeprefix(shipped).removeprefix(":")
         place, class_name = f"{__package__}.subjects.{SHIPPED[shipped]}".split(":")

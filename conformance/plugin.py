@@ -7,6 +7,7 @@ suite is collected, and registers no Hypothesis profile for others' tests.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _ledgers: list[Any] = []
 _collected: list[str] = []
+_notes: list[str] = []
 # Why nothing can be run, each with pytest's exit code for it.
 _refusals: list[tuple[int, str]] = []
 # A package is not there: nothing can be judged here, though nobody asked for anything wrong.
@@ -32,7 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moegate-device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     group.addoption("--moegate-profile", choices=PROFILES, default="gate", help="how cases are drawn (default: gate)")
     group.addoption("--moegate-scale", type=float, default=1.0, help="multiplies the number of cases")
+    group.addoption("--moegate-minutes", type=float, metavar="N", help="soak for so long, over all workers")
     group.addoption("--moegate-spec", metavar="LINE", help="run this one spec, as a failure printed it")
+    group.addoption("--moegate-isolate", action="store_true", help="run the subject in a process of its own")
+    group.addoption("--moegate-timeout", type=float, default=120.0, metavar="S", help="seconds for a call there")
+    group.addoption("--moegate-python", metavar="FILE", help="the Python of that process (default: this one)")
     group.addoption("--moegate-known", metavar="FILE", help="known failures beside those that ship (TOML)")
     group.addoption(
         "--moegate-report",
@@ -41,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         help="write what was judged: as JUnit (.xml), Markdown (.md) or JSON; may be given several times",
     )
+    group.addoption("--moegate-emit-repro", metavar="FILE.py", help="write a finding as a script without moegate")
     group.addoption("--moegate-progress", metavar="FILE", help="append one byte to FILE for each execution")
 
 
@@ -48,8 +55,22 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the selection from the options."""
     config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
     config.addinivalue_line("markers", "moegate_executions(examples, runs): what the test will run, for the progress")
-    for name in ("subject", "device", "profile", "scale", "spec", "progress", "known"):
+    names = (
+        "subject",
+        "device",
+        "profile",
+        "scale",
+        "spec",
+        "progress",
+        "known",
+        "minutes",
+        "isolate",
+        "timeout",
+        "python",
+    )
+    for name in names:
         setattr(SELECTION, name, config.getoption(f"moegate_{name}"))
+    SELECTION.isolate = SELECTION.isolate or SELECTION.python is not None
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +119,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     _collected.extend(item.nodeid for item in mine)
     if spec is None:
+        _share_time(config, mine)
         _announce(config, mine)
         return
     takes = [item for item in mine if spec.facet in _needed(item) and _fits(item, spec)]
@@ -142,9 +164,24 @@ def _fits(item: Any, spec: Any) -> bool:
     return all(getattr(spec, name, value) == value for name, value in parameters.items())
 
 
+def _share_time(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say how long a soak's tests have together; each takes an equal part of what is left when it begins."""
+    if SELECTION.minutes is None:
+        return
+    drawing = [item for item in items if item.get_closest_marker("moegate_executions")]
+    count = sum(item.get_closest_marker("skip") is None for item in drawing)
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    SELECTION.until = time.monotonic() + SELECTION.minutes * 60
+    SELECTION.waiting = -(-count // workers)
+
+
 def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say how many executions are to come, beside the file that counts them; with xdist the first worker does."""
-    if SELECTION.progress is None or getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0":
+    if (
+        SELECTION.progress is None
+        or SELECTION.minutes is not None
+        or getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0"
+    ):
         return
     from .session import current_session
 
@@ -172,8 +209,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     from .report_formats import write_report
 
-    for path in config.getoption("moegate_report"):
+    for path in config.getoption("moegate_report") or ():
         write_report(report, path)
+    if config.getoption("moegate_emit_repro"):
+        from .repro import emit_repro
+        from .session import current_session
+
+        _notes.append(emit_repro(current_session(), report["properties"], config.getoption("moegate_emit_repro")))
 
 
 def _own_ledger() -> Ledger | None:
@@ -201,7 +243,7 @@ def _merged(own: Ledger | None) -> Ledger | None:
 def _is_partial(config: pytest.Config) -> bool:
     """Whether somebody chose a part of the suite, which then owes no completeness."""
     chosen = config.option.keyword or config.option.markexpr or any(".py" in str(arg) for arg in config.args)
-    return bool(chosen or SELECTION.spec is not None or SELECTION.scale < 1)
+    return bool(chosen or SELECTION.spec is not None or SELECTION.minutes is not None or SELECTION.scale < 1)
 
 
 def _vacuous(config: pytest.Config, ledger: Ledger) -> list[str]:
@@ -233,7 +275,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     report = _report(config, merged)
     complaints = [f"NOT JUDGED: {reason}" for reason in report["not_judged"]]
     complaints += [f"STALE: {reason}" for reason in report["stale"]]
-    for line in (*as_lines(report), *complaints):
+    for line in (*as_lines(report), *complaints, *_notes):
         terminalreporter.line(line)
 
 

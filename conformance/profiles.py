@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis.internal.constants_ast import Constants
 from hypothesis.strategies import SearchStrategy
 
 from .selection import SELECTION
+from .soak import BATCH, soak
 from .spec import Spec, parse_spec
 
 # No explain phase: under Triton's interpreter it costs five times the shrink.
@@ -71,6 +73,7 @@ def explore(
     name: str,
     examples: int,
     pinned: Iterable[Spec] = (),
+    facts: Counter[str] | None = None,
 ) -> None:
     """Run `body` on drawn specs under the selected profile; on the one spec that the run was asked for, if any.
 
@@ -80,20 +83,31 @@ def explore(
         name: seeds the gate; the family and whatever parametrises it.
         examples: cases to draw.
         pinned: specs that are always run first.
+        facts: counts what a soak did.
     """
     if SELECTION.spec is not None:
         body(parse_spec(SELECTION.spec))
         return
 
     def judged(spec: Any) -> None:  # whatever `body` calls its argument, the strategy is given by this name
-        body(spec)
+        try:
+            body(spec)
+        except Exception as error:
+            error.moegate_spec = repr(spec)
+            raise
 
-    test = given(spec=strategy)(judged)
-    for spec in pinned:
-        test = example(spec=spec)(test)
-    profile = settings.get_profile(f"moegate-{SELECTION.profile}")
-    test = settings(profile, max_examples=examples)(test)
-    if SELECTION.profile == "gate":
-        test = seed(zlib.crc32(name.encode()))(test)
-    with _only_our_constants() if SELECTION.profile == "gate" else nullcontext():
-        test()
+    def run(examples: int, pinned: Iterable[Spec]) -> None:
+        test = given(spec=strategy)(judged)
+        for spec in pinned:
+            test = example(spec=spec)(test)
+        profile = settings.get_profile(f"moegate-{SELECTION.profile}")
+        test = settings(profile, max_examples=examples)(test)
+        if SELECTION.profile == "gate":
+            test = seed(zlib.crc32(name.encode()))(test)
+        with _only_our_constants() if SELECTION.profile == "gate" else nullcontext():
+            test()
+
+    if SELECTION.until is None:
+        run(examples, pinned)
+    else:  # what is pinned is the gate's: here every case is a new one
+        soak(lambda: run(BATCH, ()), SELECTION, Counter() if facts is None else facts)

@@ -22,6 +22,12 @@ class Selection:
         scale: multiplies the number of cases.
         progress: a file to which each execution adds one byte, or None.
         known: a file of known failures beside those that ship here, or None.
+        isolate: the subject runs in a process of its own.
+        timeout: seconds for one of its calls there.
+        python: the interpreter of that process; None: this one's.
+        minutes: of a soak, over all its tests and workers; None: as many cases as the profile says.
+        until: when such a soak ends in this process (`time.monotonic`), once the tests are known.
+        waiting: its tests that are still to come in this process, about.
     """
 
     subject: str = "moegate"
@@ -31,6 +37,12 @@ class Selection:
     scale: float = 1.0
     progress: str | None = None
     known: str | None = None
+    isolate: bool = False
+    timeout: float = 120.0
+    python: str | None = None
+    minutes: float | None = None
+    until: float | None = None
+    waiting: int = 0
 
 
 SELECTION = Selection()

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from .cases import BatchedCase, ExpertsCase
 from .guarded import CallError, guarded
+from .isolated import Isolated
 from .judge import Ledger, Verdict
 from .known import KnownFailures, load_known
 from .loading import load_subject
 from .profiles import examples_of, explore
 from .properties.hygiene import judge_form, poisoned_allocations
-from .properties.subject import RETURNS
+from .properties.subject import ENDS, RETURNS, SURVIVES
 from .selection import SELECTION
 from .spec import Spec
 from .strategies import POOLS
@@ -35,20 +36,27 @@ class Session:
     """What the tests of a run share.
 
     Attributes:
-        subject: the implementation under test.
+        subject: the implementation under test, whose failing calls are verdicts.
+        isolated: the same, where it runs in a process of its own.
         device: torch device type.
         ledger: everything that was judged in this process.
     """
 
     def __init__(self, subject: Subject, device: str) -> None:
-        self.subject = subject
+        self.isolated = subject if isinstance(subject, Isolated) else None
+        self.subject = guarded(subject)
         self.device = device
         self.ledger = Ledger()
         self.known = KnownFailures(load_known(SELECTION.known), subject.name, device, date.today())
 
     def fresh(self) -> Session:
-        """A session of a subject that was never called: a user's file is run anew for it. It counts nothing here."""
-        return Session(guarded(load_subject(SELECTION.subject)), self.device)
+        """A session of a subject that was never called, until the next is asked for; it counts nothing here.
+
+        A user's file is run anew for it, or the process of an isolated subject is forked anew.
+        """
+        if self.isolated is not None:
+            return Session(self.isolated.fresh(), self.device)
+        return Session(load_subject(SELECTION.subject), self.device)
 
     def variants(self) -> list[str]:
         """The subject's variants that run on this device; what cannot is counted with its reason."""
@@ -85,8 +93,15 @@ class Session:
             runs: how often `judge` calls the subject.
             is_value: numbers are judged, of which a device may have the time for more cases.
         """
+        held = [RETURNS.verdict(True)] + ([SURVIVES.verdict(True), ENDS.verdict(True)] if self.isolated else [])
+        hung: dict[Spec, list[Verdict]] = {}
 
         def body(spec: Spec) -> None:
+            # Each smaller case that hangs too would cost as much time again: the first is the one that is shown.
+            if hung and spec not in hung:
+                return
+            if spec in hung:
+                self.settle(hung[spec], spec, variant=variant)
             crash = self.known.crash(spec, variant)
             if crash is not None:
                 self.ledger.known[f"{crash.key()} met"] += 1
@@ -94,15 +109,18 @@ class Session:
                 return
             cause = None
             try:
-                verdicts = [RETURNS.verdict(True), *judge(spec)]
+                verdicts = [*held, *judge(spec)]
             except CallError as error:
                 verdicts, cause = [error.verdict], error.__cause__
+                if error.verdict.property is ENDS:
+                    hung[spec] = verdicts
             self.ledger.ran(variant, spec, runs)
             if SELECTION.progress is not None:
                 _tick(SELECTION.progress, runs)
             self.settle(verdicts, spec, variant=variant, cause=cause)
 
-        explore(strategy, body, name=name, examples=self.examples(examples, is_value=is_value), pinned=pinned)
+        count = self.examples(examples, is_value=is_value)
+        explore(strategy, body, name=name, examples=count, pinned=pinned, facts=self.ledger.facts)
 
     def settle(
         self,
@@ -217,7 +235,9 @@ def current_session() -> Session:
     if device == "cpu":
         # Small operands: more threads than one only get in each other's way, and xdist brings the processes.
         torch.set_num_threads(1)
-    session = Session(guarded(load_subject(SELECTION.subject)), device)
+    name = SELECTION.subject
+    isolated = Isolated(name, device, SELECTION.timeout, SELECTION.python) if SELECTION.isolate else None
+    session = Session(isolated or load_subject(name), device)
     session.count_compilations()
     return session
 

@@ -128,7 +128,7 @@ POOLS = {
         grouped_experts=(8, 60, 128),
     ),
     "cuda": Pools(
-        # One of whole tiles, and one that in no axis a tile divides, nor the 16 elements that compilers know sizes by.
+        # One of whole tiles, and one that neither tiles nor the 16 elements that compilers know sizes by divide.
         shapes=((256, 128), (200, 76)),
         scaled_shapes=((320, 464),),
         block_shapes=((320, 464, 128, 128),),

@@ -136,6 +136,8 @@ class Subject:
         launches: by variant, the kernels that each path launches; judged where declared (needs `trace`).
         partial_sums: by the names of exchanges, in what the ranks' parts of a token's sum are added: the activations'
             dtype (`storage`), or float32 and rounded once.
+        standalone: the lines of a function `run(hidden_states, w13, w2, topk_weights, topk_ids, **more)` that calls the
+            implementation without moegate, for `--emit-repro`; empty: the script has what was returned.
         last_run: the version and date that this adapter of another project was last run with, for the report.
     """
 
@@ -146,6 +148,7 @@ class Subject:
     deviations: ClassVar[dict[str, str]] = {}
     launches: ClassVar[Mapping[str, Launches]] = {}
     partial_sums: ClassVar[Mapping[str, str]] = {"all_gather": "storage", "all_to_all": "float32"}
+    standalone: ClassVar[str] = ""
     last_run: ClassVar[str] = ""
 
     def unavailable(self, variant: str, device: str) -> str | None:

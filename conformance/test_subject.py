@@ -19,12 +19,14 @@ def test_a_call_keeps_nothing_for_the_next(moegate_session, moegate_variant):
         case = build_experts(spec, session.device)
         budget = budget_of(case, reference_of(case), session.subject.numerics)
         with form_as_verdict() as verdicts:
-            used, alone = session.fresh(), session.fresh()
+            used = session.fresh()
             for other in (101, 102):
                 before = build_experts(replace(spec, seed=(spec.seed + other) % 256), session.device)
                 used.run_experts(used.prepared(before, variant), variant)
             output = used.run_experts(used.prepared(case, variant), variant).clone()
-            fresh = alone.run_experts(alone.prepared(case, variant), variant)
+            alone = session.fresh()
+            untouched = build_experts(spec, session.device)  # the operands, too
+            fresh = alone.run_experts(alone.prepared(untouched, variant), variant)
             verdicts.append(judge_state(output, fresh, budget, session.subject.numerics))
         return verdicts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,63 +140,67 @@ class MoELayer(nn.Module):
         parallel: ParallelExperts | None = None,
     ) -> None:
         super().__init__()
-        for name, part, kind, optional in (
-            ("gate", gate, Gate, False),
-            ("experts", experts, RoutedExperts, False),
-            ("routing", routing, RoutingMethod, False),
-            ("shared_experts", shared_experts, nn.Module, True),
-            ("setting", setting, SharedExpertsSetting, True),
-            ("adapters", adapters, AdapterTable, True),
-            ("parallel", parallel, ParallelExperts, True),
-        ):
-            expect_instance(name, part, kind, optional=optional)
-        if reduce is not None and not callable(reduce):
-            raise TypeError(f"reduce: expected a callable or None, got {type(reduce).__name__}")
-        num_experts, hidden_size = gate.weight.shape
-        like = experts.w2
-        expect_tensor("gate.weight", gate.weight, shape=("E", experts.hidden_size), dtypes=FLOATS, like=like)
-        expect_int("num_fused_shared_experts", num_fused_shared_experts, low=0)
-        expect_method(num_experts, gate.e_score_correction_bias, **vars(routing))
-        if expert_map is not None:
-            if num_fused_shared_experts:
-                raise ValueError(
-                    f"num_fused_shared_experts: expected 0 with an expert_map, got {num_fused_shared_experts}: every "
-                    "rank would add the whole of them"
-                )
-            expect_tensor("expert_map", expert_map, shape=(num_experts,), dtypes=(torch.int32,), like=like)
-        elif parallel is None and experts.num_local_experts != num_experts + num_fused_shared_experts:
-            raise ValueError(
-                f"experts: expected the gate's {num_experts} and {num_fused_shared_experts} fused shared ones without "
-                f"an expert_map, got {experts.num_local_experts}"
-            )
-        setting = SharedExpertsSetting(has_shared_experts=shared_experts is not None) if setting is None else setting
-        if setting.has_shared_experts != (shared_experts is not None):
-            raise ValueError(
-                f"setting: expected has_shared_experts {shared_experts is not None} as shared_experts is "
-                f"{type(shared_experts).__name__}, got {setting.has_shared_experts}"
-            )
-        if setting.dispatch_runs_shared_experts and (parallel is None or not parallel.overlap):
-            raise ValueError(
-                "setting: expected dispatch_runs_shared_experts False, got True: nothing dispatches here, or not so"
-            )
-        if parallel is not None:
-            for name, is_given in (
-                ("reduce", reduce is not None),
-                ("expert_map", expert_map is not None),
-                ("num_fused_shared_experts", num_fused_shared_experts > 0),
+        with nullcontext() if not isinstance(parallel, ParallelExperts) else parallel.agreeing():
+            for name, part, kind, optional in (
+                ("gate", gate, Gate, False),
+                ("experts", experts, RoutedExperts, False),
+                ("routing", routing, RoutingMethod, False),
+                ("shared_experts", shared_experts, nn.Module, True),
+                ("setting", setting, SharedExpertsSetting, True),
+                ("adapters", adapters, AdapterTable, True),
+                ("parallel", parallel, ParallelExperts, True),
             ):
-                if is_given:
-                    raise ValueError(f"{name}: expected none beside parallel, which says who holds and adds what")
+                expect_instance(name, part, kind, optional=optional)
+            if reduce is not None and not callable(reduce):
+                raise TypeError(f"reduce: expected a callable or None, got {type(reduce).__name__}")
+            num_experts, hidden_size = gate.weight.shape
+            like = experts.w2
+            expect_tensor("gate.weight", gate.weight, shape=("E", experts.hidden_size), dtypes=FLOATS, like=like)
+            expect_int("num_fused_shared_experts", num_fused_shared_experts, low=0)
+            expect_method(num_experts, gate.e_score_correction_bias, **vars(routing))
+            if expert_map is not None:
+                if num_fused_shared_experts:
+                    raise ValueError(
+                        f"num_fused_shared_experts: expected 0 with an expert_map, got {num_fused_shared_experts}: "
+                        "every rank would add the whole of them"
+                    )
+                expect_tensor("expert_map", expert_map, shape=(num_experts,), dtypes=(torch.int32,), like=like)
+            elif parallel is None and experts.num_local_experts != num_experts + num_fused_shared_experts:
+                raise ValueError(
+                    f"experts: expected the gate's {num_experts} and {num_fused_shared_experts} fused shared ones "
+                    f"without an expert_map, got {experts.num_local_experts}"
+                )
+            setting = (
+                SharedExpertsSetting(has_shared_experts=shared_experts is not None) if setting is None else setting
+            )
+            if setting.has_shared_experts != (shared_experts is not None):
+                raise ValueError(
+                    f"setting: expected has_shared_experts {shared_experts is not None} as shared_experts is "
+                    f"{type(shared_experts).__name__}, got {setting.has_shared_experts}"
+                )
+            if setting.dispatch_runs_shared_experts and (parallel is None or not parallel.overlap):
+                raise ValueError(
+                    "setting: expected dispatch_runs_shared_experts False, got True: nothing dispatches here, or not so"
+                )
+            if parallel is not None:
+                for name, is_given in (
+                    ("reduce", reduce is not None),
+                    ("expert_map", expert_map is not None),
+                    ("num_fused_shared_experts", num_fused_shared_experts > 0),
+                ):
+                    if is_given:
+                        raise ValueError(f"{name}: expected none beside parallel, which says who holds and adds what")
+            if max_captured_tokens is not None:
+                expect_int("max_captured_tokens", max_captured_tokens, low=1)
+            if aux_stream is not None:
+                expect_stream("aux_stream", aux_stream, like.device)
+        if parallel is not None:
             if parallel.overlap and shared_experts is not None:
                 setting = replace(setting, dispatch_runs_shared_experts=True)
             parallel.join(experts, num_experts, routing.top_k, adapters)
         elif adapters is not None:
             rows = like.new_empty((0, hidden_size), dtype=experts.dtype)
             adapters.expect_layer(experts.num_local_experts, rows, experts.intermediate_size, experts.function)
-        if max_captured_tokens is not None:
-            expect_int("max_captured_tokens", max_captured_tokens, low=1)
-        if aux_stream is not None:
-            expect_stream("aux_stream", aux_stream, like.device)
         self.gate = gate
         self.experts = experts
         self.routing = routing

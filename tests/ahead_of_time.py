@@ -20,6 +20,8 @@ from moegate.impl.batched import batched_experts
 from moegate.impl.config import Activation, QuantScheme
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.lora.table import AdapterTable
+from moegate.impl.parallel.travel import Homes, plan_travel, sum_over_ranks
+from moegate.impl.parallel.wire import Tokens, Wire
 from moegate.impl.platform import Platform
 from moegate.impl.quantization import ExpertsQuantization
 from moegate.impl.routing import select_experts
@@ -74,6 +76,19 @@ def adapted(job: dict[str, Any], local: int, shape: tuple[int, ...], activation:
     return {"adapters": table, "lora_ids": torch.empty(shape, dtype=torch.int32, device="meta")}
 
 
+def travel(m: int, e: int, top_k: int, h: int, ranks: int, dtype: torch.dtype) -> None:
+    """What exchanges launch: tokens with adapters to `ranks` ranks, all of them to every rank, and the sum behind."""
+
+    def meta(*shape: int, of: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    tokens = Tokens(meta(m, h, of=dtype), meta(m, top_k, of=torch.float32), meta(m, top_k), meta(m))
+    plan = plan_travel(tokens.topk_ids, Homes(meta(e), meta(e)), meta(ranks))
+    Wire().pack(tokens, m * min(top_k, ranks), plan)
+    Wire().pack(tokens, 2 * m)
+    sum_over_ranks(meta(m, h, of=dtype), plan)
+
+
 def launches(platform: Platform, job: dict[str, Any]) -> list[Launch]:
     """What routing and experts, routing alone, or batched experts launch."""
     m, e, k, h, i = (job.get(name, 1) for name in ("M", "E", "top_k", "H", "I"))
@@ -98,6 +113,9 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[Launch]:
         routing["e_score_correction_bias"] = meta(e, of=torch.float32)
 
     def run() -> None:
+        if job.get("ranks"):
+            travel(m, e, k, h, job["ranks"], dtype)
+            return
         if job.get("batched"):
             batched_experts(meta(e, m, h), w13, w2, meta(e, of=torch.int32), **options)
             return

@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--profile": _NAME,
         "--workers": (*_INT, "-1", "100000", LONG),
         "--scale": _NUMBER,
+        "--minutes": _NUMBER,
         "--spec": ("__import__('os').abort()", "", "AlignSpec(M=1)", "x" * 20_000),
         "--select": ("not (",),
         "--known": ("", "no/such.toml", ".", "list.json", "a\0b"),
@@ -131,6 +132,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # What else must be there for an option to be looked at.
 BESIDE = {
+    ("check", "--minutes"): ("--profile", "soak"),
     ("tune", "--model"): (),
     ("tune", "--shape"): (),
     ("bench", "--simulate-ep"): ("--link-bandwidth", "400", "--link-latency", "10"),

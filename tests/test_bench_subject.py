@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import re
 import sys
 import types
 from pathlib import Path
@@ -16,15 +15,14 @@ from moegate.bench.peers import load_peer
 from moegate.bench.workloads import SMALL_MODELS, Workload
 from moegate.impl.fused_moe import fused_experts
 
-EXAMPLE = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/gate.md").read_text(), re.DOTALL)
+EXAMPLE = (Path(__file__).parents[1] / "docs/examples/my_moe.py").read_text()
 SMALL = ["--models", "mixtral-8x7b/64", "--tokens", "1", "--device", "cpu", "--budget", "0.01"]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def example(tmp_path):
-    assert EXAMPLE is not None
-    (tmp_path / "mine.py").write_text(EXAMPLE[1])
+    (tmp_path / "mine.py").write_text(EXAMPLE)
     return f"{tmp_path / 'mine.py'}:MyMoE"
 
 
@@ -61,7 +59,7 @@ def test_a_subject_is_timed_beside_an_installed_engine(example, vllm, tmp_path, 
 
 def test_a_subject_that_is_wrong_is_not_timed(example, tmp_path, capsys):
     file = Path(example.rpartition(":")[0])
-    file.write_text(file.read_text().replace("out.to(", "1.1 * out.to("))
+    file.write_text(file.read_text().replace("return out.to(", "return 1.1 * out.to("))
     assert command.main([*SMALL, "--subject", example]) == 1
     assert "is wrong and is not timed" in capsys.readouterr().out
 
@@ -70,13 +68,13 @@ def test_what_a_subject_does_not_declare_is_skipped_with_that_reason(example):
     subject = TimedSubject(example)
     why = {
         "mixtral-8x7b/64": None,
-        "gpt-oss-120b/16": "mine declares activations ['silu'], not swigluoai",
-        "minimax-m2.5-ep4/32": "mine declares maps ['none'], not contiguous",
+        "gpt-oss-120b/16": "my-moe declares activations ['silu'], not swigluoai",
+        "minimax-m2.5-ep4/32": "my-moe declares maps ['none'], not contiguous",
     }
     for model, reason in why.items():
         assert subject.unsupported(Workload(SMALL_MODELS[model], 1, dtype="fp32", cache_state="warm"), CPU) == reason
-    bf16 = Workload(SMALL_MODELS["mixtral-8x7b/64"], 1, dtype="bf16", cache_state="warm")
-    assert subject.unsupported(bf16, CPU) == "mine declares dtypes ['float32'], not bfloat16"
+    fp16 = Workload(SMALL_MODELS["mixtral-8x7b/64"], 1, dtype="fp16", cache_state="warm")
+    assert subject.unsupported(fp16, CPU) == "my-moe declares dtypes ['bfloat16', 'float32'], not float16"
 
 
 def test_a_function_with_the_signature_of_fused_experts_is_a_subject_too(tmp_path):

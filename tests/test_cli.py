@@ -92,6 +92,7 @@ def test_a_finding_exits_with_1_and_json_on_standard_output_is_all_there_is(user
     """The installed command, in a process of its own, from the user's folder."""
     command = [shutil.which("moegate") or sys.executable, *([] if shutil.which("moegate") else ["-m", "moegate"])]
     options = ["--subject", "mine.py:Wrong", "--device", "cpu", "--scale", "0.1", "-n", "1", "-k", "float32-many"]
+    options += ["--junit", "report.xml", "--markdown", "report.md", "--emit-repro", "bad.py"]
     done = subprocess.run(
         [*command, "check", *options, "--json", "-"], cwd=user, capture_output=True, text=True, check=False
     )
@@ -111,6 +112,9 @@ def test_a_finding_exits_with_1_and_json_on_standard_output_is_all_there_is(user
     assert "HYGIENE-01: the result is [M, H] in the dtype and on the device of hidden_states" in said
     assert "replay: moegate check --subject mine.py:Wrong" in said
     assert "verdict: violated" in said
+    assert "HYGIENE-01" in (user / "report.xml").read_text()
+    assert "**HYGIENE-01**" in (user / "report.md").read_text()
+    assert "bad.py is not written: no finding is a call of the experts whose elements or rows are off" in said
 
 
 def test_what_cannot_be_judged_exits_with_3(user):

@@ -135,6 +135,11 @@ JOBS += [
         ("bfloat16", 1000, 40, {"scoring_func": "sigmoid", "num_expert_group": 4, "topk_group": 2}),
     )
 ]
+# Tokens that travel: to a few ranks, with adapters, and to many.
+JOBS += [
+    {"platform": platform, "M": 64, "H": 2048, "dtype": "bfloat16", "E": 128, "top_k": 8, "ranks": ranks}
+    for platform, ranks in itertools.product(PLATFORMS, (2, 64))
+]
 KERNELS = {
     "topk_routing_kernel",
     "align_count_kernel",
@@ -149,6 +154,9 @@ KERNELS = {
     "quantized_activation_kernel",
     "batched_quantized_activation_kernel",
     "lora_shrink_kernel",
+    "plan_travel_kernel",
+    "pack_rows_kernel",
+    "sum_ranks_kernel",
 }
 # e4m3 is no type of sm_80: what only fp8 experts launch is not for it. int8 activations have a scale a token.
 FP8_KERNELS = {"amax_kernel", "batched_quantized_activation_kernel"}

@@ -20,7 +20,9 @@ TRACE = reference_of(CASE)
 def evidence(output):
     subject = EagerSubject()
     verdicts = judge_values(CASE, output, TRACE, budget_of(CASE, TRACE, subject.numerics))
-    return next(verdict for verdict in verdicts if verdict.property is ELEMENT).evidence
+    found = next(verdict for verdict in verdicts if verdict.property is ELEMENT).evidence
+    assert found is not None
+    return found
 
 
 def without(expert, times=0.0):
@@ -33,13 +35,15 @@ def without(expert, times=0.0):
 @pytest.mark.parametrize("expert", range(3))
 def test_a_lost_expert_is_named_with_the_tile_among_its_tokens(expert):
     found = evidence(without(expert))
+    blame = found.blame
+    assert blame is not None
     assert expert in found.experts[1]
-    assert found.blame.expert == expert
-    assert found.blame.share == pytest.approx(-1, abs=1e-3)
+    assert blame.expert == expert
+    assert blame.share == pytest.approx(-1, abs=1e-3)
     mine = (TRACE.local_ids == expert).any(dim=1)
     row = int(mine[: found.token].sum())
-    assert (found.blame.row, found.blame.first_row) == (row, row // 16 * 16)
-    assert found.blame.first_column == found.column // 16 * 16
+    assert (blame.row, blame.first_row) == (row, row // 16 * 16)
+    assert blame.first_column == found.column // 16 * 16
     assert f"local {expert}, which is lost" in found.text()
 
 

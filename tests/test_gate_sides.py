@@ -1,7 +1,6 @@
 """The gate's two sides: revisions of a real repository, what is refused, and what needs no clock."""
 
 import difflib
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from moegate.bench.workloads import MODELS, Workload
 from moegate.impl.kernels import combine
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "gate.md").read_text(), re.DOTALL)
+EXAMPLE = (ROOT / "docs/examples/my_moe.py").read_text()
 
 
 def git(folder, *arguments):
@@ -40,10 +39,9 @@ def repository(tmp_path):
     folder = tmp_path / "a project"
     folder.mkdir()
     git(folder, "init", "-q", "-b", "main")
-    assert EXAMPLE is not None
-    commit(folder, EXAMPLE[1], "first")
+    commit(folder, EXAMPLE, "first")
     git(folder, "tag", "v1")
-    slow = EXAMPLE[1].replace("        return out", "        __import__('time').sleep(0.004)\n        return out")
+    slow = EXAMPLE.replace("    return out.to(", "    __import__('time').sleep(0.004)\n    return out.to(")
     commit(folder, slow, "second")
     return folder
 

@@ -331,9 +331,11 @@ def test_ten_thousand_runs_are_queried_in_two_seconds(store, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # waits for the disk are not what is timed
     store_many(store, 10_000)
     started = time.perf_counter()
-    with history_of(store) as history:
+    told = []
+    with History(store.folder, watch=lambda done, total: told.append((done, total))) as history:
         assert len(history.runs()) == 10_000
         assert history.aside() == []
+    assert (told[0], told[-1]) == ((0, 10_200), (10_199, 10_200))  # with the promotions
     print(f"\nindex of 10,000 runs made in {time.perf_counter() - started:.1f} s")
     need("ruptures")
     queries = (("list",), ("compare", commit_id(9_998)[:8], commit_id(4_000)[:8]), ("changes", "--device", "H200"))

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from moegate.conformance import loading
-from moegate.conformance.loading import NEEDS, SHIPPED, NotInstalledError, load_subject
+from moegate.conformance.loading import SHIPPED, NotInstalledError, load_subject, needed
 
 HEAD = """
 from moegate.conformance.numerics import Numerics
@@ -78,15 +78,15 @@ def test_an_unknown_name_is_refused_with_the_one_that_was_meant():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_is_not_installed_says_how_to_install_it_and_what_is_loads(name):
-    package = name.split(":")[0]
-    if package in NEEDS and importlib.util.find_spec(package) is None:
-        with pytest.raises(NotInstalledError, match=f"{package} is not installed here: pip install"):
+    module, _ = needed(name)
+    if module and importlib.util.find_spec(module) is None:
+        with pytest.raises(NotInstalledError, match=f"{module} is not installed here: pip install"):
             load_subject(name)
     else:
         assert load_subject(name).name == name
 
 
-@pytest.mark.parametrize("name", ["transformers", "vllm", "sglang", "flashinfer"])
+@pytest.mark.parametrize("name", ["transformers", "vllm", "sglang", "flashinfer", "moegate:flashinfer_cutlass"])
 def test_an_adapter_says_with_what_it_was_last_run_and_imports_its_engine_only_when_called(name, monkeypatch):
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda module: object())
     assert any(word in load_subject(name).last_run for word in ("untested", "20"))

@@ -82,7 +82,7 @@ def test_a_table_on_one_rank_alone_raises_on_every_rank():
 def test_a_table_that_is_none_is_refused_on_every_rank():
     errors = errors_of(lambda ranks: shared_layer(ranks, adapters="lora" if ranks.rank else table_of(HALVES[0])))
     assert [type(error) for error in errors] == [TypeError, TypeError]
-    assert str(errors[0]) == str(errors[1]) == "rank 1: adapters: expected an AdapterTable or None, got str"
+    assert str(errors[0]) == str(errors[1]) == "rank 1: adapters: expected AdapterTable or None, got str 'lora'"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from moegate.impl.parallel.placement import (
     round_robin_placement,
 )
 from moegate.impl.parallel.shards import experts_of_rank, shard_of_experts
-from moegate.impl.parallel.travel import plan_travel, ranks_of_tokens, sum_over_ranks
+from moegate.impl.parallel.travel import Homes, plan_travel, sum_over_ranks
+from moegate.impl.parallel.wire import Tokens, Wire
 from moegate.impl.quantize import quantize_experts
 from moegate.impl.weights import ExpertsWeights
 
@@ -69,19 +70,30 @@ def test_a_token_travels_once_to_each_rank_of_its_experts_and_every_sum_comes_ba
     placement = ExpertPlacement(6, ((5, 0), (), (1, 2, 3), (4,)))
     tables = placement.tables("cpu")
     physical = choose_copies(torch.randint(-1, 6, (num_tokens, top_k), generator=generator), tables)
-    present = ranks_of_tokens(physical, tables, placement.num_ranks)
-    travel = plan_travel(physical, present, tables, int(present.sum()))
+    counts = torch.full((placement.num_ranks,), -1, dtype=torch.int32)
+    travel = plan_travel(physical, Homes(tables.rank_of, tables.local_of), counts)
     rank_of, sent = dict(enumerate(tables.rank_of.tolist())), []
     for rank, token in product(range(placement.num_ranks), range(num_tokens)):
         ids = physical[token].tolist()
         if any(rank_of.get(i) == rank for i in ids):
-            sent.append((token, [int(tables.local_of[i]) if rank_of.get(i) == rank else -1 for i in ids]))
-    assert list(zip(travel.tokens.tolist(), travel.local_ids.tolist(), strict=True)) == sent
+            sent.append((rank, token, [int(tables.local_of[i]) if rank_of.get(i) == rank else -1 for i in ids]))
+    assert list(zip(*(of.tolist() for of in travel.rows), strict=True)) == [(rank, token) for rank, token, _ in sent]
+    assert counts.tolist() == [sum(to == rank for to, _, _ in sent) for rank in range(placement.num_ranks)]
+    x, weights = (torch.randn((num_tokens, n), generator=generator) for n in (5, top_k))
+    tokens = Tokens(x, weights, physical, torch.arange(num_tokens, dtype=torch.int32))
+    packed = Wire().pack(tokens, num_tokens * min(top_k, 4), travel)[: len(sent)]
+    arrived = Wire().tokens(packed, tokens, ids_are_local=True)
+    which = torch.tensor([token for _, token, _ in sent], dtype=torch.int64)
+    assert arrived.topk_ids.tolist() == [ids for _, _, ids in sent]
+    assert arrived.lora_ids is not None
+    assert arrived.lora_ids.tolist() == which.tolist()
+    assert torch.equal(arrived.hidden_states, x[which])
+    assert torch.equal(arrived.topk_weights, weights[which])
     rows = torch.randn((len(sent), 3), generator=generator)
     expected = torch.zeros((num_tokens, 3))
-    for row, (token, _) in zip(rows, sent, strict=True):
+    for row, (_, token, _) in zip(rows, sent, strict=True):
         expected[token] += row  # by rank, as the rows are
-    assert torch.equal(sum_over_ranks(rows, travel.slots), expected)
+    assert torch.equal(sum_over_ranks(rows, travel), expected)
 
 
 @pytest.mark.parametrize(

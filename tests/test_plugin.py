@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,9 @@ from moegate.conformance.spec import ExpertsSpec, parse_spec
 
 # A user's own layer: one class, one call.
 MINE = '''
+import os
+import time
+
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +39,10 @@ class Mine(Subject):
     def experts(self, case, variant):
         if variant == "raises":
             raise NotImplementedError("no such layer")
+        if variant == "crashes" and case.num_tokens > 3:
+            os.abort()
+        if variant == "hangs" and case.num_tokens > 3:
+            time.sleep(1000)
         if variant == "keeps_state":
             shapes = (case.w13.shape, case.hidden_states.shape)
             return self.kept.setdefault(shapes, self.computed(case, variant))
@@ -63,6 +71,10 @@ class Wrong(Mine):
     )
 
 
+class Deadly(Mine):
+    variants = ("honest", "crashes", "hangs")
+
+
 class Forgotten(Mine):
     """Routes, and declares experts that the run below never asks for."""
 
@@ -71,6 +83,7 @@ class Forgotten(Mine):
         weights = torch.softmax(case.router_logits, dim=-1).gather(1, ids)
         return weights / weights.sum(1, keepdim=True) if case.renormalize else weights, ids.int()
 '''
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "my_moe.py"
 SPEC = ExpertsSpec(M=6, H=16, I=8, E=3, top_k=2, dtype="float32")
 SUITE = ("--pyargs", "moegate.conformance", "--moegate-device", "cpu")
 MOEGATE = (*SUITE, "--moegate-scale", "0.05", "-k", "experts_stay and float16 or test_routing")
@@ -90,6 +103,12 @@ RUNS = {
     ),
     "all skipped": (*SUITE, "--moegate-subject", "mine.py:Mine", "-k", "test_align or test_api"),
     "unjudged": (*SUITE, "--moegate-subject", "mine.py:Forgotten", "--ignore-glob", "/*/test_[aemo]*.py"),
+    "deadly": (
+        *SUITE,
+        *("--moegate-subject", "mine.py:Deadly", "--moegate-isolate", "--moegate-timeout", "6"),
+        *("--moegate-scale", "0.05", "-k", "stay and float32 and many", "--moegate-report", "deadly.json"),
+    ),
+    "example": (*SUITE, "--moegate-subject", f"{EXAMPLE}:WrongMoE", "-k", "stay", "--moegate-report", "example.json"),
     "transformers": (*SUITE, "--moegate-subject", "transformers", "--moegate-scale", "0.05", "-k", "not api"),
     "deepseek_v3": (*SUITE, "--moegate-subject", "transformers:deepseek_v3", "--moegate-scale", "0.2", "-k", "route"),
     "gpt_oss": (*SUITE, "--moegate-subject", "transformers:gpt_oss", "--moegate-scale", "0.05", "-k", "meta or stay"),
@@ -230,6 +249,26 @@ def test_a_subject_that_is_not_there_is_a_usage_error_by_name_even_from_a_worker
     assert run.code == pytest.ExitCode.USAGE_ERROR, run.text
     assert "ERROR: moegate: subject: expected a file, got 'yours.py'" in run.text
     assert "Traceback" not in run.text
+
+
+def test_the_wrong_layer_of_the_docs_is_found_on_a_single_token(runs):
+    assert len(EXAMPLE.read_text().splitlines()) < 60
+    assert runs["example"].code == 1, runs["example"].text
+    assert "NUM-01" in findings(runs["example"])
+    smallest = next(row["spec"] for row in runs["example"].report["properties"] if row["id"] == "NUM-01")
+    assert parse_spec(smallest).M == 1
+
+
+def test_a_crash_and_a_hang_of_an_isolated_layer_are_findings_and_the_run_goes_on(runs):
+    run = runs["deadly"]
+    assert run.code == 1, run.text
+    found = findings(run)
+    assert set(found) == {"SUBJECT-02", "SUBJECT-03"}, run.text
+    assert "experts: the process died by SIGABRT" in found["SUBJECT-02"]
+    assert "experts: no result after 6 s" in found["SUBJECT-03"]
+    crashed = parse_spec(next(row["spec"] for row in run.report["properties"] if row["id"] == "SUBJECT-02"))
+    assert crashed.M == 4, "a crash is shrunk"
+    assert run.report["executions_by_variant"]["honest"] > 4
 
 
 @pytest.mark.parametrize("model", ["transformers", "deepseek_v3", "gpt_oss"])

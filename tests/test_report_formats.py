@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from test_known import BEFORE, CRASH, WRONG
 
+from moegate.conformance import false_alarms
 from moegate.conformance import report as report_module
 from moegate.conformance.evidence import Blame, Evidence
 from moegate.conformance.judge import Finding, Ledger
@@ -91,8 +92,9 @@ def test_junit_has_a_case_for_each_property_and_reason(violated):
     assert int(suite.get("tests")) == len(cases) == 4
     assert int(suite.get("failures")) == len(suite.findall("testcase/failure")) == 1
     assert int(suite.get("skipped")) == len(suite.findall("testcase/skipped")) == 1
-    assert "local 1, which is lost" in suite.find("testcase/failure").text
-    assert suite.find("testcase/failure").get("type") == "NUM-01"
+    failure = next(suite.iter("failure"))
+    assert "local 1, which is lost" in str(failure.text)
+    assert failure.get("type") == "NUM-01"
 
 
 def test_markdown_shows_the_finding_and_folds_the_table(violated):
@@ -114,3 +116,19 @@ def test_the_lines_of_a_terminal_name_each_property_once(violated):
 def test_a_files_name_says_its_format(violated, name, start, tmp_path):
     write_report(violated, str(tmp_path / name))
     assert (tmp_path / name).read_text().startswith(start)
+
+
+def test_alarms_on_honest_subjects_are_counted_by_property_with_a_bound(ledger, violated):
+    honest = as_json(Ledger(), [], [])
+    text = false_alarms.as_markdown([violated, honest])
+    assert "| NUM-01 | 1 | 1 | 1 |" in text
+    assert "| NUM-02 | 3 | 0 | 0.63 | 0.20 to 0.20 |" in text
+    assert "1 alarms in 1 cases of values" in text
+    with pytest.raises(ValueError, match="expected schema 2, got 1"):
+        false_alarms.as_markdown([honest | {"schema": 1}])
+    with pytest.raises(ValueError, match="expected one or more"):
+        false_alarms.as_markdown([])
+
+
+def test_the_bound_of_no_alarm_in_ten_thousand_cases_is_three_in_ten_thousand():
+    assert false_alarms.upper_bound(0, 10_000) == pytest.approx(3e-4, rel=0.01)

@@ -6,7 +6,7 @@ A run's file holds what pairs of processes measured; `trial` makes error rates o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ def run_self_test(
     *,
     levels: Sequence[float] = LEVELS,
     progress: Progress = lambda *_: None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure a tree against itself until the plan's minutes are over; the data of `SCHEMA`.
 
@@ -43,6 +44,7 @@ def run_self_test(
         cache: for what is carried, and unfinished runs.
         levels: slow-downs injected into every workload of the head beside its plain pass: 0.03 is 3 %.
         progress: told what is done.
+        keep: given what there is after each pair, so that a run that is cut off leaves the pairs before.
 
     Raises:
         SideError: the tree cannot be measured.
@@ -58,35 +60,39 @@ def run_self_test(
     try:
         use = measuring.other_use()
         checks = measuring.check(workloads, ("head",))["head"]
-        checked = time.monotonic() - clock
         good = [workload for workload in workloads if checks[workload.id].get("holds")]
+        data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds_of_check": round(time.monotonic() - clock, 1),
+            "machine": measuring.machine,
+            "other_use": use,
+            "plan": asdict(plan),
+            "levels": list(levels),
+            "failed": {
+                workload.id: str(checks[workload.id].get("error") or checks[workload.id].get("unsupported") or "wrong")
+                for workload in workloads
+                if workload not in good
+            },
+            "pairs": 0,
+            "cells": {},
+        }
         rotations = {workload.id: checks[workload.id] for workload in good}
         while good and number < plan.pairs and (number < 2 or time.monotonic() + last < deadline):
             began = time.monotonic()
             measuring.pair(number, good, rotations, more=number + 1 < plan.pairs)
             last, number = time.monotonic() - began, number + 1
+            data |= {
+                "pairs": number,
+                "cells": {workload.id: store.cells(workload.id) for workload in good},
+                "seconds": round(time.monotonic() - clock, 1),
+                "seconds_of_pair": round(last, 1),
+            }
+            keep(data)
     except ProcessError as error:
         raise SideError(str(error)) from error
     finally:
         measuring.close()
-    data = {
-        "schema": SCHEMA,
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - clock, 1),
-        "seconds_of_check": round(checked, 1),
-        "seconds_of_pair": round(last, 1),
-        "machine": measuring.machine,
-        "other_use": use,
-        "plan": asdict(plan),
-        "levels": list(levels),
-        "pairs": number,
-        "cells": {workload.id: store.cells(workload.id) for workload in good},
-        "failed": {
-            workload.id: str(checks[workload.id].get("error") or checks[workload.id].get("unsupported") or "wrong")
-            for workload in workloads
-            if workload not in good
-        },
-    }
     store.finish()
     return data
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,6 +44,9 @@ CREATE INDEX failures_by_run ON failures(run);
 """
 
 
+Watch = Callable[[int, int], None]
+
+
 @dataclass(frozen=True)
 class Aside:
     """A file of the store that is not in the index.
@@ -63,6 +66,7 @@ class Index:
     Args:
         store: the files.
         path: the database; None: in this machine's cache, or in memory where that cannot be written.
+        watch: told how many of how many new files are read.
 
     Attributes:
         database: for queries.
@@ -70,8 +74,9 @@ class Index:
         rebuilt: why the database was made anew, "" where it was not.
     """
 
-    def __init__(self, store: Store, path: Path | None = None) -> None:
+    def __init__(self, store: Store, path: Path | None = None, watch: Watch | None = None) -> None:
         self.store = store
+        self._watch = watch
         self.path = default_path(store) if path is None else path
         self.rebuilt = ""
         self.database = self._open()
@@ -142,7 +147,9 @@ class Index:
             new = [entry for entry in entries.values() if known.get(entry.path) != (entry.size, entry.mtime_ns)]
             gone = [path for path in known if path not in entries]
             self._forget([*gone, *(entry.path for entry in new if entry.path in known)])
-            for entry in new:
+            for number, entry in enumerate(new):
+                if self._watch is not None:
+                    self._watch(number, len(new))
                 self._take(entry)
             database.execute("COMMIT")
         except BaseException:

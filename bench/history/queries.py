@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .answers import Compared, Comparison, Filter, Listed, Series, SeriesKey, SeriesPoint, UnknownRunError
-from .index import Aside, Index
+from .index import Aside, Index, Watch
 from .run import parse_json
 from .store import Store
 
@@ -27,16 +27,17 @@ class History:
     Args:
         store: the folder.
         index: the database's file; None: in this machine's cache.
+        watch: told how many of how many new files are read.
 
     Raises:
         FileNotFoundError: no such folder.
     """
 
-    def __init__(self, store: Path, index: Path | None = None) -> None:
+    def __init__(self, store: Path, index: Path | None = None, watch: Watch | None = None) -> None:
         if not store.is_dir():
             raise FileNotFoundError(f"store: expected a folder, got {store}")
         self.store = Store(store)
-        self.index = Index(self.store, index)
+        self.index = Index(self.store, index, watch)
 
     def __enter__(self) -> History:
         return self

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import UnsatisfiedAssumption
 
+from ..guarded import CallError
 from ..judge import Finding, Ledger, Verdict
 from ..loading import load_subject
 from ..properties.subject import RETURNS
@@ -89,6 +90,8 @@ class _Hunter:
     def raised(self, error: BaseException, spec: Spec | None) -> None:
         """A case ended with an error."""
         self.outcome.cases += 1
+        if isinstance(error, CallError) and error.__cause__ is not None:
+            error = error.__cause__  # what the subject itself raised
         name = f"error:{type(error).__name__}"
         if self.orders.everything:
             self._count(name, True)

@@ -67,7 +67,7 @@ def write_witnesses(faults: Iterable[Fault], outcomes: Mapping[str, Outcome], pa
 
 
 def state_of(packages: Iterable[str]) -> str:
-    """A digest of what decides on an outcome beside the fault: the suite, its reference, and these packages."""
+    """A digest of what decides on an outcome beside the fault: the suite, its reference, the sources of packages."""
     digest = hashlib.sha256()
     for package in ("moegate.conformance", "moegate.reference", *sorted(set(packages))):
         for path in sorted(folder_of(package).rglob("*.py")):

@@ -80,7 +80,7 @@ class Law:
     examples: int = 60
 
 
-def _placed(case: ExpertsCase, **operands: Any) -> ExpertsCase:
+def placed(case: ExpertsCase, **operands: Any) -> ExpertsCase:
     """The case with other operands, those too in hostile memory, and the scales among them."""
     arena = Arena()
 
@@ -117,7 +117,7 @@ def agree(
 
 def _permuted(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
     order = torch.arange(case.num_tokens, device=out.device).flip(0).roll(1)
-    moved = _placed(
+    moved = placed(
         case,
         hidden_states=case.hidden_states[order],
         topk_weights=case.topk_weights[order],
@@ -131,9 +131,9 @@ def _relabelled(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, nu
     new_id = torch.arange(num_experts, device=out.device).flip(0)
     ids = torch.where(case.topk_ids < 0, case.topk_ids.long(), new_id[case.topk_ids.long().clamp(min=0)])
     if case.expert_map is None:
-        renamed = _placed(case, topk_ids=ids.int(), **case.layer_of_experts(new_id))
+        renamed = placed(case, topk_ids=ids.int(), **case.layer_of_experts(new_id))
     else:
-        renamed = _placed(case, topk_ids=ids.int(), expert_map=case.expert_map.flip(0))
+        renamed = placed(case, topk_ids=ids.int(), expert_map=case.expert_map.flip(0))
     return agree(RELABELLED, run(renamed), out, budget)
 
 
@@ -141,7 +141,7 @@ def _split(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeric
     at = case.num_tokens // 2
     parts = [
         run(
-            _placed(
+            placed(
                 case,
                 hidden_states=case.hidden_states[rows],
                 topk_weights=case.topk_weights[rows],
@@ -155,7 +155,7 @@ def _split(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeric
 
 
 def _linear(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
-    doubled = run(_placed(case, topk_weights=2 * case.topk_weights))
+    doubled = run(placed(case, topk_weights=2 * case.topk_weights))
     return agree(LINEAR, doubled, 2 * out.double(), budget, times=2.0)
 
 
@@ -165,7 +165,7 @@ def _doubled(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numer
         changed["w2"] = 2 * case.w2
     else:
         changed["stored"] = replace(case.stored, w2_scale=2 * case.stored.w2_scale)
-    doubled = run(_placed(case, **changed))
+    doubled = run(placed(case, **changed))
     return agree(DOUBLED, doubled, 2 * out.double(), budget, times=2.0)
 
 
@@ -193,7 +193,7 @@ def _dense(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeric
 def _removable(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
     ids = case.topk_ids.clone()
     ids[:, 0] = -1
-    return agree(REMOVABLE, run(_placed(case, topk_ids=ids)), out, budget)
+    return agree(REMOVABLE, run(placed(case, topk_ids=ids)), out, budget)
 
 
 def _duplicate(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
@@ -201,7 +201,7 @@ def _duplicate(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, num
         return torch.cat([t, t[:1]])
 
     longer = run(
-        _placed(
+        placed(
             case,
             hidden_states=with_copy(case.hidden_states),
             topk_weights=with_copy(case.topk_weights),
@@ -218,7 +218,7 @@ def _shards(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeri
         owned = torch.arange(num_experts, device=out.device)[rank::2]
         expert_map = torch.full((num_experts,), -1, dtype=torch.int32, device=out.device)
         expert_map[owned] = torch.arange(len(owned), dtype=torch.int32, device=out.device)
-        total += run(_placed(case, expert_map=expert_map, **case.layer_of_experts(owned))).double()
+        total += run(placed(case, expert_map=expert_map, **case.layer_of_experts(owned))).double()
     # Each shard's last rounding is of a partial sum, which may exceed the whole.
     partial = (trace.output_weights[..., None] * trace.expert_output).abs().sum(dim=1)
     roundoff = torch.finfo(out.dtype).eps / 2
@@ -227,7 +227,7 @@ def _shards(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numeri
 
 
 def _wider_ids(case: ExpertsCase, out: Tensor, trace: Trace, budget: Budget, numerics: Numerics, run: Run) -> Verdict:
-    return agree(WIDER_IDS, run(_placed(case, topk_ids=case.topk_ids.long())), out, budget, exact=numerics.repeatable)
+    return agree(WIDER_IDS, run(placed(case, topk_ids=case.topk_ids.long())), out, budget, exact=numerics.repeatable)
 
 
 LAWS = (

@@ -43,6 +43,14 @@ class FlashinferSubject(Subject):
     )
     numerics = Numerics()
 
+    standalone = """
+from flashinfer.fused_moe import cutlass_fused_moe
+gate, up = w13.chunk(2, dim=1)  # of a gated activation, Swiglu by default
+result = cutlass_fused_moe(hidden_states, topk_ids, topk_weights, torch.cat((up, gate), dim=1), w2,
+                           hidden_states.dtype, quant_scales=[], use_fused_finalize=False)
+return result[0] if isinstance(result, (list, tuple)) else result
+"""
+
     def prepare(self, case: LayerCase, variant: str) -> Tensor:
         """w13 with the up rows first, as the kernel reads it."""
         if not case.activation.is_gated:

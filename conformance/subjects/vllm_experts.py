@@ -36,6 +36,18 @@ class VllmSubject(Subject):
     )
     numerics = Numerics(accumulator="hopper_fp8")
 
+    standalone = """
+from vllm.model_executor.layers.fused_moe import fused_experts
+from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+quant = {}
+if "w13_scale" in more:
+    shape = list(more["block_shape"])
+    quant["quant_config"] = fp8_w8a8_moe_quant_config(more["w13_scale"], more["w2_scale"], block_shape=shape)
+return fused_experts(hidden_states, w13, w2, topk_weights, topk_ids, expert_map=more.get("expert_map"),
+                     global_num_experts=more["num_experts"],
+                     apply_router_weight_on_input=more["apply_router_weight_on_input"], **quant)
+"""
+
     def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:
         """`moe_align_block_size`."""
         from importlib import import_module

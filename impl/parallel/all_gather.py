@@ -6,18 +6,13 @@ padded to the agreed number; padded tokens have no expert (their ids are -1) and
 
 from __future__ import annotations
 
-import struct
 from typing import ClassVar
 
 import torch
 
 from .collectives import Group
 from .exchange import Exchange, Launched, Received
-from .rows import as_bytes
 from .wire import Tokens, Wire
-
-# A scale of 1 in the words of a token that is not there.
-_ONE = struct.unpack("<i", struct.pack("<f", 1.0))[0]
 
 
 class AllGather(Exchange):
@@ -37,35 +32,20 @@ class AllGather(Exchange):
         self._peers, self._replicas, self._wire = peers, replicas, wire
 
     def dispatch(self, tokens: Tokens, padded_tokens: int) -> Launched:
-        """Two collectives: the hidden states, and all else."""
+        """One collective."""
         peers, num_tokens = self._peers, tokens.num_tokens
         if peers is None:
             return Launched(lambda: Received(tokens, num_tokens))
         sent = self._wire.quantized(tokens)
-        rows = _padded(sent.hidden_states, padded_tokens)
-        words = self._padded_words(sent, padded_tokens)
-        all_rows, all_words = (t.new_empty((len(t) * peers.size, *t.shape[1:])) for t in (rows, words))
-        works = [peers.all_gather(all_words, words), peers.all_gather(all_rows, rows)]
+        packed = self._wire.pack(sent, padded_tokens)
+        arrived = packed.new_empty((padded_tokens * peers.size, packed.shape[1]))
+        work = peers.all_gather(arrived, packed)
 
         def finish() -> Received:
-            for work in works:
-                work.wait()
-            return Received(self._wire.tokens(all_rows, all_words, sent, ids_are_local=False), num_tokens)
+            work.wait()
+            return Received(self._wire.tokens(arrived, sent, ids_are_local=False), num_tokens)
 
         return Launched(finish)
-
-    def _padded_words(self, tokens: Tokens, padded_tokens: int) -> torch.Tensor:
-        words = self._wire.words(tokens)
-        missing = padded_tokens - len(words)
-        if not missing:
-            return words
-        top_k = tokens.topk_ids.shape[1]
-        padding = words.new_full((missing, words.shape[1]), _ONE)
-        padding[:, : 2 * top_k] = 0
-        padding[:, :top_k] = -1
-        if tokens.lora_ids is not None:
-            padding[:, 2 * top_k] = -1
-        return torch.cat([words, padding])
 
     def combine(self, partial: torch.Tensor, received: Received, shared: torch.Tensor | None = None) -> torch.Tensor:
         """The sum over the peers' experts, by parts; then, with what the shared experts add, over the replicas."""
@@ -80,12 +60,3 @@ class AllGather(Exchange):
         if self._replicas is not None:
             self._replicas.all_reduce(own).wait()
         return own
-
-
-def _padded(rows: torch.Tensor, padded_tokens: int) -> torch.Tensor:
-    """Rows of zeros behind the others; dense."""
-    if len(rows) == padded_tokens:
-        return rows.contiguous()
-    padded = torch.zeros((padded_tokens, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    as_bytes(padded)[: len(rows)] = as_bytes(rows)
-    return padded

@@ -7,16 +7,14 @@ where is known on the device alone, and the host must know it: eager only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from .collectives import Group
 from .exchange import Exchange, Launched, Received
-from .placement import PlacementTables
-from .rows import take_rows
-from .travel import Travel, plan_travel, ranks_of_tokens, sum_over_ranks
+from .travel import Homes, Travel, plan_travel, sum_over_ranks
 from .wire import Tokens, Wire
 
 
@@ -37,17 +35,17 @@ class AllToAll(Exchange):
 
     Args:
         peers: all ranks, in the order of the placement.
-        tables: of the placement, on the device.
+        homes: of the placement, on the device.
         wire: how tokens travel.
     """
 
     name: ClassVar[str] = "all_to_all"
 
-    def __init__(self, peers: Group, tables: PlacementTables, wire: Wire) -> None:
-        self._peers, self._tables, self._wire = peers, tables, wire
+    def __init__(self, peers: Group, homes: Homes, wire: Wire) -> None:
+        self._peers, self._homes, self._wire = peers, homes, wire
 
     def dispatch(self, tokens: Tokens, padded_tokens: int) -> Launched:
-        """Three collectives: the numbers of rows, for which the host waits, the hidden states, and all else.
+        """Two collectives: the numbers of rows, for which the host waits, and the rows, which are packed meanwhile.
 
         Raises:
             RuntimeError: under the capture of a CUDA graph.
@@ -59,47 +57,29 @@ class AllToAll(Exchange):
                 "differ from call to call: use all_gather"
             )
         peers = self._peers
-        present = ranks_of_tokens(tokens.topk_ids, self._tables, peers.size)
-        sent, received = self._exchange_counts(present)
-        travel = plan_travel(tokens.topk_ids, present, self._tables, sum(sent))
+        num_tokens, top_k = tokens.topk_ids.shape
+        counts = torch.empty((2, peers.size), dtype=torch.int32, device=tokens.topk_ids.device)
+        travel = plan_travel(tokens.topk_ids, self._homes, counts[0])
+        ones = [1] * peers.size
+        work = peers.all_to_all(counts[1], counts[0], ones, ones)
         going = self._wire.quantized(tokens)
-        carried = replace(
-            going,
-            topk_ids=travel.local_ids,
-            topk_weights=tokens.topk_weights[travel.tokens],
-            lora_ids=None if tokens.lora_ids is None else tokens.lora_ids[travel.tokens],
-            input_scale=going.input_scale[travel.tokens] if self._wire.scale_travels else going.input_scale,
-        )
-        rows, words = take_rows(going.hidden_states, travel.tokens), self._wire.words(carried)
-        here = sum(received)
-        all_rows, all_words = (t.new_empty((here, *t.shape[1:])) for t in (rows, words))
-        works = [
-            peers.all_to_all(all_words, words, received, sent),
-            peers.all_to_all(all_rows, rows, received, sent),
-        ]
+        packed = self._wire.pack(going, num_tokens * min(top_k, peers.size), travel)
+        work.wait()
+        sent, received = counts.tolist()
+        arrived = packed.new_empty((sum(received), packed.shape[1]))
+        work = peers.all_to_all(arrived, packed[: sum(sent)], received, sent)
 
         def finish() -> Received:
-            for work in works:
-                work.wait()
-            arrived = self._wire.tokens(all_rows, all_words, carried, ids_are_local=True)
-            return Received(arrived, _Ticket(travel, sent, received))
+            work.wait()
+            return Received(self._wire.tokens(arrived, going, ids_are_local=True), _Ticket(travel, sent, received))
 
         return Launched(finish)
-
-    def _exchange_counts(self, present: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Rows to send to each rank, and to receive from each."""
-        sent = present.sum(dim=0)
-        both = torch.stack([sent, torch.empty_like(sent)])
-        ones = [1] * self._peers.size
-        self._peers.all_to_all(both[1], both[0], ones, ones).wait()
-        to_send, to_receive = both.tolist()
-        return to_send, to_receive
 
     def combine(self, partial: torch.Tensor, received: Received, shared: torch.Tensor | None = None) -> torch.Tensor:
         """Each sum back to the rank that its token came from, and a token's sums added up in the order of the ranks."""
         if shared is not None:
             raise ValueError("shared: expected None, as no rank has another's tokens here, got a tensor")
         ticket: _Ticket = received.ticket
-        back = partial.new_empty((len(ticket.travel.tokens), partial.shape[1]))
+        back = partial.new_empty((sum(ticket.sent), partial.shape[1]))
         self._peers.all_to_all(back, partial.contiguous(), ticket.sent, ticket.received).wait()
-        return sum_over_ranks(back, ticket.travel.slots)
+        return sum_over_ranks(back, ticket.travel)

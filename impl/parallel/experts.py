@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -25,6 +25,7 @@ from .exchange import Exchange, Received
 from .placement import ExpertPlacement, choose_copies
 from .ranks import Ranks
 from .slabs import batched_partial
+from .travel import Homes
 from .wire import Tokens, Wire
 
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -124,6 +125,10 @@ class ParallelExperts:
             raise RuntimeError("experts: expected a layer that has joined, got none")
         return self._exchange
 
+    def agreeing(self) -> AbstractContextManager[None]:
+        """A block of set-up, in which an error of one rank becomes every rank's; all of them enter one."""
+        return together(self.ranks.world, {}, always=True)
+
     def join(self, experts: RoutedExperts, num_experts: int, top_k: int, adapters: AdapterTable | None = None) -> None:
         """Take the experts of a layer; every rank's layer calls this as it is made.
 
@@ -151,15 +156,20 @@ class ParallelExperts:
             self._check_experts(experts, num_experts)
             expect_adapters_of_rank(adapters, experts, num_experts, self.placement.experts_of_rank[self.ep_rank])
         device = experts.w2.device
-        tables = self.placement.tables(device)
-        local = self.placement.expert_map(self.ep_rank)
+        tables, place = self.placement.tables(device), self.placement
+        homes = Homes(tables.rank_of, tables.local_of)
+        # Tokens travel with physical ids, or with logical ones where those say as much, and nothing is looked up.
+        local = place.expert_map(self.ep_rank) if place.has_copies else place.local_experts(self.ep_rank)
+        if not place.has_copies:
+            only = tables.copies[:, 0].long()
+            homes = Homes(tables.rank_of[only], tables.local_of[only])
         numbers = torch.arange(self.placement.num_physical, dtype=torch.int32)
         by_local = torch.where(numbers < experts.num_local_experts, numbers, -1)
         self._tables, self._expert_map, self._local_map = tables, local.to(device), by_local.to(device)
         wire = Wire(quant if self.activation_format is ActivationFormat.STANDARD else None)
         if self.exchange_name == AllToAll.name:
             peers = self.ranks.world if self.ranks.peers is None else self.ranks.peers
-            self._exchange = AllToAll(peers, tables, wire)
+            self._exchange = AllToAll(peers, homes, wire)
         else:
             self._exchange = AllGather(self.ranks.peers, self.ranks.replicas, wire)
 
@@ -229,9 +239,10 @@ class ParallelExperts:
             if shared is not None and order is SharedExpertsOrder.EXTERNAL:
                 output = shared(hidden_states)
             topk_weights, topk_ids = select(hidden_states)
-            # Replicas have the same tokens, and must choose alike.
-            physical = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
-            tokens = Tokens(hidden_states, topk_weights, physical, lora_ids)
+            if self.placement.has_copies:
+                # Replicas have the same tokens, and must choose alike.
+                topk_ids = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
+            tokens = Tokens(hidden_states, topk_weights, topk_ids.to(torch.int32), lora_ids)
         launched = exchange.dispatch(tokens, rows)
         with self._together():
             if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:

@@ -75,6 +75,11 @@ class ExpertPlacement:
         return tuple(map(tuple, copies))
 
     @property
+    def has_copies(self) -> bool:
+        """Whether some expert lives on several ranks."""
+        return self.num_physical > self.num_experts
+
+    @property
     def num_physical(self) -> int:
         """Slots of all ranks."""
         return len(self.physical_to_logical)

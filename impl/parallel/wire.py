@@ -1,7 +1,8 @@
-"""How tokens travel: two tensors, one of hidden states, one of 32-bit words with everything else that a token carries.
+"""How tokens travel: a row of bytes each, its hidden state first, then 32-bit words with all else that a token carries.
 
-Two collectives are enough then, whatever travels. Where the experts' scheme quantises activations a row at a time, the
-rows are quantised before they leave: the experts would give them the same bits, and half of the bytes stay at home.
+One collective is enough then, whatever travels, and what arrives is read where it lies. Where the experts' scheme
+quantises activations a row at a time, the rows are quantised before they leave: the experts would give them the same
+bits, and half of the bytes stay at home.
 """
 
 from __future__ import annotations
@@ -10,8 +11,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..kernels import travel as kernels
+from ..platform import Platform
 from ..quantization import ActivationScale, ExpertsQuantization
 from ..quantize import quantize_activations
+from .rows import as_bytes
+from .travel import Travel, ranks_of_pairs
+
+# Rows start on so many bytes: experts read the hidden states in place, in whole cache lines.
+_ALIGNMENT = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,27 +73,90 @@ class Wire:
         )
         return replace(tokens, hidden_states=rows, input_scale=scale)
 
-    def words(self, tokens: Tokens) -> torch.Tensor:
-        """`[M, words]` int32: ids, weights, the adapter and the scales of each token."""
-        parts = [tokens.topk_ids, tokens.topk_weights.contiguous().view(torch.int32)]
-        if tokens.lora_ids is not None:
-            parts.append(tokens.lora_ids[:, None])
-        if self.scale_travels and tokens.input_scale is not None:
-            parts.append(tokens.input_scale.contiguous().view(torch.int32))
-        return torch.cat(parts, dim=1)
+    def pack(self, tokens: Tokens, num_rows: int, travel: Travel | None = None) -> torch.Tensor:
+        """`[num_rows, bytes]` uint8: the tokens as they travel, in one launch where Triton runs.
 
-    def tokens(self, rows: torch.Tensor, words: torch.Tensor, like: Tokens, *, ids_are_local: bool) -> Tokens:
-        """What arrived; `like` is what was sent, and says how the words are laid out."""
-        top_k = like.topk_ids.shape[1]
-        ids, weights, rest = words[:, :top_k], words[:, top_k : 2 * top_k], words[:, 2 * top_k :]
+        Args:
+            tokens: quantised as they are to be.
+            num_rows: at least M, and rows behind the last token are padding without an expert; or, with a plan, the
+                most rows that it can have: those behind its last one are left as they are.
+            travel: which rank gets which token, by its own numbers of the experts; None: every rank all of them.
+        """
+        buffer = torch.empty(
+            (num_rows, _row_bytes(*self._sizes(tokens))), dtype=torch.uint8, device=tokens.topk_ids.device
+        )
+        rows, words = self._views(buffer, tokens)
+        scales = tokens.input_scale if self.scale_travels else None
+        if not num_rows:
+            return buffer
+        if Platform.of(buffer.device).runs_triton:
+            plan = () if travel is None else (travel.places, travel.counts, *vars(travel.homes).values())
+            kernels.pack_rows(
+                as_bytes(rows),
+                words,
+                as_bytes(tokens.hidden_states),
+                tokens.topk_ids.contiguous(),
+                tokens.topk_weights.contiguous(),
+                tokens.lora_ids,
+                scales,
+                *plan,
+            )
+            return buffer
+        ids, hidden_states, parts = tokens.topk_ids, as_bytes(tokens.hidden_states), [tokens.topk_weights]
+        parts += [] if tokens.lora_ids is None else [tokens.lora_ids[:, None]]
+        parts += [] if scales is None else [scales]
+        if travel is None:
+            if num_rows > len(ids):
+                as_bytes(rows)[len(ids) :] = 0
+                words[len(ids) :] = self._padding(tokens, words.shape[1])
+        else:
+            rank, which = travel.rows
+            ids, hidden_states, parts = ids[which], hidden_states[which], [part[which] for part in parts]
+            there = ranks_of_pairs(ids, travel.homes) == rank[:, None]
+            ids = torch.where(there, travel.homes.local_of[ids.clamp(0, len(travel.homes.local_of) - 1).long()], -1)
+        as_bytes(rows)[: len(ids)] = hidden_states
+        words[: len(ids)] = torch.cat([ids, *(part.contiguous().view(torch.int32) for part in parts)], dim=1)
+        return buffer
+
+    def _padding(self, tokens: Tokens, num_words: int) -> torch.Tensor:
+        """The words of a token that is not there: no expert, no adapter, scales of 1."""
+        top_k = tokens.topk_ids.shape[1]
+        words = torch.full((num_words,), kernels.ONE, dtype=torch.int32)
+        words[:top_k], words[top_k : 2 * top_k] = -1, 0
+        if tokens.lora_ids is not None:
+            words[2 * top_k] = -1
+        return words.to(tokens.topk_ids.device)
+
+    def tokens(self, buffer: torch.Tensor, like: Tokens, *, ids_are_local: bool) -> Tokens:
+        """What arrived, in place; `like` is what was sent, and says how rows are laid out."""
+        rows, words = self._views(buffer, like)
+        top_k, next_word = like.topk_ids.shape[1], 2 * like.topk_ids.shape[1]
+        ids, weights = words[:, :top_k], words[:, top_k:next_word].view(torch.float32)
         lora_ids = None
         if like.lora_ids is not None:
-            lora_ids, rest = rest[:, 0].contiguous(), rest[:, 1:]
-        scale = rest.contiguous().view(torch.float32) if self.scale_travels else like.input_scale
-        weights = weights.contiguous().view(torch.float32)
-        return Tokens(rows, weights, ids.contiguous(), lora_ids, scale, ids_are_local)
+            lora_ids, next_word = words[:, next_word].contiguous(), next_word + 1
+        scale = words[:, next_word:].contiguous().view(torch.float32) if self.scale_travels else like.input_scale
+        # Kernels take scaled rows dense alone; they are half as long.
+        rows = rows if like.input_scale is None else as_bytes(rows).contiguous().view(rows.dtype)
+        return Tokens(rows, weights, ids, lora_ids, scale, ids_are_local)
+
+    def _sizes(self, tokens: Tokens) -> tuple[int, int]:
+        """Words of a hidden state, and of all else."""
+        scales = tokens.input_scale.shape[1] if self.scale_travels and tokens.input_scale is not None else 0
+        hidden_size, itemsize = tokens.hidden_states.shape[1], tokens.hidden_states.element_size()
+        return -(-hidden_size * itemsize // 4), 2 * tokens.topk_ids.shape[1] + (tokens.lora_ids is not None) + scales
+
+    def _views(self, buffer: torch.Tensor, like: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states `[rows, H]` and the words `[rows, W]` int32 of a buffer."""
+        first_word, num_words = self._sizes(like)
+        rows = buffer.view(like.hidden_states.dtype)[:, : like.hidden_states.shape[1]]
+        return rows, buffer.view(torch.int32)[:, first_word : first_word + num_words]
 
     @property
     def scale_travels(self) -> bool:
         """Whether each token has scales of its own."""
         return self.scale in (ActivationScale.TOKEN, ActivationScale.GROUP)
+
+
+def _row_bytes(hidden_words: int, words: int) -> int:
+    return -(-4 * (hidden_words + words) // _ALIGNMENT) * _ALIGNMENT
