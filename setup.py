@@ -14,5 +14,5 @@ setup(
         *(f"moegate.{room}.{package}" for room in ROOMS for package in find_packages(room)),
     ],
     package_dir={"moegate": "cli", **{f"moegate.{room}": room for room in ROOMS}},
-    package_data={"": ["*.json", "*.toml", "*.j2", "*.css", "*.js"]},
+    package_data={"": ["*.json", "*.toml", "*.j2", "*.css", "*.js", "catalogue/*.toml"]},
 )

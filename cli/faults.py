@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import statistics
 from pathlib import Path
@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moegate import exit_codes
-from moegate.check import wide_console
+from moegate.conformance.console import wide_console
 from moegate.conformance.faults.client import LIMIT_S, HuntError, outcomes_of
 from moegate.conformance.faults.fault import CatalogueError, Fault, load_catalogue
 from moegate.conformance.faults.job import Job, Orders, Outcome
 from moegate.conformance.faults.record import Journal, read_witnesses, state_of, write_witnesses
+from moegate.json_output import expect_json_file, expect_output, put_json
 
 SCHEMA = 1
 # A catalogue must be killed whole; of mutants, many of which change nothing that anybody can see, so many.
@@ -61,10 +62,14 @@ def faults(
     could be hunted here, 4 bad arguments or a catalogue that does not fit the source.
     """
     console = wide_console(stderr=json_file == "-")
-    if scale <= 0:
-        _refuse(console, f"--scale: expected more than 0, got {scale}")
-    if workers < 0 or mutate < 0:
-        _refuse(console, f"--workers, --mutate: expected at least 0, got {workers} and {mutate}")
+    if not 0 < scale < math.inf:
+        _refuse(console, f"--scale: expected a number above 0, got {scale}")
+    for option, number in (("--workers", workers), ("--mutate", mutate)):
+        if number < 0:
+            _refuse(console, f"{option}: expected at least 0, got {number}")
+    expect_json_file(console, "faults", json_file)
+    if resume is not None:
+        expect_output(console, "faults", "--resume", resume)
     if device not in ("cpu", "cuda"):
         _refuse(console, f"--device: expected cpu or cuda, got {device!r}")
     if matrix and witness:
@@ -103,12 +108,10 @@ def faults(
     if update:
         write_witnesses(every, done)
     report = _report(outcomes, wanted, left_out, device, mode)
-    if json_file == "-":
-        typer.echo(json.dumps(report, indent=2))
-    elif json_file:
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
+    is_written = put_json(console, "faults", json_file, report)
     _print(outcomes, report, console, details=mutate == 0)
-    raise typer.Exit(_exit_code(outcomes, LEAST_OF_MUTANTS if mutate else 1.0))
+    code = _exit_code(outcomes, LEAST_OF_MUTANTS if mutate else 1.0)
+    raise typer.Exit(code if is_written or code == exit_codes.FINDING else exit_codes.NOTHING_DONE)
 
 
 def _every(catalogue: list[Path] | None, mutate: int, seed: int) -> list[Fault]:

@@ -248,7 +248,7 @@ VALUE_CALLS: tuple[PublicCall, ...] = (
             lambda: {"self": placement.linear_placement(4, 2), "rank": 1},
             {"rank": IntKind(0, 1)},
         )
-        for method in ("first_physical", "expert_map")
+        for method in ("first_physical", "expert_map", "local_experts")
     ),
     PublicCall(
         "parallel.placement.ExpertPlacement.tables",

@@ -45,6 +45,7 @@ BEHIND = {
     "json_file": "tests/test_hostile_files.py",
     "kernels": "launched by functions that have checked their arguments",
     "lora.eager": "a step of the CPU backend",
+    "parallel.adapters": "steps of `ParallelExperts.join`, whose arguments are checked",
     "lora.table.StackedLowRank": "an adapter table's own memory",
     "lora.table.TokenAdapters": "made by `expect_token_adapters`",
     "lora.table.AdapterTable.debug_expect_ids": "a check itself",

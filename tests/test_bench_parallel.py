@@ -97,7 +97,7 @@ def test_the_command_prints_a_model_as_a_model(capsys, tmp_path):
         (["--link-latency", "2"], "link-bandwidth, link-latency: expected beside simulate-ep alone"),
         (
             ["--simulate-ep", "2", "--link-bandwidth", "0", "--link-latency", "1"],
-            "link-bandwidth: expected more than 0",
+            "link-bandwidth: expected a number above 0",
         ),
         (["--simulate-ep", "200", "--link-bandwidth", "1", "--link-latency", "1"], "128 experts, got 200"),
     ],

@@ -161,7 +161,7 @@ def test_default_workloads_fit_the_device():
         (lambda: Model("m", 4, 5, 8, 8, "none"), "top_k: expected at most num_experts 4, got 5"),
         (lambda: Model("m", 4, 2, 8, 8, "none", num_local_experts=8), "num_local_experts: expected at most"),
         (lambda: select_workloads(torch.device("cpu"), tokens="1,x"), "tokens: expected a number"),
-        (lambda: select_workloads(torch.device("cpu"), models=","), "expected at least one name"),
+        (lambda: select_workloads(torch.device("cpu"), models=","), "expected names separated by commas"),
     ],
 )
 def test_bad_input_is_named(make, message):

@@ -1,6 +1,7 @@
 """Verdicts and the ledger: every property under its own id and exception, and two workers' counts are a sum."""
 
 import shlex
+from collections import Counter
 
 import pytest
 
@@ -42,7 +43,9 @@ def test_a_taken_id_is_refused():
 
 def test_sentences_and_ids_are_told_apart():
     assert len({prop.sentence for prop in PROPERTIES.values()}) == len(PROPERTIES)
-    assert all(id == prop.id and prop.facets for id, prop in PROPERTIES.items())
+    assert all(id == prop.id for id, prop in PROPERTIES.items())
+    # How a subject's calls end is judged whatever they are of.
+    assert {id.partition("-")[0] for id, prop in PROPERTIES.items() if not prop.facets} == {"SUBJECT"}
 
 
 def test_all_verdicts_of_an_execution_count_and_the_first_violated_is_raised():
@@ -51,7 +54,7 @@ def test_all_verdicts_of_an_execution_count_and_the_first_violated_is_raised():
     with pytest.raises(Finding, match=TWO.id):
         ledger.settle(verdicts, SPEC, "replay")
     ledger.settle([ONE.verdict(True, budget_used=0.25)], SPEC, "replay")
-    assert ledger.tallies[ONE.id] == Tally(cases=2, violated=0, budget_used=0.5)
+    assert ledger.tallies[ONE.id] == Tally(cases=2, violated=0, budget_used=0.5, used=Counter({"50": 1, "25": 1}))
     assert (ledger.tallies[TWO.id].violated, ledger.tallies[TWO.id].budget_used) == (1, 1.5)
     assert first_violated(verdicts) is verdicts[1]
     assert first_violated(verdicts[:1]) is None

@@ -291,6 +291,7 @@ def test_removing_a_guard_is_caught_within_fifty_cases(guard, monkeypatch):
     source = Path(overlap.__file__).read_text()
     assert source.count(kept) == 1
     module = types.ModuleType("overlap_without_a_guard")
+    module.__package__ = overlap.__package__  # what it imports from beside it
     exec(compile(source.replace(kept, lost), "overlap.py", "exec"), vars(module))
     delays = Delays()
     layer = hold_up(_layer("gated"), delays)

@@ -151,7 +151,7 @@ def test_this_machine_counts_what_is_installed(run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--platform", "cuda:9.1"], "capability: expected one of"),
+        (["--platform", "cuda:9.1"], "platform: expected one of"),
         (["--platform", "rocm:gfx1100"], "platform: expected an architecture"),
         (["--platform", "metal"], "platform: expected one of"),
         (["--backend", "flashinfer"], "backend: expected one of"),

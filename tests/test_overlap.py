@@ -15,6 +15,7 @@ SOURCE = Path(overlap.__file__).read_text()
 def _load(source, world):
     """`impl/overlap.py`, or an edited copy of it, on a model of the device."""
     module = types.ModuleType("overlap_under_test")
+    module.__package__ = "moegate.impl"  # what it imports from beside it
     exec(compile(source, "overlap.py", "exec"), vars(module))
     module.torch = world.torch
     return module.beside

@@ -203,6 +203,7 @@ def test_each_wrong_layer_is_found_under_the_right_property_beside_an_honest_one
         "returns_none": {"SUBJECT-01"},
         "writes_its_input": {"HYGIENE-02"},
         "returns_its_input": {"HYGIENE-02"},
+        "keeps_state": {"HYGIENE-07"},
     }
     found = findings(run)
     assert "shared with ['hidden_states']" in found["HYGIENE-03"]
@@ -251,12 +252,12 @@ def test_a_subject_that_is_not_there_is_a_usage_error_by_name_even_from_a_worker
     assert "Traceback" not in run.text
 
 
-def test_the_wrong_layer_of_the_docs_is_found_on_a_single_token(runs):
+def test_the_wrong_layer_of_the_docs_is_found_on_a_few_tokens(runs):
     assert len(EXAMPLE.read_text().splitlines()) < 60
     assert runs["example"].code == 1, runs["example"].text
     assert "NUM-01" in findings(runs["example"])
     smallest = next(row["spec"] for row in runs["example"].report["properties"] if row["id"] == "NUM-01")
-    assert parse_spec(smallest).M == 1
+    assert parse_spec(smallest).M <= 3
 
 
 def test_a_crash_and_a_hang_of_an_isolated_layer_are_findings_and_the_run_goes_on(runs):

@@ -173,12 +173,12 @@ def _load(path: Path) -> list[Fault]:
     except OSError as error:
         raise CatalogueError(f"catalogue: expected a file, got {str(path)!r}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CatalogueError(f"{path}: expected TOML: {error}") from error
+        raise CatalogueError(f"catalogue: {path}: expected TOML: {error}") from error
     rows = data.pop("fault", [])
     if unknown := set(data) - {*_DEFAULTS, "about"}:
         raise CatalogueError(f"{path}: expected {', '.join(_DEFAULTS)} and [[fault]] tables, got {sorted(unknown)}")
     if not rows:
-        raise CatalogueError(f"{path}: expected at least one [[fault]]")
+        raise CatalogueError(f"catalogue: {path}: expected at least one [[fault]]")
     data.pop("about", None)
     return [_fault(path, {**data, **row}) for row in rows]
 
