@@ -84,11 +84,12 @@ def _ended(child: _Child, status: int, hung: bool) -> Outcome:
     outcome = Outcome(fault.id, fault.area, cases=child.cases, seconds=round(time.monotonic() - child.started, 2))
     if hung or os.WIFSIGNALED(status):
         cause = "hang" if hung else f"signal:{signal.Signals(os.WTERMSIG(status)).name}"
-        outcome.killed, outcome.by = bool(child.cases), [cause]
+        # A test that announces no cases dies in one all the same, where the fault is said to kill so.
+        outcome.killed, outcome.by = bool(child.cases) or cause in fault.expect, [cause]
         outcome.expected = orders.any_kill or cause in fault.expect
         outcome.witness, outcome.detail = Witness(*child.last), "the process ended"
         outcome.from_witness = orders.witness is not None and orders.witness == outcome.witness
-        if not child.cases:
+        if not outcome.killed:
             outcome.broken = f"{cause} before the first case"
     else:
         outcome.broken = f"the process ended with status {os.waitstatus_to_exitcode(status)} and no outcome"

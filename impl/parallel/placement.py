@@ -101,9 +101,7 @@ class ExpertPlacement:
         return local
 
     def local_experts(self, rank: int) -> torch.Tensor:
-        """`[E]` int32 on the CPU: logical to local id on `rank`, -1 elsewhere, as `AdapterTable` takes it;
-        errors as `first_physical`.
-        """
+        """`[E]` int32 on the CPU: logical to local id, -1 elsewhere, for `AdapterTable`; errors as `first_physical`."""
         expect_int("rank", rank, low=0, high=self.num_ranks - 1)
         local = torch.full((self.num_experts,), -1, dtype=torch.int32)
         held = self.experts_of_rank[rank]
