@@ -94,7 +94,8 @@ class Store:
 
     def entries(self) -> Iterator[Entry]:
         """Every file of the store, in no order; files that are being written are passed over."""
-        for kind in (RUNS, PROMOTIONS, GATES):
+        # Promotions first: each was written behind its run, which a later look at the runs cannot miss.
+        for kind in (PROMOTIONS, RUNS, GATES):
             yield from _walk(self.folder / kind, kind)
 
     def read(self, entry: Entry) -> tuple[str, dict[str, Any]]:
