@@ -26,8 +26,14 @@ _PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shri
 # Kernels compile on first use, and a case is a whole layer: neither says anything about the strategy.
 _SLOW = (HealthCheck.too_slow,)
 
+# Where it finds the variable CI, Hypothesis starts from a profile with which all runs are the same and no example is
+# kept: ours start from its other one, wherever they run.
+_PARENT = settings.get_profile("default")
+
 settings.register_profile(
     "moegate-gate",
+    _PARENT,
+    derandomize=False,
     database=None,
     deadline=None,
     phases=_PHASES,
@@ -36,7 +42,13 @@ settings.register_profile(
     verbosity=Verbosity.normal,
 )
 settings.register_profile(
-    "moegate-nightly", deadline=None, phases=_PHASES, suppress_health_check=_SLOW, print_blob=True
+    "moegate-nightly",
+    _PARENT,
+    derandomize=False,
+    deadline=None,
+    phases=_PHASES,
+    suppress_health_check=_SLOW,
+    print_blob=True,
 )
 settings.register_profile("moegate-soak", settings.get_profile("moegate-nightly"))
 
@@ -46,6 +58,16 @@ _SCALE = {"gate": 1.0, "nightly": 4.0, "soak": 40.0}
 def examples_of(gate_examples: float) -> int:
     """How many cases the selected profile draws where `gate` draws `gate_examples`."""
     return max(1, round(gate_examples * _SCALE[SELECTION.profile] * SELECTION.scale))
+
+
+def profile(**changes: Any) -> settings:
+    """Hypothesis settings of the selected profile, with changes."""
+    return settings(settings.get_profile(f"moegate-{SELECTION.profile}"), **changes)
+
+
+def seeded(test: Any, name: str) -> Any:
+    """A test or state machine whose cases are given by `name` under the gate, and new in each run elsewhere."""
+    return seed(zlib.crc32(name.encode()))(test) if SELECTION.profile == "gate" else test
 
 
 @contextmanager
@@ -100,10 +122,7 @@ def explore(
         test = given(spec=strategy)(judged)
         for spec in pinned:
             test = example(spec=spec)(test)
-        profile = settings.get_profile(f"moegate-{SELECTION.profile}")
-        test = settings(profile, max_examples=examples)(test)
-        if SELECTION.profile == "gate":
-            test = seed(zlib.crc32(name.encode()))(test)
+        test = seeded(profile(max_examples=examples)(test), name)
         with _only_our_constants() if SELECTION.profile == "gate" else nullcontext():
             test()
 

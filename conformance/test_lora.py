@@ -2,12 +2,12 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from moegate.conformance.lora_cases import LoraSpec, build_lora, lora_specs, pinned_lora
 from moegate.conformance.lora_history import SPEC, history_of
 from moegate.conformance.oracle import OracleSpec
+from moegate.conformance.profiles import profile, seeded
 from moegate.conformance.properties.hygiene import poisoned_allocations
 from moegate.conformance.properties.lora import (
     DECISION,
@@ -109,13 +109,10 @@ def test_any_history_of_a_table_ends_in_a_fresh_ones_bits(moegate_session, moega
         session.ledger.executions[variant] += 2
         session.settle(verdicts, SPEC, session.command())
 
-    machine = seed(20261124)(history_of(case, partial(session.subject.lora, variant=variant), settle))
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=session.examples(6), stateful_step_count=12, database=None, deadline=None, print_blob=False
-        ),
-    )
+    machine = seeded(history_of(case, partial(session.subject.lora, variant=variant), settle), "lora history")
+    # Steps of a history are drawn one by one: no database keeps them, no blob replays them.
+    changes = {"stateful_step_count": 12, "database": None, "print_blob": False}
+    run_state_machine_as_test(machine, settings=profile(max_examples=session.examples(6), **changes))
 
 
 @pytest.mark.parametrize("bad", BAD_ADAPTERS, ids=str)
