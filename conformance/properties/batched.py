@@ -109,7 +109,7 @@ def judge_memory(case: BatchedCase, around: Tensor, own: Tensor, numerics: Numer
 
 def judge_launches(case: BatchedCase, record: Any, launches: Launches | None) -> list[Verdict]:
     """BATCHED-06, where the table has an entry for the batched format."""
-    table = launches(case.activation_scale) if launches is not None else {}
+    table = launches(case) if launches is not None else {}
     if "batched" not in table:
         return []
     launched = dict(record.launches)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..cases import ExpertsCase
+from ..cases import ExpertsCase, LayerCase
 from ..judge import Verdict, declare
 
-Launches = Callable[[str], Mapping[str, tuple[Mapping[str, int], ...]]]
-"""From what shares a scale of the activations (`none`, `static`, `tensor`, `token`, `group`) to a table: by assignment
-(`naive`, `aligned`), and for the batched format (`batched`), the ways in which kernels may be launched, kernel name to
-count."""
+Launches = Callable[[LayerCase], Mapping[str, tuple[Mapping[str, int], ...]]]
+"""From a case to a table: by assignment (`naive`, `aligned`), and for the batched format (`batched`), the ways in which
+kernels may be launched, kernel name to count."""
 
 NAIVE = declare(
     "PATH-01",
@@ -50,7 +49,7 @@ def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches 
     verdicts = [
         BACKEND.verdict(record.last("backend") == variant, f"asked for {variant}, ran {record.last('backend')}")
     ]
-    table = launches(case.activation_scale) if launches is not None else {}
+    table = launches(case) if launches is not None else {}
     if "naive" not in table:
         return verdicts
     expected = "naive" if expects_naive_blocks(case) else "aligned"

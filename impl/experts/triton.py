@@ -1,4 +1,4 @@
-"""The Triton backend: align, quantise, GEMM, activation, GEMM, sum."""
+"""The Triton backend: align, quantise, GEMM, activation, GEMM, sum; or a layer in another form of its kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from .. import path
-from ..align import prepare_expert_assignment
+from ..align import ExpertAssignment, prepare_expert_assignment
 from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.combine import combine
 from ..kernels.grouped_gemm import grouped_gemm
@@ -16,7 +16,9 @@ from ..kernels.quantize import Rows
 from ..platform import Platform, Vendor
 from ..tuning.lookup import find_kernel_configs
 from .base import ExpertsCall, StandardExperts
+from .kernel_form import KernelForm
 from .stages import LayerAdapters, LayerWorkspace, activate_hidden, quantize_input, w2_operands, w13_operands
+from .triton_forms import form_of_call, run_sorted, run_streamed, sorted_tiles
 
 
 def unfit_for_triton(platform: Platform) -> str | None:
@@ -54,13 +56,25 @@ class TritonExperts(StandardExperts):
 
     def apply(self, out: torch.Tensor, call: ExpertsCall) -> None:
         """Write the layer into `out`; see `StandardExperts.apply`."""
+        platform = Platform.of(out.device)
+        decision = form_of_call(call, out.dtype, platform)
+        path.note("kernel_form", decision.as_dict())
+        if decision.form is KernelForm.STREAMED:
+            _assign(call, 1)  # in blocks of their own: nothing is launched
+            run_streamed(out, call, platform)
+        elif decision.form is KernelForm.SORTED:
+            tiles = sorted_tiles(call.topk_ids.numel(), call.global_num_experts, platform)
+            run_sorted(out, call, _assign(call, tiles[0].block_size_m), tiles, platform)
+        else:
+            self._run_general(out, call, platform)
+
+    def _run_general(self, out: torch.Tensor, call: ExpertsCall, platform: Platform) -> None:
         weights, topk_ids, function = call.weights, call.topk_ids, call.activation
         num_tokens, top_k = topk_ids.shape
         num_local_experts, hidden_size = weights.num_local_experts, weights.hidden_size
         intermediate_size = weights.intermediate_size
         w13_rows = function.rows_a_column * intermediate_size
         num_pairs = num_tokens * top_k
-        platform = Platform.of(out.device)
         configs = find_kernel_configs(
             num_tokens=num_tokens,
             top_k=top_k,
@@ -77,15 +91,7 @@ class TritonExperts(StandardExperts):
         path.note("config", configs.w13.as_dict() | {"source": configs.source})
         path.note("config_w2", configs.w2.as_dict() | {"source": configs.source})
         path.note("config_key", configs.key)
-        assignment = prepare_expert_assignment(
-            topk_ids,
-            block_size=configs.w13.block_size_m,
-            num_local_experts=num_local_experts,
-            global_num_experts=call.global_num_experts,
-            expert_map=call.expert_map,
-            scheme=weights.scheme,
-            block_shape=weights.block_shape,
-        )
+        assignment = _assign(call, configs.w13.block_size_m)
         pairs = Rows(
             "pairs",
             num_pairs,
@@ -150,3 +156,15 @@ class TritonExperts(StandardExperts):
             num_local_experts,
             platform,
         )
+
+
+def _assign(call: ExpertsCall, block_size: int) -> ExpertAssignment:
+    return prepare_expert_assignment(
+        call.topk_ids,
+        block_size=block_size,
+        num_local_experts=call.weights.num_local_experts,
+        global_num_experts=call.global_num_experts,
+        expert_map=call.expert_map,
+        scheme=call.weights.scheme,
+        block_shape=call.weights.block_shape,
+    )

@@ -1,0 +1,190 @@
+"""The layer in the two other forms of its kernels (`kernel_form`): which tiles, and what is launched."""
+
+from __future__ import annotations
+
+import torch
+
+from ..align import ExpertAssignment, uses_naive_block_assignment
+from ..kernels.combine import combine
+from ..kernels.gated_gemm import SortedTile, gated_gemm
+from ..kernels.sizes import next_power_of_2
+from ..kernels.sorted_gemm import sorted_gemm
+from ..kernels.stream_rows import StreamTile, down_rows, gate_up_rows
+from ..platform import Platform, Vendor
+from .base import ExpertsCall
+from .kernel_form import (
+    GENERAL,
+    FormChoice,
+    FormDecision,
+    FormQuestion,
+    choice_in_force,
+    kernel_form,
+    lies_on_copy_grid,
+)
+
+# Between so many rows an expert and none, a block's second half is padding often enough to be left out.
+_MOST_ROWS_OF_HALVES = 1024
+
+
+def form_of_call(call: ExpertsCall, dtype: torch.dtype, platform: Platform) -> FormDecision:
+    """In which form a call runs.
+
+    Args:
+        call: its arguments.
+        dtype: of its activations.
+        platform: where it runs.
+    """
+    choice = choice_in_force()
+    if choice is FormChoice.GENERAL:
+        return GENERAL
+    weights = call.weights
+    num_tokens, top_k = call.topk_ids.shape
+    question = FormQuestion(
+        num_pairs=num_tokens * top_k,
+        top_k=top_k,
+        num_experts=call.global_num_experts,
+        num_local_experts=weights.num_local_experts,
+        hidden_size=weights.hidden_size,
+        dtype=dtype,
+        scheme=weights.scheme,
+        is_naive=uses_naive_block_assignment(
+            num_tokens=num_tokens,
+            top_k=top_k,
+            global_num_experts=call.global_num_experts,
+            has_expert_map=call.expert_map is not None,
+            scheme=weights.scheme,
+            block_shape=weights.block_shape,
+        ),
+        has_adapters=call.lora is not None,
+        on_copy_grid=lies_on_copy_grid(weights.w13, weights.w2),
+        platform=platform,
+    )
+    return kernel_form(question, choice)
+
+
+def streamed_tiles(top_k: int, platform: Platform) -> tuple[StreamTile, StreamTile]:
+    """The tiles of both kernels that stream rows.
+
+    The second holds rows of all of a token's experts at a time: so many that together they are 32.
+    """
+    rows = max(1, 32 // next_power_of_2(top_k))
+    if platform.vendor is Vendor.CPU:
+        # Under the interpreter small shapes should meet several steps and tiles, with tails.
+        return StreamTile(16, 32), StreamTile(rows, 32)
+    return StreamTile(8, 512), StreamTile(rows, 256)
+
+
+def sorted_tiles(num_pairs: int, num_experts: int, platform: Platform) -> tuple[SortedTile, SortedTile]:
+    """The tiles of both GEMMs on sorted rows; they share the alignment, so also the slots of a block."""
+    if platform.vendor is Vendor.CPU:
+        return SortedTile(32, 32, 32, half=True), SortedTile(32, 64, 32, half=True)
+    half = num_pairs < _MOST_ROWS_OF_HALVES * num_experts
+    return (
+        SortedTile(128, 128, 64, num_stages=4, half=half),
+        SortedTile(128, 256, 64, num_stages=4 if half else 3, half=half),
+    )
+
+
+def run_streamed(out: torch.Tensor, call: ExpertsCall, platform: Platform) -> None:
+    """Two matrix-vector kernels write the layer into `out [M, H]`; arguments are as `StandardExperts.apply` has them.
+
+    Rounding points are those of the general kernels.
+    """
+    weights = call.weights
+    first, second = streamed_tiles(call.topk_ids.shape[1], platform)
+    # The second kernel may be launched while the first one runs, and waits for it before it reads what that writes.
+    starts_early = platform.is_hopper
+    routing = {
+        "topk_ids": call.topk_ids,
+        "topk_weights": call.topk_weights,
+        "expert_map": call.expert_map,
+        "num_experts": call.global_num_experts,
+    }
+    hidden = torch.empty((call.topk_ids.numel(), weights.intermediate_size), dtype=out.dtype, device=out.device)
+    gate_up_rows(
+        hidden,
+        call.hidden_states,
+        weights.w13,
+        weights.w13_bias,
+        call.activation,
+        mul_weight=call.apply_router_weight_on_input,
+        tile=first,
+        triggers=starts_early,
+        **routing,
+    )
+    down_rows(
+        out,
+        hidden,
+        weights.w2,
+        weights.w2_bias,
+        mul_weight=not call.apply_router_weight_on_input,
+        tile=second,
+        pdl=starts_early,
+        **routing,
+    )
+
+
+def run_sorted(
+    out: torch.Tensor,
+    call: ExpertsCall,
+    assignment: ExpertAssignment,
+    tiles: tuple[SortedTile, SortedTile],
+    platform: Platform,
+) -> None:
+    """Two GEMMs on rows in the alignment's order and the sum write the layer into `out [M, H]`.
+
+    Rounding points are those of the general kernels.
+
+    Args:
+        out: as `StandardExperts.apply` has it.
+        call: likewise.
+        assignment: aligned to `tiles[0].block_size_m`.
+        tiles: of the two GEMMs.
+        platform: where it runs.
+    """
+    weights = call.weights
+    slots, expert_ids, used_slots = (
+        assignment.sorted_token_ids,
+        assignment.expert_ids,
+        assignment.num_tokens_post_padded,
+    )
+    if slots is None or expert_ids is None or used_slots is None:
+        raise AssertionError("sorted rows without an alignment")
+    routing = {
+        "topk_weights": call.topk_weights,
+        "slots": slots,
+        "expert_ids": expert_ids,
+        "used_slots": used_slots,
+    }
+    num_pairs = call.topk_ids.numel()
+    hidden = torch.empty((slots.shape[0], weights.intermediate_size), dtype=out.dtype, device=out.device)
+    expert_output = torch.empty((num_pairs, weights.hidden_size), dtype=out.dtype, device=out.device)
+    gated_gemm(
+        hidden,
+        call.hidden_states,
+        weights.w13,
+        weights.w13_bias,
+        call.activation,
+        mul_weight=call.apply_router_weight_on_input,
+        tile=tiles[0],
+        **routing,
+    )
+    sorted_gemm(
+        expert_output,
+        hidden,
+        weights.w2,
+        weights.w2_bias,
+        mul_weight=not call.apply_router_weight_on_input,
+        is_sorted=False,
+        tile=tiles[1],
+        **routing,
+    )
+    combine(
+        out,
+        expert_output,
+        call.topk_ids,
+        call.expert_map,
+        call.global_num_experts,
+        weights.num_local_experts,
+        platform,
+    )
