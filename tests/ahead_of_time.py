@@ -18,6 +18,7 @@ import torch
 from moegate.bench.ahead_of_time import Launch, compile_launch, imagine, resources, target
 from moegate.impl.batched import batched_experts
 from moegate.impl.config import Activation, QuantScheme
+from moegate.impl.experts.kernel_form import FormChoice, use_kernel_forms
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.lora.table import AdapterTable
 from moegate.impl.parallel.travel import Homes, plan_travel, sum_over_ranks
@@ -132,7 +133,8 @@ def launches(platform: Platform, job: dict[str, Any]) -> list[Launch]:
             **options,
         )
 
-    with imagine(platform) as imagined:
+    forms = FormChoice.EVERYWHERE if job.get("forms") else FormChoice.GENERAL
+    with imagine(platform) as imagined, use_kernel_forms(forms):
         configs = job.get("configs")
         if configs:
             with use_kernel_configs(*(KernelConfig(**config) for config in configs)):

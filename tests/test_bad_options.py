@@ -23,6 +23,7 @@ from moegate.bench import __main__ as bench_main
 from moegate.conformance.properties.bad_input import refusal_of, time_limit
 from moegate.impl import shared_experts
 from moegate.impl.checks import switch
+from moegate.impl.experts import kernel_form
 from moegate.impl.oracle import select
 from moegate.impl.platform import Platform
 from moegate.impl.tuning import lookup
@@ -131,6 +132,10 @@ VARIABLES: dict[str, tuple[Callable[[str, str], Any], tuple[str, ...]]] = {
         ("many", "-1", "1.5", "nan", LONG, "1 2", "\u0661", "1\x1b[2J"),
     ),
     "MOEGATE_DISABLE_SHARED_EXPERTS_STREAM": (_order, ("maybe", "2", "\x1b[2J", "tru")),
+    "MOEGATE_KERNEL_FORMS": (
+        lambda variable, value: kernel_form.form_choice({variable: value}),
+        ("on", "1", "fastest", "sorted", "\x1b[2J", LONG),
+    ),
     "MOEGATE_HISTORY": (_history, ("file.json", "\x1b[2J")),
     "MOEGATE_DEBUG": (lambda variable, value: switch(variable, {variable: value}), ("maybe", "2", "\x1b[2J", "tru")),
 }

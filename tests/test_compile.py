@@ -16,6 +16,8 @@ import pytest
 from moegate.impl.platform import Platform
 
 PLATFORMS = ("cuda:8.0", "cuda:9.0", "cuda:10.0", "rocm:gfx942")
+STREAMED = {"gate_up_rows_kernel", "down_rows_kernel"}
+SORTED = {"gated_gemm_kernel", "sorted_gemm_kernel"}
 # Qwen3-30B-A3B's layer: M = 1 takes naive blocks, the others one tile size each; 64 adds an expert map.
 QWEN3 = {"E": 128, "top_k": 8, "H": 2048, "I": 768, "dtype": "bfloat16"}
 JOBS = [
@@ -140,6 +142,22 @@ JOBS += [
     {"platform": platform, "M": 64, "H": 2048, "dtype": "bfloat16", "E": 128, "top_k": 8, "ranks": ranks}
     for platform, ranks in itertools.product(PLATFORMS, (2, 64))
 ]
+# The other forms of the kernels: rows streamed on every platform, rows sorted where tiles are copied by an engine.
+FORMS = {"forms": True} | QWEN3
+JOBS += [FORMS | {"platform": platform, "M": 1, "only": list(STREAMED)} for platform in PLATFORMS]
+JOBS += [FORMS | {"platform": platform, "M": 4096, "only": list(SORTED)} for platform in ("cuda:9.0", "cuda:10.0")]
+JOBS += [
+    FORMS | {"platform": "cuda:9.0", "only": [*STREAMED, *SORTED]} | job
+    for job in (
+        # Whole blocks; ragged sizes; choices that fill the second streamed kernel's registers; one choice.
+        {"M": 65536},
+        {"M": 64, "E": 8, "top_k": 2, "H": 200, "I": 72, "dtype": "float16", "expert_map": True},
+        {"M": 512, "H": 2880, "I": 2880, "top_k": 4, "activation": "swigluoai", "interleaved": True, "bias": True},
+        {"M": 512, "activation": "relu2_no_mul", "bias": True},
+        {"M": 1, "E": 1024, "top_k": 32, "bias": True},
+        {"M": 1, "E": 16, "top_k": 1, "H": 200, "I": 72, "dtype": "float16"},
+    )
+]
 KERNELS = {
     "topk_routing_kernel",
     "align_count_kernel",
@@ -189,7 +207,11 @@ def describe(kernel: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_every_kernel_compiles(compiled: list[dict[str, Any]], platform: str) -> None:
-    expected = KERNELS - FP8_KERNELS if platform == "cuda:8.0" else KERNELS
+    expected = KERNELS | STREAMED
+    if platform == "cuda:8.0":
+        expected -= FP8_KERNELS
+    if platform in ("cuda:9.0", "cuda:10.0"):
+        expected |= SORTED
     assert {kernel["kernel"] for kernel in compiled if kernel["platform"] == platform} == expected
 
 

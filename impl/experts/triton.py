@@ -63,7 +63,7 @@ class TritonExperts(StandardExperts):
             _assign(call, 1)  # in blocks of their own: nothing is launched
             run_streamed(out, call, platform)
         elif decision.form is KernelForm.SORTED:
-            tiles = sorted_tiles(call.topk_ids.numel(), call.global_num_experts, platform)
+            tiles = sorted_tiles(call.topk_ids.numel(), call.global_num_experts, call.weights.hidden_size, platform)
             run_sorted(out, call, _assign(call, tiles[0].block_size_m), tiles, platform)
         else:
             self._run_general(out, call, platform)

@@ -74,14 +74,18 @@ def streamed_tiles(top_k: int, platform: Platform) -> tuple[StreamTile, StreamTi
     return StreamTile(8, 512), StreamTile(rows, 256)
 
 
-def sorted_tiles(num_pairs: int, num_experts: int, platform: Platform) -> tuple[SortedTile, SortedTile]:
+def sorted_tiles(
+    num_pairs: int, num_experts: int, hidden_size: int, platform: Platform
+) -> tuple[SortedTile, SortedTile]:
     """The tiles of both GEMMs on sorted rows; they share the alignment, so also the slots of a block."""
     if platform.vendor is Vendor.CPU:
         return SortedTile(32, 32, 32, half=True), SortedTile(32, 64, 32, half=True)
     half = num_pairs < _MOST_ROWS_OF_HALVES * num_experts
+    # Rows that do not start on 32 bytes are stored by so many instructions that a wide tile would spill.
+    columns = 128 if hidden_size % 16 else 256
     return (
         SortedTile(128, 128, 64, num_stages=4, half=half),
-        SortedTile(128, 256, 64, num_stages=4 if half else 3, half=half),
+        SortedTile(128, columns, 64, num_stages=4 if half else 3, half=half),
     )
 
 

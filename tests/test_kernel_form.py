@@ -1,0 +1,185 @@
+"""Which form of its kernels a layer takes, why, and that each form computes the same layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moegate.impl.config import QuantScheme
+from moegate.impl.experts.kernel_form import (
+    FormChoice,
+    FormQuestion,
+    KernelForm,
+    form_choice,
+    kernel_form,
+    lies_on_copy_grid,
+    use_kernel_forms,
+)
+from moegate.impl.fused_moe import fused_experts
+from moegate.impl.path import record_path
+from moegate.impl.platform import Platform, Vendor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+H200 = Platform(Vendor.NVIDIA, (9, 0), "NVIDIA H200", 132, 232_448)
+INTERPRETED = Platform(Vendor.CPU, interpreted=True)
+# Qwen3-30B-A3B at M = 8,192.
+PREFILL = FormQuestion(8192 * 8, 8, 128, 128, 2048, torch.bfloat16, QuantScheme.NONE, False, False, True, H200)
+DECODE = replace(PREFILL, num_pairs=8, is_naive=True)
+
+
+def decide(question, choice=FormChoice.MEASURED, **changes):
+    return kernel_form(replace(question, **changes), choice)
+
+
+def test_without_being_asked_no_layer_takes_another_form():
+    assert form_choice({}) is FormChoice.GENERAL
+    for question in (PREFILL, DECODE):
+        assert decide(question, FormChoice.GENERAL).form is KernelForm.GENERAL
+
+
+def test_on_hopper_decode_is_streamed_and_prefill_is_sorted():
+    assert decide(DECODE).form is KernelForm.STREAMED
+    assert decide(PREFILL).form is KernelForm.SORTED
+
+
+# What was measured: Qwen3-30B-A3B from 2,048 tokens on and Mixtral-8x7B at 8,192 gained, Mixtral at 512 lost.
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "hidden", "form"),
+    [
+        (2048, 8, 128, 2048, "sorted"),
+        (256, 8, 128, 2048, "general"),
+        (8192, 2, 8, 4096, "sorted"),
+        (512, 2, 8, 4096, "general"),
+    ],
+)
+def test_rows_are_sorted_where_that_was_measured_to_be_faster(tokens, top_k, experts, hidden, form):
+    sizes = {"num_pairs": tokens * top_k, "top_k": top_k, "num_experts": experts, "num_local_experts": experts}
+    assert decide(PREFILL, hidden_size=hidden, **sizes).form == form
+
+
+@pytest.mark.parametrize(
+    ("question", "changes", "why"),
+    [
+        (DECODE, {"scheme": QuantScheme.FP8_W8A8}, "not streamed: weights are fp8_w8a8"),
+        (PREFILL, {"dtype": torch.float32}, "not sorted: dtype is float32"),
+        (PREFILL, {"has_adapters": True}, "not sorted: tokens may have adapters"),
+        (PREFILL, {"on_copy_grid": False}, "not sorted: rows of weights do not start on 16 bytes"),
+        (DECODE, {"top_k": 33}, "not streamed: top_k is 33, over 32"),
+        (PREFILL, {"platform": Platform.parse("cuda:8.0")}, "not sorted: cuda:8.0 has no copy engine"),
+        (PREFILL, {"platform": Platform.parse("rocm:gfx942")}, "not sorted: rocm:gfx942 has no copy engine"),
+    ],
+)
+def test_a_layer_that_no_other_form_fits_takes_the_general_one_and_says_why(question, changes, why):
+    for choice in (FormChoice.MEASURED, FormChoice.EVERYWHERE):
+        decision = decide(question, choice, **changes)
+        assert decision.form is KernelForm.GENERAL
+        assert decision.why.startswith(why)
+
+
+def test_what_was_never_measured_is_taken_everywhere_alone():
+    blackwell = Platform.parse("cuda:10.0")
+    for question in (DECODE, PREFILL):
+        assert decide(question, platform=blackwell).why.endswith("never measured on cuda:10.0")
+        assert decide(question, FormChoice.EVERYWHERE, platform=blackwell).form is not KernelForm.GENERAL
+    assert decide(PREFILL, num_pairs=128 * 32).why == "not sorted: 32 rows an expert, under 64"
+    assert decide(PREFILL, num_experts=2048).why == "not sorted: 32 rows an expert, under 64", (
+        "a rank has its share of the pairs"
+    )
+
+
+def test_weights_off_the_copy_engine_s_grid_are_seen():
+    w = torch.empty(2, 16, 32, dtype=torch.bfloat16)
+    assert lies_on_copy_grid(w, w[:, 8:])
+    for other in (torch.empty(2, 16, 36, dtype=torch.bfloat16), w[:, :, :28], w.flatten()[4:-508].view(1, 16, 32)):
+        assert not lies_on_copy_grid(w, other)
+
+
+def test_a_choice_that_does_not_exist_is_refused_by_name():
+    with (
+        pytest.raises(ValueError, match=r"^choice: expected one of .*'everywhere'.*, got 'fast'"),
+        use_kernel_forms("fast"),
+    ):
+        pass
+
+
+CASES = {
+    # M, E, top_k, H, I: naive blocks, then aligned ones; two steps and tiles with tails.
+    "one token": (1, 16, 4, 72, 40),
+    "few tokens": (3, 40, 3, 96, 24),
+    "tails": (20, 4, 2, 136, 72),
+    "a full block": (70, 3, 2, 64, 32),
+    "a block of half rows": (40, 3, 1, 64, 40),
+}
+
+
+def layer(case, dtype=torch.bfloat16):
+    m, e, top_k, h, i = CASES[case]
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape, std=1.0):
+        return (torch.empty(shape).normal_(generator=generator) * std).to(dtype).to(DEVICE)
+
+    ids = torch.stack([torch.randperm(e, generator=generator)[:top_k] for _ in range(m)]).int()
+    weights = torch.rand(m, top_k, generator=generator)
+    return {
+        "hidden_states": normal(m, h),
+        "w13": normal(e, 2 * i, h, std=h**-0.5),
+        "w2": normal(e, h, i, std=i**-0.5),
+        "topk_weights": weights.to(DEVICE),
+        "topk_ids": ids.to(DEVICE),
+        "backend": "triton",
+    }
+
+
+def in_form(choice, **arguments):
+    with use_kernel_forms(choice), record_path() as record:
+        return fused_experts(**arguments), record
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_form_computes_the_same_layer(case, dtype):
+    arguments = layer(case, dtype)
+    expected, record = in_form("general", **arguments)
+    assert record.last("kernel_form")["form"] == "general"
+    found, record = in_form("everywhere", **arguments)
+    form = "streamed" if record.last("assignment") == "naive" else "sorted"
+    assert record.last("kernel_form")["form"] == form
+    kernels = {"streamed": {"gate_up_rows_kernel", "down_rows_kernel"}, "sorted": {"gated_gemm_kernel"}}[form]
+    assert set(record.launches) >= kernels
+    assert "grouped_gemm_kernel" not in record.launches
+    # Sums in another order cross a rounding of the storage dtype now and then, by one step.
+    step = torch.finfo(dtype).eps
+    error = (found.float() - expected.float()).abs()
+    assert (error <= 2 * step * expected.float().abs() + 2e-3).all()
+    assert (error > 0).float().mean() < 0.05
+
+
+def test_weights_that_no_tile_can_read_take_the_general_kernels():
+    arguments = layer("tails")
+    w2 = arguments["w2"]
+    shifted = torch.empty(w2.numel() + 1, dtype=w2.dtype, device=w2.device)[1:].view(w2.shape)
+    shifted.copy_(w2)
+    expected, _ = in_form("general", **arguments)
+    found, record = in_form("everywhere", **arguments | {"w2": shifted})
+    assert record.last("kernel_form")["why"].startswith("not sorted: rows of weights")
+    assert record.launches["grouped_gemm_kernel"] == 2
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", ["few tokens", "tails"])
+def test_rows_of_another_rank_s_experts_add_nothing_in_any_form(case):
+    arguments = layer(case)
+    e = arguments["w13"].shape[0]
+    expert_map = torch.full((e,), -1, dtype=torch.int32, device=DEVICE)
+    held = range(0, e, 2)
+    expert_map[list(held)] = torch.arange(len(held), dtype=torch.int32, device=DEVICE)
+    arguments |= {name: arguments[name][::2].contiguous() for name in ("w13", "w2")} | {"expert_map": expert_map}
+    arguments["topk_ids"][0] = 1  # of another rank alone
+    expected, _ = in_form("general", **arguments)
+    found, record = in_form("everywhere", **arguments)
+    assert record.last("kernel_form")["form"] == "sorted"
+    assert not found[0].any()
+    assert (found.float() - expected.float()).abs().max() < 0.02
