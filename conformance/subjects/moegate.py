@@ -44,8 +44,8 @@ _QUANT_SCHEMES = {
 
 
 def _asks_for_other_forms(case: LayerCase) -> bool:
-    """A quarter of the layers run in every form of the kernels that fits, the others in the general one."""
-    return isinstance(case, ExpertsCase) and case.num_tokens % 4 == 3
+    """Half of the layers run in the form of the kernels that fits best, the others in the general one."""
+    return isinstance(case, ExpertsCase) and (case.num_tokens + case.w2.shape[1] // 8) % 2 == 1
 
 
 def _other_form(case: LayerCase) -> dict[str, dict[str, int]]:

@@ -60,13 +60,15 @@ def _gated_rows(
     top_k,
     alpha,
     limit,
-    MUL_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    mul_weight,
+    has_bias,
+    bias_step,
+    up_bias,
+    EXTRAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
-    BIAS_PART: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SWAP_AB: tl.constexpr,
     EVEN_I: tl.constexpr,
@@ -119,21 +121,20 @@ def _gated_rows(
 
     STORAGE: tl.constexpr = h_ptr.dtype.element_ty
     columns = pid_n * BLOCK_I + tl.arange(0, BLOCK_I)
-    if MUL_WEIGHT:
-        weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
-        weight = tl.load(weight_ptrs, mask=real, other=0.0)
-        weight = weight[None, :] if SWAP_AB else weight[:, None]
-        gate, up = gate * weight, up * weight
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias
-        # BIAS_PART: 0 where gate and up alternate, else all gate biases come first.
-        STEP: tl.constexpr = PARTS if BIAS_PART == 0 else 1  # pyright: ignore[reportAssignmentType]
-        gate_bias = tl.load(bias_ptrs + columns * STEP, mask=columns < size, other=0.0).to(tl.float32)
-        gate += gate_bias[:, None] if SWAP_AB else gate_bias[None, :]
-        if PARTS == 2:
-            up_ptrs = bias_ptrs + columns * STEP + (1 if BIAS_PART == 0 else size)
-            up_bias = tl.load(up_ptrs, mask=columns < size, other=0.0).to(tl.float32)
-            up += up_bias[:, None] if SWAP_AB else up_bias[None, :]
+    if EXTRAS:
+        # Which of them there is, is a run-time value: as constants they would multiply the compiled variants.
+        if mul_weight != 0:
+            weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
+            weight = tl.load(weight_ptrs, mask=real, other=0.0)
+            weight = weight[None, :] if SWAP_AB else weight[:, None]
+            gate, up = gate * weight, up * weight
+        if has_bias != 0:
+            bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns * bias_step
+            gate_bias = tl.load(bias_ptrs, mask=columns < size, other=0.0).to(tl.float32)
+            gate += gate_bias[:, None] if SWAP_AB else gate_bias[None, :]
+            if PARTS == 2:
+                up_bias_row = tl.load(bias_ptrs + up_bias, mask=columns < size, other=0.0).to(tl.float32)
+                up += up_bias_row[:, None] if SWAP_AB else up_bias_row[None, :]
     h = activated(gate.to(STORAGE).to(tl.float32), up.to(STORAGE).to(tl.float32), alpha, limit, ACTIVATION)
     h = h.to(STORAGE)
     if SWAP_AB:
@@ -168,15 +169,17 @@ def _gated_tile(
     top_k,
     alpha,
     limit,
+    mul_weight,
+    has_bias,
+    bias_step,
+    up_bias,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
-    BIAS_PART: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    MUL_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    EXTRAS: tl.constexpr,
     SWAP_AB: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -210,13 +213,15 @@ def _gated_tile(
                     top_k,
                     alpha,
                     limit,
-                    MUL_WEIGHT,
-                    HAS_BIAS,
+                    mul_weight,
+                    has_bias,
+                    bias_step,
+                    up_bias,
+                    EXTRAS,
                     BLOCK_M // 2,
                     BLOCK_I,
                     BLOCK_K,
                     PARTS,
-                    BIAS_PART,
                     ACTIVATION,
                     SWAP_AB,
                     EVEN_I,
@@ -245,13 +250,15 @@ def _gated_tile(
                     top_k,
                     alpha,
                     limit,
-                    MUL_WEIGHT,
-                    HAS_BIAS,
+                    mul_weight,
+                    has_bias,
+                    bias_step,
+                    up_bias,
+                    EXTRAS,
                     BLOCK_M,
                     BLOCK_I,
                     BLOCK_K,
                     PARTS,
-                    BIAS_PART,
                     ACTIVATION,
                     SWAP_AB,
                     EVEN_I,
@@ -280,13 +287,15 @@ def _gated_tile(
                 top_k,
                 alpha,
                 limit,
-                MUL_WEIGHT,
-                HAS_BIAS,
+                mul_weight,
+                has_bias,
+                bias_step,
+                up_bias,
+                EXTRAS,
                 BLOCK_M,
                 BLOCK_I,
                 BLOCK_K,
                 PARTS,
-                BIAS_PART,
                 ACTIVATION,
                 SWAP_AB,
                 EVEN_I,
@@ -305,6 +314,10 @@ def _gated_tile(
         "top_k",
         "alpha",
         "limit",
+        "mul_weight",
+        "has_bias",
+        "bias_step",
+        "up_bias",
     ]
 )
 def gated_gemm_kernel(
@@ -327,15 +340,17 @@ def gated_gemm_kernel(
     top_k,
     alpha,
     limit,
+    mul_weight,
+    has_bias,
+    bias_step,
+    up_bias,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
-    BIAS_PART: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    MUL_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    EXTRAS: tl.constexpr,
     SWAP_AB: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -347,7 +362,8 @@ def gated_gemm_kernel(
 ):
     """Tiles of h: one a program, or (PERSISTENT) every `num_programs`-th of those in use.
 
-    HALF: a block whose second half is padding computes its first half alone.
+    HALF: a block whose second half is padding computes its first half alone. EXTRAS: there may be routing weights on
+    the input, or biases.
     """
     if PDL:
         gdc_wait()
@@ -375,15 +391,17 @@ def gated_gemm_kernel(
                 top_k,
                 alpha,
                 limit,
+                mul_weight,
+                has_bias,
+                bias_step,
+                up_bias,
                 BLOCK_M,
                 BLOCK_I,
                 BLOCK_K,
                 GROUP_M,
                 PARTS,
-                BIAS_PART,
                 ACTIVATION,
-                MUL_WEIGHT,
-                HAS_BIAS,
+                EXTRAS,
                 SWAP_AB,
                 EVEN_I,
                 EVEN_K,
@@ -412,15 +430,17 @@ def gated_gemm_kernel(
             top_k,
             alpha,
             limit,
+            mul_weight,
+            has_bias,
+            bias_step,
+            up_bias,
             BLOCK_M,
             BLOCK_I,
             BLOCK_K,
             GROUP_M,
             PARTS,
-            BIAS_PART,
             ACTIVATION,
-            MUL_WEIGHT,
-            HAS_BIAS,
+            EXTRAS,
             SWAP_AB,
             EVEN_I,
             EVEN_K,
@@ -526,15 +546,17 @@ def gated_gemm(
         top_k,
         function.alpha,
         function.limit,
+        int(mul_weight),
+        int(bias is not None),
+        2 if function.interleaved else 1,
+        1 if function.interleaved else size,
         BLOCK_M=m,
         BLOCK_I=i,
         BLOCK_K=tile.block_size_k,
         GROUP_M=tile.group_size_m,
         PARTS=2 if gated else 1,
-        BIAS_PART=0 if function.interleaved else 1,
         ACTIVATION=str(function.kind),
-        MUL_WEIGHT=mul_weight,
-        HAS_BIAS=bias is not None,
+        EXTRAS=mul_weight or bias is not None,
         SWAP_AB=tile.swap_ab,
         EVEN_I=size % i == 0,
         EVEN_K=k % tile.block_size_k == 0,

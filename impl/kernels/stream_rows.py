@@ -34,6 +34,10 @@ from .sizes import cdiv, next_power_of_2
         "has_expert_map",
         "alpha",
         "limit",
+        "mul_weight",
+        "has_bias",
+        "bias_step",
+        "up_bias",
     ]
 )
 def gate_up_rows_kernel(
@@ -59,11 +63,12 @@ def gate_up_rows_kernel(
     top_k,
     alpha,
     limit,
+    mul_weight,
+    has_bias,
+    bias_step,
+    up_bias,
     PARTS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    MUL_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -115,14 +120,15 @@ def gate_up_rows_kernel(
             up_acc += up.to(tl.float32) * x[None, :]
     gate = tl.sum(gate_acc, axis=1)
     up = tl.sum(up_acc, axis=1) if PARTS == 2 else gate
-    if MUL_WEIGHT:
+    # Run-time values, which take a branch: as constants they would multiply the compiled variants.
+    if mul_weight != 0:
         weight = tl.load(topk_weights_ptr + token.to(tl.int64) * stride_weights + pair % top_k)
         gate, up = gate * weight, up * weight
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns * (PARTS if INTERLEAVED else 1)
+    if has_bias != 0:
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns * bias_step
         gate += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)
         if PARTS == 2:
-            up += tl.load(bias_ptrs + (1 if INTERLEAVED else size), mask=inside, other=0.0).to(tl.float32)
+            up += tl.load(bias_ptrs + up_bias, mask=inside, other=0.0).to(tl.float32)
     STORAGE: tl.constexpr = h_ptr.dtype.element_ty
     h = activated(gate.to(STORAGE).to(tl.float32), up.to(STORAGE).to(tl.float32), alpha, limit, ACTIVATION)
     tl.store(h_ptr + pair.to(tl.int64) * size + columns, h.to(STORAGE), mask=inside)
@@ -137,6 +143,8 @@ def gate_up_rows_kernel(
         "stride_weights",
         "stride_bias",
         "has_expert_map",
+        "mul_weight",
+        "has_bias",
     ]
 )
 def down_rows_kernel(
@@ -159,10 +167,10 @@ def down_rows_kernel(
     stride_topk_ids,
     stride_weights,
     stride_out,
+    mul_weight,
+    has_bias,
     TOP_K: tl.constexpr,
     BLOCK_TOP_K: tl.constexpr,
-    MUL_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -208,10 +216,10 @@ def down_rows_kernel(
             w = tl.load(w_ptrs + k, mask=w_mask[:, :, None] & rest[None, None, :], other=0.0)
         acc += w.to(tl.float32) * h.to(tl.float32)
     y = tl.sum(acc, axis=2)
-    if HAS_BIAS:
+    if has_bias != 0:
         bias_ptrs = bias_ptr + tl.where(chosen, expert, 0).to(tl.int64)[:, None] * stride_bias + columns[None, :]
         y += tl.load(bias_ptrs, mask=w_mask, other=0.0).to(tl.float32)
-    if MUL_WEIGHT:
+    if mul_weight != 0:
         weight_ptrs = topk_weights_ptr + token.to(tl.int64) * stride_weights + choices
         y *= tl.load(weight_ptrs, mask=chosen, other=0.0)[:, None]
     STORAGE: tl.constexpr = out_ptr.dtype.element_ty
@@ -285,11 +293,12 @@ def gate_up_rows(
         topk_ids.shape[1],
         function.alpha,
         function.limit,
+        int(mul_weight),
+        int(bias is not None),
+        2 if interleaved else 1,
+        1 if interleaved else size,
         PARTS=2 if gated else 1,
-        INTERLEAVED=interleaved,
         ACTIVATION=str(function.kind),
-        MUL_WEIGHT=mul_weight,
-        HAS_BIAS=bias is not None,
         EVEN_I=size % tile.rows == 0,
         EVEN_K=k % tile.columns == 0,
         BLOCK_I=tile.rows,
@@ -339,10 +348,10 @@ def down_rows(
         topk_ids.stride(0),
         topk_weights.stride(0),
         out.stride(0),
+        int(mul_weight),
+        int(bias is not None),
         TOP_K=top_k,
         BLOCK_TOP_K=next_power_of_2(top_k),
-        MUL_WEIGHT=mul_weight,
-        HAS_BIAS=bias is not None,
         EVEN_N=n % tile.rows == 0,
         EVEN_K=k % tile.columns == 0,
         BLOCK_N=tile.rows,
