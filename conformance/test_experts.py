@@ -23,7 +23,9 @@ def pinned(device, capabilities, low_latency, dtype):
     experts = pools.many_experts[-1 if device == "cpu" else 0]
     base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=experts, top_k=min(pools.top_k, experts // 4), dtype=dtype)
     if low_latency:
-        return (base, replace(base, routing="all_invalid"))
+        # Two numbers of tokens: a subject may have several kernels for few pairs, and tell them apart by it.
+        on_input = (replace(base, M=tokens, top_k=1, weight_on_input=True) for tokens in (2, 3))
+        return (base, replace(base, routing="all_invalid"), *(spec for spec in on_input if 4 * spec.M <= spec.E))
     # Rows wider than any kernel's block, whose scale is found in several steps.
     wide = replace(base, M=3, H=40, I=WIDE, E=2, top_k=1, scheme="fp8_channel_token")
     # So many choices that adding them up in fewer bits than float32 shows.
