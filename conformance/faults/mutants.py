@@ -68,7 +68,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "experts_module.py": ("test_shared.py::beside", "test_ep.py::simulated"),
     "tuning/": ("test_configs.py",),
     "json_file.py": ("test_configs.py",),
-    "checks.py": ("test_api.py",),
+    "checks.py": ("test_api.py", *_EXPERTS),
     "weights.py": ("test_api.py", *_EXPERTS),
     "fused_moe.py": (*_EXPERTS, "test_api.py::fused_experts", "test_large.py"),
     "experts/cpu.py": (*_EXPERTS, "test_lora.py::every_kind"),
