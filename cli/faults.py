@@ -133,8 +133,9 @@ def _every(catalogue: list[Path] | None, mutate: int, seed: int) -> list[Fault]:
     if catalogue:
         raise CatalogueError("--mutate: expected no --catalogue beside it, got both")
     from moegate.conformance.faults.mutants import sample
+    from moegate.conformance.faults.survivors import without_equivalents
 
-    return sample(mutate, seed)
+    return without_equivalents(sample(mutate, seed))
 
 
 def _refuse(console: Console, message: str) -> None:

@@ -51,7 +51,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/align.py": ("test_align.py", *_EXPERTS),
     "align.py": (*_EXPERTS, "test_align.py", "test_api.py::moe_align"),
     "kernels/quantize.py": ("test_quant.py", *_EXPERTS, *_BATCHED),
-    "quantize.py": ("test_quant.py", "test_experts.py::every_pair"),
+    "quantize.py": ("test_quant.py", "test_experts.py::every_pair", "test_ep.py::simulated"),
     "quantization.py": ("test_api.py::quant", *_EXPERTS),
     "kernels/batched_gemm.py": (*_BATCHED, "test_lora.py::every_kind"),
     "kernels/slabs.py": _BATCHED,
@@ -68,7 +68,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "experts_module.py": ("test_shared.py::beside", "test_ep.py::simulated"),
     "tuning/": ("test_configs.py",),
     "json_file.py": ("test_configs.py",),
-    "checks.py": ("test_api.py",),
+    "checks.py": ("test_api.py", *_EXPERTS),
     "weights.py": ("test_api.py", *_EXPERTS),
     "fused_moe.py": (*_EXPERTS, "test_api.py::fused_experts", "test_large.py"),
     "experts/cpu.py": (*_EXPERTS, "test_lora.py::every_kind"),
@@ -78,6 +78,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "": (*_EXPERTS, "test_large.py", *_BATCHED),
 }
 _CPU_VARIANT = ("experts/cpu.py", "parallel/", "lora/eager.py", "quantize.py")
+_BOTH_VARIANTS = ("routing.py",)  # in torch and in Triton
 
 
 class _Text:
@@ -295,10 +296,16 @@ def _of_file(name: str, path: Path, package: str) -> Iterator[Fault]:
             edits=(edit,),
             expect=(),
             tests=_by_prefix(name),
-            variants=("cpu",) if name.startswith(_CPU_VARIANT) else ("triton",),
+            variants=_variants(name),
             package=package,
             note=f"{change.rule}: {shown} becomes {' '.join(change.new.split())}",
         )
+
+
+def _variants(name: str) -> tuple[str, ...]:
+    if name.startswith(_BOTH_VARIANTS):
+        return ("cpu", "triton")
+    return ("cpu",) if name.startswith(_CPU_VARIANT) else ("triton",)
 
 
 def _by_prefix(name: str) -> tuple[str, ...]:
