@@ -120,7 +120,8 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
 def _plain_activations(pools: Pools, capabilities: Capabilities) -> list[ExpertsSpec]:
     """Each activation where it shows best: in float32, on values of order 1, with every token routed.
 
-    Two that are alike (GELU and its form by tanh) differ by less than a rounding to 16 bits.
+    Two that are alike (GELU and its form by tanh) differ by less than a rounding to 16 bits. And in 16 bits with biases,
+    of which a subject may have kernels of another form.
     """
     if "float32" not in capabilities.dtypes or "uniform" not in capabilities.routings:
         return []
@@ -136,7 +137,13 @@ def _plain_activations(pools: Pools, capabilities: Capabilities) -> list[Experts
         expert_map=capabilities.maps[0],
         bias=capabilities.biases[0],
     )
-    return [replace(base, activation=activation) for activation in capabilities.activations]
+    narrow = [dtype for dtype in capabilities.dtypes if dtype != "float32"][:1]
+    bias = "both" if "both" in capabilities.biases else capabilities.biases[0]
+    return [
+        replace(case, activation=activation)
+        for case in (base, *(replace(base, M=TILE + 6, dtype=dtype, bias=bias) for dtype in narrow))
+        for activation in capabilities.activations
+    ]
 
 
 def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, ...]:

@@ -22,9 +22,12 @@ def pinned(device, capabilities, low_latency, dtype):
     hidden, intermediate = pools.shapes[0]
     experts = pools.many_experts[-1 if device == "cpu" else 0]
     base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=experts, top_k=min(pools.top_k, experts // 4), dtype=dtype)
+    # A softmax over one choice is 1, which shows nothing.
+    uneven = next((name for name in capabilities.weights if name in ("spread", "scaled")), base.weights)
+    weighted = replace(base, top_k=1, weights=uneven, weight_on_input=True)
     if low_latency:
         # Two numbers of tokens: a subject may have several kernels for few pairs, and tell them apart by it.
-        on_input = (replace(base, M=tokens, top_k=1, weight_on_input=True) for tokens in (2, 3))
+        on_input = (replace(weighted, M=tokens) for tokens in (2, 3))
         return (base, replace(base, routing="all_invalid"), *(spec for spec in on_input if 4 * spec.M <= spec.E))
     # Rows wider than any kernel's block, whose scale is found in several steps.
     wide = replace(base, M=3, H=40, I=WIDE, E=2, top_k=1, scheme="fp8_channel_token")
@@ -36,7 +39,7 @@ def pinned(device, capabilities, low_latency, dtype):
         replace(base, M=0, E=8, top_k=2),
         replace(base, expert_map="linear"),
         replace(base, M=17, E=5, top_k=3, expert_map="owns_nothing"),
-        replace(base, M=33, E=2, top_k=1, routing="tile_plus_1", weight_on_input=True),
+        replace(weighted, M=33, E=2, routing="tile_plus_1"),
     )
 
 

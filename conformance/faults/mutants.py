@@ -24,9 +24,6 @@ LEFT_OUT = (
     "checkpoint_models.py",
     "mxfp4.py",
     "whole_file.py",  # tests/test_crashes.py
-    "kernels/stream_rows.py",  # no layer calls it yet: tests/test_sorted_kernels.py
-    "kernels/sorted_gemm.py",
-    "kernels/descriptors.py",  # tensor descriptors, which a GPU alone has
     "fused_shared.py",  # tests/test_layer.py
     "ops.py",  # torch.compile: tests/test_compile.py
     "once.py",  # logging
