@@ -118,12 +118,11 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
 
 
 def _plain_activations(pools: Pools, capabilities: Capabilities) -> list[ExpertsSpec]:
-    """Each activation where it shows best: in float32, on values of order 1, with every token routed.
+    """Each activation where it shows best: on values of order 1, with every token routed, in float32 where that is.
 
-    Two that are alike (GELU and its form by tanh) differ by less than a rounding to 16 bits. And in 16 bits with biases,
-    of which a subject may have kernels of another form.
+    Two that are alike (GELU and its form by tanh) differ by less than a rounding to 16 bits.
     """
-    if "float32" not in capabilities.dtypes or "uniform" not in capabilities.routings:
+    if "uniform" not in capabilities.routings:
         return []
     hidden, intermediate, _, _ = max(pools.shapes_of(), key=lambda shape: shape[1])
     base = ExpertsSpec(
@@ -132,18 +131,12 @@ def _plain_activations(pools: Pools, capabilities: Capabilities) -> list[Experts
         I=intermediate,
         E=4,
         top_k=2,
-        dtype="float32",
+        dtype="float32" if "float32" in capabilities.dtypes else capabilities.dtypes[0],
         weights=capabilities.weights[0],
         expert_map=capabilities.maps[0],
         bias=capabilities.biases[0],
     )
-    narrow = [dtype for dtype in capabilities.dtypes if dtype != "float32"][:1]
-    bias = "both" if "both" in capabilities.biases else capabilities.biases[0]
-    return [
-        replace(case, activation=activation)
-        for case in (base, *(replace(base, M=TILE + 6, dtype=dtype, bias=bias) for dtype in narrow))
-        for activation in capabilities.activations
-    ]
+    return [replace(base, activation=activation) for activation in capabilities.activations]
 
 
 def pinned_slabs(device: str, capabilities: Capabilities) -> tuple[BatchedSpec, ...]:

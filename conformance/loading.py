@@ -37,6 +37,7 @@ from .subject import FACETS, Capabilities, Subject
 SHIPPED = {
     "moegate": "moegate:MoegateSubject",
     "moegate:flashinfer_cutlass": "moegate_flashinfer:MoegateFlashinferSubject",
+    "moegate:kernel_forms": "moegate_forms:MoegateFormsSubject",
     "torch": "eager:EagerSubject",
     "transformers": "transformers_blocks:TransformersSubject",
     "transformers:deepseek_v3": "transformers_blocks:DeepseekV3Subject",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -183,3 +186,17 @@ def test_rows_of_another_rank_s_experts_add_nothing_in_any_form(case):
     assert record.last("kernel_form")["form"] == "sorted"
     assert not found[0].any()
     assert (found.float() - expected.float()).abs().max() < 0.02
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the whole gate of this subject")
+def test_the_suite_holds_on_the_other_forms():
+    command = ["-m", "moegate", "check", "--subject", "moegate:kernel_forms", "--device", "cpu", "-n", "1"]
+    done = subprocess.run(
+        [sys.executable, *command, "--scale", "0.1", "--select", "test_experts", "--json", "-"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    judged = {row["id"]: row["cases"] for row in json.loads(done.stdout)["properties"]}
+    assert min(judged[name] for name in ("NUM-01", "NUM-05", "PATH-01", "PATH-03", "HYGIENE-04")) >= 30

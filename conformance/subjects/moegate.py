@@ -6,14 +6,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ...impl.align import moe_align_block_size
 from ...impl.batched import batched_experts
 from ...impl.checks import debug_checks
 from ...impl.config import QuantScheme
-from ...impl.experts.kernel_form import FormChoice, use_kernel_forms
 from ...impl.fused_moe import fused_experts
 from ...impl.path import PathRecord, record_path
 from ...impl.platform import Platform
@@ -43,29 +41,7 @@ _QUANT_SCHEMES = {
 }
 
 
-def _asks_for_other_forms(case: LayerCase) -> bool:
-    """Half of the layers run in the form of the kernels that fits best, the others in the general one."""
-    return isinstance(case, ExpertsCase) and (case.num_tokens + case.w2.shape[1] // 8) % 2 == 1
-
-
-def _other_form(case: LayerCase) -> dict[str, dict[str, int]]:
-    """By assignment, the kernels of another form than the general one where the case asks for it and it fits.
-
-    Streamed and sorted rows are for weights of 16 bits; tiles of sorted rows lie on 16 bytes.
-    """
-    if not _asks_for_other_forms(case) or case.stored is not None or case.w13.element_size() != 2:
-        return {}
-    weights = (case.w13, case.w2)
-    starts = [w.data_ptr() for w in weights] + [2 * stride for w in weights for stride in w.stride()[:2]]
-    fits = all(start % 16 == 0 for start in starts) and all(w.shape[2] % 8 == 0 for w in weights)
-    has_tiles = not case.w13.is_cuda or torch.cuda.get_device_capability(case.w13.device) >= (9, 0)
-    forms = {"naive": {"gate_up_rows_kernel": 1, "down_rows_kernel": 1}}
-    if fits and has_tiles and torch.version.hip is None:
-        forms["aligned"] = {"gated_gemm_kernel": 1, "sorted_gemm_kernel": 1, "combine_kernel": 1}
-    return forms
-
-
-def _launches(case: LayerCase) -> dict[str, tuple[dict[str, int], ...]]:
+def launches_of(case: LayerCase) -> dict[str, tuple[dict[str, int], ...]]:
     """The kernels of each path: what quantises activations depends on what shares their scale."""
     quantiser = {
         "none": {"activation_kernel": 1},
@@ -73,13 +49,12 @@ def _launches(case: LayerCase) -> dict[str, tuple[dict[str, int], ...]]:
         "tensor": {"amax_kernel": 2, "quantize_rows_kernel": 2, "activation_kernel": 1},
     }.get(case.activation_scale, {"quantize_rows_kernel": 1, "quantized_activation_kernel": 1})
     layer = {"grouped_gemm_kernel": 2, "combine_kernel": 1, **quantiser}
-    other = _other_form(case)
-    aligned = {"align_place_kernel": 1, **other.get("aligned", layer)}
+    aligned = {"align_place_kernel": 1, **layer}
     # The format's own kernels: GEMMs and activations over slabs.
     own = ("activation_kernel", "quantized_activation_kernel")
     batched = {f"batched_{name}" if name in own else name: count for name, count in quantiser.items()}
     return {
-        "naive": (other.get("naive", layer),),
+        "naive": (layer,),
         # Past a few thousand pairs the counting is a launch of its own.
         "aligned": (aligned, {"align_count_kernel": 1, **aligned}),
         "batched": ({"batched_gemm_kernel": 2, **batched},),
@@ -130,7 +105,7 @@ class MoegateSubject(Subject):
         **ROUTING_METHODS,
     )
     numerics = Numerics(accumulator="hopper_fp8", promoted_every=128)
-    launches: ClassVar[dict[str, Launches]] = {"triton": _launches}
+    launches: ClassVar[dict[str, Launches]] = {"triton": launches_of}
 
     def unavailable(self, variant: str, device: str) -> str | None:
         """The CPU backend runs on the CPU; Triton on a GPU, or on a CPU under its interpreter."""
@@ -164,8 +139,7 @@ class MoegateSubject(Subject):
 
     def experts(self, case: ExpertsCase, variant: str) -> Tensor:
         """`fused_experts` on the backend named by `variant`, with the checks that synchronise the device."""
-        forms = FormChoice.EVERYWHERE if _asks_for_other_forms(case) else FormChoice.GENERAL
-        with debug_checks(), use_kernel_forms(forms):
+        with debug_checks():
             return fused_experts(
                 case.hidden_states,
                 topk_weights=case.topk_weights,
