@@ -8,6 +8,7 @@ from .judge import PROPERTIES, Ledger, Property
 from .properties import (
     align,
     api,
+    api_edges,
     batched,
     ep,
     graph,
@@ -39,6 +40,7 @@ FAMILIES = (
     quant,
     hygiene,
     api,
+    api_edges,
     oracle,
     configs,
     shared_order,

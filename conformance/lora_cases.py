@@ -57,6 +57,7 @@ class LoraSpec(Spec):
         adapted: what they adapt, of `ADAPTED`.
         tokens: which tokens have one, of `TOKENS`.
         is_batched: the batched activation format, in which routing and expert map say nothing.
+        multiple: of which every adapter's rank is one, rounded up.
     """
 
     facet: ClassVar[str] = "lora"
@@ -82,6 +83,7 @@ class LoraSpec(Spec):
     values: str = "unit"
     weight_on_input: bool = False
     padded_rows: bool = False
+    multiple: int = 1
     seed: int = 0
 
     def layer(self) -> ExpertsSpec | BatchedSpec:
@@ -260,9 +262,11 @@ def _adapter(
         "down": spec.adapted not in ("first_only", "gate_only", "up_only"),
     }
     # Gate and up of different ranks, as rank patterns make them.
+    of_up = -(-max(1, rank - index) // spec.multiple) * spec.multiple
+    rank = -(-rank // spec.multiple) * spec.multiple
     sizes = {
         "gate": (spec.I, spec.H, rank),
-        "up": (spec.I, spec.H, max(1, rank - index)),
+        "up": (spec.I, spec.H, of_up),
         "gate_up": (2 * spec.I, spec.H, rank),
         "down": (spec.H, spec.I, rank),
     }

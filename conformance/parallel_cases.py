@@ -5,6 +5,7 @@ Nothing here is taken from an implementation: who holds what is said anew, from 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,6 +77,7 @@ class ParallelSpec(Spec):
         adapters: the ranks of LoRA adapters of the routed experts, by a name of `lora_cases.RANKS`; `none` without.
         adapted: what they adapt, of `lora_cases.ADAPTED`.
         tokens: which tokens have one, of `lora_cases.TOKENS`.
+        fully_sharded: both matrices of every adapter are cut over the `tp` ranks that share their experts' columns.
     """
 
     facet: ClassVar[str] = "parallel"
@@ -107,6 +109,7 @@ class ParallelSpec(Spec):
     adapters: str = "none"
     adapted: str = "everything"
     tokens: str = "mixed"
+    fully_sharded: bool = False
     seed: int = 0
 
     @property
@@ -119,6 +122,15 @@ class ParallelSpec(Spec):
         """Ranks with the same tokens."""
         return self.world_size // self.dp
 
+    def replicas_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks with the tokens of one."""
+        first = rank // self.replicas * self.replicas
+        return tuple(range(first, first + self.replicas))
+
+    def peers(self, rank: int) -> tuple[int, ...]:
+        """The ranks with one rank's place in each run."""
+        return tuple(range(rank % self.replicas, self.world_size, self.replicas))
+
     def routed(self) -> ExpertsSpec:
         """The layer as one rank would run it."""
         names = ("M", "H", "I", "E", "top_k", "dtype", "routing", "weights", "scheme", "block_n", "block_k", "bias")
@@ -129,7 +141,7 @@ class ParallelSpec(Spec):
         """The adapters of the layer as one rank would run it."""
         names = ("M", "H", "I", "E", "top_k", "dtype", "routing", "scheme", "block_n", "block_k", "bias")
         own = {name: getattr(self, name) for name in (*names, "adapted", "tokens", "weight_on_input", "seed")}
-        return LoraSpec(ranks=self.adapters, **own)
+        return LoraSpec(ranks=self.adapters, multiple=self.tp if self.fully_sharded else 1, **own)
 
     def counts(self) -> tuple[int, ...]:
         """Tokens of each of the `dp` runs of ranks."""
@@ -239,6 +251,7 @@ class ParallelCase:
             is_quantized: tokens come to it in few bits, and its adapters see no others.
         """
         spec, case = self.spec, self.routed
+        columns = _sharded_columns if spec.fully_sharded else _columns
         experts = self.experts_of_rank[rank // spec.tp]
         if not experts:
             return None
@@ -248,7 +261,7 @@ class ParallelCase:
         if self.lora is not None:
             local = {expert: place for place, expert in enumerate(experts)}
             call = replace(call, adapters=self.lora.of_experts(local, sees_quantized=is_quantized))
-        return _columns(call, rank % spec.tp, spec.tp)
+        return columns(call, rank % spec.tp, spec.tp)
 
     def shared_operands(self) -> ExpertsOperands | None:
         """The shared experts, whole."""
@@ -285,6 +298,31 @@ def _adapter_columns(adapters: TokenAdapters, rows: Tensor, columns: Tensor) -> 
     return replace(adapters, adapters={index: of_shard(adapter) for index, adapter in adapters.adapters.items()})
 
 
+def _sharded_columns(call: ExpertsOperands, rank: int, size: int) -> ExpertsOperands:
+    """What a rank's part is where adapters are cut in both matrices, as a layer of whole experts.
+
+    Of w2 there are the rank's columns alone, and of B the rank's rows of H, which take A's product with all columns of
+    I, whoever has them.
+    """
+    if not isinstance(call.w2, Tensor) or call.adapters is None:
+        raise TypeError("w2: expected plain weights with adapters where those are fully sharded")
+    hidden_size, columns = call.w2.shape[1:]
+    mine = torch.arange(columns) // (columns // size) == rank
+    held = (torch.arange(hidden_size) // (hidden_size // size) == rank)[:, None]
+
+    def of_shard(adapter: Adapter) -> Adapter:
+        down = {e: tuple(LowRank(m.a, m.b * held, m.scale) for m in ms) for e, ms in adapter.down.items()}
+        return replace(adapter, down=down)
+
+    adapters = {index: of_shard(adapter) for index, adapter in call.adapters.adapters.items()}
+    return replace(
+        call,
+        w2=torch.where(mine, call.w2, torch.zeros_like(call.w2)),
+        w2_bias=call.w2_bias if rank == 0 else None,
+        adapters=replace(call.adapters, adapters=adapters),
+    )
+
+
 def build_parallel(spec: ParallelSpec, device: torch.device | str = "cpu") -> ParallelCase:
     """The operands of a spec."""
     routed = build_experts(spec.routed(), device)
@@ -307,9 +345,19 @@ def is_possible(spec: ParallelSpec) -> bool:
         and (spec.shared != "shard" or spec.replicas > 1)
         and not (spec.tp > 1 and (quantized or spec.I % spec.tp))
         and not (quantized and spec.dtype == "float32")
+        and not (spec.fully_sharded and (spec.tp == 1 or spec.adapters == "none" or spec.H % spec.tp))
         and not (spec.batched and (spec.weight_on_input or SCHEMES[spec.scheme].weight not in (None, "fp8")))
         and not (spec.weight_on_input and spec.top_k > 1)
     )
+
+
+def meshes_of(world_size: int | None = None) -> tuple[tuple[int, int, int], ...]:
+    """The meshes of some number of ranks; None: of up to four."""
+    known = tuple(mesh for mesh in MESHES if world_size in (None, mesh[0] * mesh[2]))
+    if known or world_size is None:
+        return known
+    sizes = [tp for tp in (1, 2, 4) if world_size % tp == 0]
+    return tuple((tp, dp, world_size // tp) for tp in sizes for dp in (world_size, 1))
 
 
 def _sizes(device: str, scheme: str, tp: int) -> list[tuple[int, int, int, int]]:
@@ -373,6 +421,25 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
             yield replace(scaled, adapters="mixed", split="uneven", seed=3)
     yield replace(plain, tp=2, dp=2, ep=1, bias="both")
     yield replace(plain, tp=4, dp=2, ep=1, adapters="wide")
+    sharded = replace(plain, fully_sharded=True)
+    for number, (adapted, (tp, dp, ep)) in enumerate(zip(ADAPTED, itertools.cycle(m for m in MESHES if m[0] > 1))):
+        yield replace(
+            sharded,
+            tp=tp,
+            dp=dp,
+            ep=ep,
+            adapters=tuple(ADAPTER_RANKS)[number % len(ADAPTER_RANKS)],
+            adapted=adapted,
+            tokens=ADAPTER_TOKENS[number // 2 % len(ADAPTER_TOKENS)],
+            shared=SHARED_PARTS[number % len(SHARED_PARTS)],
+            overlap=number % len(SHARED_PARTS) > 0,
+            placement=PLACEMENTS[number % len(PLACEMENTS)],
+            seed=number,
+        )
+    yield replace(sharded, tp=2, dp=2, ep=1, adapters="many", bias="both")
+    yield replace(sharded, tp=2, dp=2, ep=1, adapters="one", top_k=1, weight_on_input=True)
+    yield replace(sharded, tp=2, dp=1, ep=1, adapters="one", routing="some_invalid")
+    yield replace(sharded, tp=2, dp=1, ep=1, adapters="many", M=2)  # a pair's adapter is asked for by itself
 
 
 def parallel_specs(
@@ -387,7 +454,7 @@ def parallel_specs(
         world_size: restricts the ranks.
     """
     pools = POOLS[device]
-    meshes = [(tp, dp, ep) for tp, dp, ep in MESHES if world_size in (None, tp * ep)]
+    meshes = meshes_of(world_size)
 
     @st.composite
     def specs(draw: st.DrawFn) -> ParallelSpec:
@@ -398,7 +465,7 @@ def parallel_specs(
         if tp == 1 and dtype in pools.scaled_dtypes and draw(st.booleans()):
             scheme = draw(st.sampled_from([s for s in PARALLEL_SCHEMES if s in capabilities.schemes]))
         hidden, intermediate, block_n, block_k = draw(st.sampled_from(_sizes(device, scheme, tp)))
-        experts = draw(st.sampled_from((4, 5, 8)))
+        experts = max(ep, draw(st.sampled_from((4, 5, 8))))
         top_k = draw(st.integers(1, 4))
         shared = draw(st.sampled_from(SHARED_PARTS if tp * ep > dp else SHARED_PARTS[:2]))
         adapted = draw(st.integers(0, 3)) == 0
@@ -430,6 +497,7 @@ def parallel_specs(
             adapters=draw(st.sampled_from(tuple(ADAPTER_RANKS))) if adapted else "none",
             adapted=draw(st.sampled_from(ADAPTED)) if adapted else "everything",
             tokens=draw(st.sampled_from(ADAPTER_TOKENS)) if adapted else "mixed",
+            fully_sharded=adapted and tp > 1 and hidden % tp == 0 and draw(st.booleans()),
             seed=draw(SEEDS),
         )
 

@@ -64,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
     config.addinivalue_line("markers", "moegate_executions(examples, runs): what the test will run, for the progress")
     config.addinivalue_line("markers", "moegate_reruns(cases): calls so many fixed cases again and again")
+    config.addinivalue_line("markers", "moegate_ranks: starts ranks as processes, on GPUs one for each that is there")
     names = (
         "subject",
         "device",

@@ -6,8 +6,8 @@ from moegate.conformance.cases import build_batched
 from moegate.conformance.coverage import pinned_slabs
 from moegate.conformance.properties.batched import (
     judge_form,
-    judge_launches,
     judge_memory,
+    judge_path,
     judge_rows,
     memory_around,
     reference_of_batched,
@@ -43,7 +43,7 @@ def judge_of(session, variant):
         if not all(verdict.holds for verdict in verdicts):
             return verdicts
         if traced:
-            verdicts += judge_launches(case, record, subject.launches.get(variant))
+            verdicts += judge_path(case, record, variant, subject.launches.get(variant))
         verdicts += judge_memory(case, around, own, subject.numerics)
         return verdicts + judge_rows(case, routed, own, trace, subject.numerics)
 

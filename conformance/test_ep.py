@@ -11,6 +11,8 @@ from moegate.conformance.properties.ep import (
     judge_memory,
     judge_raised,
     judge_shared,
+    judge_slices,
+    judge_small_products,
     judge_travel,
     judge_values,
 )
@@ -44,7 +46,8 @@ def judge_of(session, run):
         if any(outcome.error is not None for outcome in outcomes):
             return verdicts
         results = [outcome.result.on_cpu() for outcome in outcomes]
-        verdicts += [judge_memory(case, results), *judge_travel(judged, results)]
+        verdicts += judge_small_products(judged, outcomes)
+        verdicts += [judge_memory(case, results), *judge_travel(judged, results), *judge_slices(judged, results)]
         verdicts += judge_values(judged, results, subject.numerics, subject.partial_sums[spec.exchange])
         if subject.numerics.repeatable:
             verdicts.append(judge_again(results, results_of(case)))
@@ -69,13 +72,17 @@ def test_simulated_ranks_make_the_layer_of_one(moegate_session, moegate_variant)
             case.spec.world_size, lambda rank, links: subject.parallel(case, links, variant, fails=None)
         )
 
+    pinned = pinned_parallel(session.device, subject.capabilities, batched=batched)
+    if not is_last:  # of adapters, few pairs are another way of kernels
+        few = [spec for spec in pinned if spec.fully_sharded and spec.M == 2]
+        pinned = (*pinned[::6], *few)
     session.explore(
         parallel_specs(session.device, subject.capabilities, batched=batched),
         judge_of(session, run),
         name=f"EP/{variant}",
         variant=variant,
         examples=EXAMPLES if is_last else FEWER,
-        pinned=pinned_parallel(session.device, subject.capabilities, batched=batched)[:: 1 if is_last else 6],
+        pinned=pinned,
         runs=RUNS,
     )
 
@@ -83,6 +90,8 @@ def test_simulated_ranks_make_the_layer_of_one(moegate_session, moegate_variant)
 @pytest.mark.moegate_executions(10, 1)
 def test_where_one_simulated_rank_raises_every_rank_raises(moegate_session, moegate_variant):
     session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+
+    pinned = pinned_parallel(session.device, subject.capabilities, batched=False)
 
     def judge(spec):
         case = build_parallel(spec, session.device)
@@ -100,19 +109,23 @@ def test_where_one_simulated_rank_raises_every_rank_raises(moegate_session, moeg
         name=f"EP-RAISE/{variant}",
         variant=variant,
         examples=10,
+        # Ranks that meet in the midst of their experts, and fail there.
+        pinned=tuple(spec for spec in pinned if spec.fully_sharded and spec.seed // 4 % 2)[:2],
     )
 
 
 def groups(device):
     """(backend, ranks) of the process groups that this machine can start: NCCL wants a GPU for each rank."""
     if device == "cuda":
-        return [("nccl", size) for size in (2, 3, 4) if size <= torch.cuda.device_count()]
+        most = torch.cuda.device_count()
+        return [("nccl", size) for size in sorted({2, 3, 4, most}) if 2 <= size <= most]
     return [("gloo", 4), ("gloo", 2)]
 
 
 REAL_EXAMPLES = 12
 
 
+@pytest.mark.moegate_ranks
 @pytest.mark.moegate_executions(2 * REAL_EXAMPLES, 2)
 def test_processes_make_the_layer_of_one(moegate_session, moegate_variant):
     session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
@@ -144,7 +157,8 @@ def test_processes_make_the_layer_of_one(moegate_session, moegate_variant):
                 if any(outcome.error is not None for outcome in outcomes):
                     return verdicts
                 results = [outcome.result for outcome in outcomes]
-                verdicts += judge_travel(case, results)
+                verdicts += judge_small_products(case, outcomes)
+                verdicts += [*judge_travel(case, results), *judge_slices(case, results)]
                 verdicts += judge_values(case, results, subject.numerics, subject.partial_sums[spec.exchange])
                 if spec.seed % 4 == 0:
                     failing = (spec.seed // 4 % spec.world_size, ("routing", "experts")[spec.seed // 16 % 2])
@@ -152,12 +166,13 @@ def test_processes_make_the_layer_of_one(moegate_session, moegate_variant):
                     verdicts.append(judge_raised(raised, f"made to raise in {failing[1]} on rank {failing[0]}"))
                 return verdicts
 
+            of_size = [spec for spec in pinned if spec.world_size == size]
             session.explore(
                 parallel_specs(session.device, capabilities, batched=False, world_size=size),
                 judge,
                 name=f"EP-REAL/{variant}/{backend}/{size}",
                 variant=variant,
                 examples=REAL_EXAMPLES,
-                pinned=tuple(spec for spec in pinned if spec.world_size == size)[::3],
+                pinned=tuple(spec for number, spec in enumerate(of_size) if number % 3 == 0 or spec.fully_sharded),
                 runs=1,
             )

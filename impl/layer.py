@@ -113,7 +113,8 @@ class MoELayer(nn.Module):
         reduce: the sum over ranks; None: there is one rank, or `parallel` says how they share the layer.
         adapters: LoRA adapters of the routed experts, whose slots tokens name in `lora_ids`; None without. With
             `parallel` those of this rank's experts (`ExpertPlacement.local_experts`) and columns of I
-            (`shard_of_adapter`), in the same slots on every rank.
+            (`shard_of_adapter`), in the same slots on every rank; or a table that is fully sharded over
+            `parallel.ranks.shards`, beside which shared experts are not overlapped.
         parallel: how ranks exchange tokens, and who holds which experts. Its ranks all make the layer, and all call it,
             also without tokens.
 
@@ -197,8 +198,15 @@ class MoELayer(nn.Module):
         if parallel is not None:
             if parallel.overlap and shared_experts is not None:
                 setting = replace(setting, dispatch_runs_shared_experts=True)
+            if adapters is not None and adapters.shards is not None:
+                setting = replace(setting, fully_sharded_lora=True)
             parallel.join(experts, num_experts, routing.top_k, adapters)
         elif adapters is not None:
+            if adapters.shards is not None:
+                raise ValueError(
+                    f"adapters: expected a table of whole matrices without parallel, got one that is fully sharded "
+                    f"over {adapters.shards.size} ranks"
+                )
             rows = like.new_empty((0, hidden_size), dtype=experts.dtype)
             adapters.expect_layer(experts.num_local_experts, rows, experts.intermediate_size, experts.function)
         self.gate = gate

@@ -22,7 +22,7 @@ def adapter_of(number, *, rank=RANK, device="cpu", shares_a=False, size=I):
     return Adapter(matrices("gate", size, H), matrices("up", size, H), down=matrices("down", H, size))
 
 
-def table_of(experts, *, num_slots=2, max_rank=RANK, load=2, size=I, num_experts=E, device="cpu", **options):
+def table_of(experts, *, num_slots=2, max_rank=RANK, load=2, size=I, num_experts=E, rank=RANK, device="cpu", **options):
     """A table of some experts, in this order, with adapters 0, 1, ... in its first slots."""
     local = {expert: place for place, expert in enumerate(experts)}
     table = AdapterTable(
@@ -35,6 +35,7 @@ def table_of(experts, *, num_slots=2, max_rank=RANK, load=2, size=I, num_experts
         expert_map=[local.get(expert, -1) for expert in range(num_experts)],
         **options,
     )
+    shards = options.get("fully_sharded_over")
     for number in range(load):
-        table.load(adapter_of(number, device=device, size=size))
+        table.load(adapter_of(number, rank=rank, device=device, size=size * (1 if shards is None else shards.size)))
     return table

@@ -71,8 +71,8 @@ def layer(**options: Any) -> MoELayer:
     return MoELayer(Gate(full(E, H)), routed(), RoutingMethod(K), **options)
 
 
-def table(loaded: bool = False) -> AdapterTable:
-    made = AdapterTable(2, 4, num_experts=E, hidden_size=H, intermediate_size=I, device="cpu")
+def table(loaded: bool = False, **options: Any) -> AdapterTable:
+    made = AdapterTable(2, 4, num_experts=E, hidden_size=H, intermediate_size=I, device="cpu", **options)
     if loaded:
         made.load(adapter(), 1)
     return made

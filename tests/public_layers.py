@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from public_calls import E, H, I, K, M, PublicCall, adapter, entered, full, layer, low_rank, routed, table, weights
+from public_values import Alone
 
 from moegate.conformance.properties.bad_input import (
     Arguments,
@@ -298,8 +299,10 @@ LAYER_CALLS: tuple[PublicCall, ...] = (
             "interleaved": BoolKind(),
             "expert_map": SequenceKind(optional=True),
             "device": TextKind(),
+            "fully_sharded_over": ObjectKind(optional=True),
         },
         (
+            Bad("fully_sharded_over", "is on another device", put(device="meta", fully_sharded_over=Alone())),
             Bad("interleaved", "is on without a gate", put(is_gated=False, interleaved=True)),
             Bad("expert_map", "has another length", put(expert_map=[0, 1])),
             Bad("expert_map", "has a local id twice", put(expert_map=[0, 0, 1, 2])),
@@ -340,6 +343,13 @@ LAYER_CALLS: tuple[PublicCall, ...] = (
     PublicCall(
         "lora.table.AdapterTable.adapter_of",
         lambda self, **a: self.adapter_of(**a),
+        lambda: {"self": table(loaded=True), "slot": 1},
+        {"slot": IntKind(0, 1)},
+        (Bad("slot", "is of a fully sharded table", put(self=table(fully_sharded_over=Alone()))),),
+    ),
+    PublicCall(
+        "lora.table.AdapterTable.slices_of",
+        lambda self, **a: self.slices_of(**a),
         lambda: {"self": table(loaded=True), "slot": 1},
         {"slot": IntKind(0, 1)},
     ),

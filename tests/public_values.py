@@ -62,7 +62,7 @@ class Alone(Group):
 
 
 def alone() -> Ranks:
-    return Ranks(Mesh(), Alone(), None, None)
+    return Ranks(Mesh(), Alone(), None, None, None)
 
 
 H200 = replace(Platform.parse("cuda:9.0"), name="NVIDIA H200")
@@ -226,7 +226,7 @@ VALUE_CALLS: tuple[PublicCall, ...] = (
             lambda: {"self": Mesh(2, 2, 2), "rank": 3},
             {"rank": IntKind(0, 3)},
         )
-        for method in ("ep_rank", "dp_rank", "place", "replicas", "data_peers")
+        for method in ("ep_rank", "dp_rank", "place", "replicas", "shards", "data_peers")
     ),
     PublicCall(
         "parallel.placement.ExpertPlacement",

@@ -4,7 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from layers import E, experts_of, gate_of, tokens
+from layers import E, I, experts_of, gate_of, tokens
 from lora_tables import table_of
 
 from moegate.impl.checks import debug_checks
@@ -15,6 +15,11 @@ from moegate.impl.parallel.experts import ParallelExperts
 from moegate.impl.parallel.mesh import Mesh
 from moegate.impl.parallel.placement import ExpertPlacement, linear_placement
 from moegate.impl.parallel.ranks import connect
+from moegate.impl.parallel.shards import experts_of_rank, shard_of_experts
+from moegate.impl.weights import ExpertsWeights
+
+# Columns that two, three or four ranks can share.
+FULL_I = 3 * I
 
 
 def shared_layer(ranks, *, placement=None, device="cpu", max_tokens=8, adapters=None, **options):
@@ -123,6 +128,35 @@ def outputs(links, device, exchange, counts, lora_ids=None):
     mine = slice(start, start + counts[links.rank])
     ids = None if lora_ids is None else torch.tensor(lora_ids, dtype=torch.int32, device=device)[mine]
     return layer(tokens(sum(counts), device=device)[mine], ids).cpu()
+
+
+def sharded_layer(ranks, *, device="cpu", max_tokens=8, rank=8, shared=None, overlap=False, options=None, **given):
+    """A layer whose ranks share each expert's columns of I, and both matrices of its adapters."""
+    size, place = ranks.mesh.tp_size, ranks.mesh.place(ranks.rank)
+    placement = linear_placement(E, ranks.mesh.ep_size)
+    whole = experts_of(device=device, size=FULL_I, **(options or {}))
+    held = placement.experts_of_rank[place.ep_rank]
+    mine = experts_of_rank(ExpertsWeights(whole.w13, whole.w2), held)
+    mine = shard_of_experts(mine, place.tp_rank, size)
+    given = {"fully_sharded_over": ranks.shards} | given
+    return MoELayer(
+        gate_of(device=device),
+        RoutedExperts(mine.w13, mine.w2),
+        RoutingMethod(2),
+        shared_experts=shared,
+        adapters=table_of(held, size=FULL_I // size, max_rank=rank, rank=rank, device=device, **given),
+        parallel=ParallelExperts(ranks, placement, max_tokens=max_tokens, overlap=overlap),
+    )
+
+
+def fully_sharded(links, device, mesh, lora_ids):
+    """The output of `sharded_layer` on every rank, for tokens that all of a run have."""
+    ranks = links.remembered(("ranks", mesh), lambda: connect(mesh))
+    layer = sharded_layer(ranks, device=device)
+    per_run = len(lora_ids) // mesh.dp_size
+    mine = slice(mesh.dp_rank(ranks.rank) * per_run, (mesh.dp_rank(ranks.rank) + 1) * per_run)
+    ids = torch.tensor(lora_ids, dtype=torch.int32, device=device)[mine]
+    return layer(tokens(len(lora_ids), device=device)[mine], ids).cpu()
 
 
 def replayed(links, device, counts):

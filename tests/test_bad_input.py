@@ -46,6 +46,7 @@ BEHIND = {
     "kernels": "launched by functions that have checked their arguments",
     "lora.eager": "a step of the CPU backend",
     "parallel.adapters": "steps of `ParallelExperts.join`, whose arguments are checked",
+    "lora.sharded": "steps of calls with a fully sharded table",
     "lora.table.StackedLowRank": "an adapter table's own memory",
     "lora.table.TokenAdapters": "made by `expect_token_adapters`",
     "lora.table.AdapterTable.debug_expect_ids": "a check itself",

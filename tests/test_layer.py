@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from layers import SHARED_I, E, H, I, experts_of, gate_of, layer_of, quantised_shared, shared_of, tokens, values
+from lora_tables import table_of
 from torch import nn
 
 from moegate.impl import layer as layer_module
@@ -53,6 +54,14 @@ def test_any_leading_dimensions_are_taken_and_given_back():
     flat = layer(x)
     assert torch.equal(layer(x.view(2, 3, H)), flat.view(2, 3, H))
     assert torch.equal(layer(x[0]), layer(x[:1])[0])
+
+
+def test_the_ids_of_adapters_have_the_leading_dimensions_of_their_tokens():
+    layer, x = layer_of(adapters=table_of(range(E))), tokens(6)
+    ids = torch.tensor([0, -1, 1, 1, 0, -1], dtype=torch.int32)
+    flat = layer(x, ids)
+    assert torch.equal(layer(x.view(2, 3, H), ids.view(2, 3)), flat.view(2, 3, H))
+    assert not torch.equal(flat, layer(x))
 
 
 def test_no_token_is_an_empty_result():

@@ -73,6 +73,8 @@ def test_the_value_properties_judged_here_are_all_that_there_are():
         "EP-01",  # test_parallel_values.py by these
         "EP-02",
         "EP-12",
+        "EP-15",
+        "EP-16",
         *(law.property.id for law in ROUTING_LAWS),
         *laws,
     }

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from layers import E, layer_of, tokens
+from layers import E, experts_of, gate_of, layer_of, tokens
 from lora_tables import table_of
+from rank_bodies import FULL_I
 
 from moegate.conformance.real_ranks import rank_processes
 from moegate.conformance.simulated_ranks import DeadlockError
+from moegate.impl.layer import MoELayer, RoutingMethod
+from moegate.impl.parallel.mesh import Mesh
 
 
 def _gpus():
@@ -86,6 +89,21 @@ def test_two_processes_give_the_layer_of_one_with_its_adapters(two, exchange):
     torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
 
 
+@pytest.mark.parametrize("mesh", [Mesh(tp_size=2), Mesh(tp_size=2, dp_size=2)], ids=["same tokens", "own tokens"])
+def test_two_processes_give_the_layer_of_one_with_fully_sharded_adapters(two, mesh):
+    ids = [0, 1, -1, 1, 0, -1]
+    whole = MoELayer(gate_of(), experts_of(size=FULL_I), RoutingMethod(2), adapters=table_of(range(E), size=FULL_I))
+    expected = whole(tokens(6), torch.tensor(ids, dtype=torch.int32))
+    outcomes = run(two, "fully_sharded", "cpu", mesh, ids)
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    outputs = [outcome.result for outcome in outcomes]
+    output = torch.cat(outputs) if mesh.dp_size == 2 else outputs[0]
+    torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
+    # Tokens travel as bytes: of floats there are the two small products, and the layer's own sum.
+    sums = "reduce_scatter" if mesh.dp_size == 2 else "all_reduce"
+    assert [c.name for c in outcomes[0].calls if "float" in c.dtype] == ["all_gather", "all_reduce", sums]
+
+
 def test_who_waits_where_is_reported_in_time():
     with rank_processes(2, limit=1.5) as processes:
         first, second = run(processes, "a_collective_that_one_rank_leaves_out")
@@ -103,6 +121,7 @@ def test_a_process_that_dies_is_reported():
     assert second.error is None
 
 
+@pytest.mark.moegate_ranks
 @pytest.mark.skipif(not _gpus(), reason="needs a GPU")
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
 def test_nccl_gives_the_layer_of_one_on_every_gpu(exchange):
@@ -120,6 +139,7 @@ def test_nccl_gives_the_layer_of_one_on_every_gpu(exchange):
     assert [outcome.error for outcome in checked] == [None] * size
 
 
+@pytest.mark.moegate_ranks
 @pytest.mark.skipif(not _gpus(), reason="needs a GPU")
 def test_all_gather_is_captured_and_replayed_on_every_gpu():
     size = _gpus()

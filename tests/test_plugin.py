@@ -1,4 +1,4 @@
-"""The pytest plugin as a user meets it, in processes of its own; most of their time is importing torch."""
+"""The pytest plugin as a user meets it, in processes of its own."""
 
 import json
 import os
@@ -6,11 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked_runs import run_forked
 
 from moegate.conformance import plugin
 from moegate.conformance.spec import ExpertsSpec, parse_spec
@@ -134,22 +134,25 @@ def runs(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment.pop("TRITON_INTERPRET", None)
 
-    def run(name):
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider", *RUNS[name]],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    arguments = {name: ("-q", "-rs", "--tb=short", "-p", "no:cacheprovider", *RUNS[name]) for name in RUNS}
+    # The one that says what a run loads starts from nothing.
+    own = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments.pop("trivial")],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    done = {"trivial": (own.returncode, own.stdout + own.stderr), **run_forked(arguments, folder, environment)}
+
+    def result(name, code, text):
         options = dict(zip(RUNS[name], RUNS[name][1:], strict=False))
         report = folder / options.get("--moegate-report", "none")
         report = json.loads(report.read_text()) if report.exists() else None
-        return SimpleNamespace(code=done.returncode, text=done.stdout + done.stderr, report=report)
+        return SimpleNamespace(code=code, text=text, report=report)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(RUNS, pool.map(run, RUNS), strict=True))
+    return {name: result(name, *done[name]) for name in RUNS}
 
 
 def findings(run):

@@ -12,22 +12,17 @@ from typing import IO
 
 from .job import Job, Outcome, job_as_line
 
-# A case under Triton's interpreter takes a second; on a GPU its kernels may have to be compiled first.
-SILENCE_S = {"cpu": 60.0, "cuda": 120.0}
-LIMIT_S = 300.0
-
 
 class HuntError(RuntimeError):
     """The server ended before it had done its work."""
 
 
-def outcomes_of(jobs: Sequence[Job], processes: int, *, limit_s: float = LIMIT_S) -> Iterator[Outcome]:
+def outcomes_of(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
     """Hunt faults in children of a server, which is started in the Triton mode of the jobs' device.
 
     Args:
         jobs: of one subject and one device.
         processes: children at a time.
-        limit_s: of one fault.
 
     Raises:
         HuntError: the server ended early.
@@ -41,8 +36,6 @@ def outcomes_of(jobs: Sequence[Job], processes: int, *, limit_s: float = LIMIT_S
         "subject": jobs[0].fault.subject,
         "device": device,
         "processes": processes,
-        "silence_s": SILENCE_S[device],
-        "limit_s": limit_s,
     }
     server = subprocess.Popen(
         [sys.executable, "-m", "moegate.conformance.faults.server"],

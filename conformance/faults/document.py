@@ -16,9 +16,10 @@ from typing import Any
 from ..catalogue import PROPERTIES
 from .fault import Fault, load_catalogue
 from .record import Killed, read_witnesses
+from .survivors import MUTANTS, read_survivors
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
-MUTANTS, MATRIX = (Path(__file__).parent / name for name in ("mutants.json", "matrix.json"))
+MATRIX = Path(__file__).parent / "matrix.json"
 
 
 def as_markdown() -> str:
@@ -113,26 +114,31 @@ def _mutants() -> Iterator[str]:
     if not MUTANTS.exists():
         yield "No run is checked in."
         return
-    data = json.loads(MUTANTS.read_text())
-    total, killed = data["hunted"], data["killed"]
+    data, survivors = json.loads(MUTANTS.read_text()), list(read_survivors().values())
+    total, killed = data["mutants"], data["killed"]
+    by = Counter(survivor["verdict"] for survivor in survivors)
+    real = total - by["equivalent"]
+    now, anywhere = killed + by["later"], killed + by["later"] + by["elsewhere"]
     yield (
-        f"`moegate faults --mutate {data['count']} --seed {data['seed']}`: {killed} of {total} killed "
-        f"({100 * killed / total:.1f} %), {data['by_error']} of them by an error that the call raised and no property. "
-        f"Of the {total - killed} survivors {_of_kind(data, 'equivalent')} are equivalent, {_of_kind(data, 'later')} "
-        f"are killed since by what was added, {_of_kind(data, 'elsewhere')} by tests that are not part of the suite, "
-        f"and {_of_kind(data, 'open')} are open.\n"
+        f"`moegate faults --mutate {data['count']} --seed {data['seed']}`: the suite killed {killed} of {total} "
+        f"({_percent(killed, total)}), {data['by_error']} of them by an error that the call raised or a signal, and no "
+        f"property. Of the {len(survivors)} survivors {by['equivalent']} are equivalent, {by['later']} are killed "
+        f"since by what was added, {by['elsewhere']} by the project's tests, which are not part of the suite, and "
+        f"{by['open']} are open. Of the {real} that are not equivalent the suite kills {now} ({_percent(now, real)}), "
+        f"and with the tests {anywhere} ({_percent(anywhere, real)}).\n"
     )
     yield from _table(
-        ("module", "mutants", "killed"), [(area, *numbers) for area, numbers in sorted(data["areas"].items())],
-        ("mutants", "killed"),
-    )  # fmt: skip
+        ("module", "mutants", "killed at first"),
+        [(area, *numbers) for area, numbers in sorted(data["areas"].items())],
+        ("mutants", "killed at first"),
+    )
     yield ""
-    rows = [(s["id"], s["change"], s["verdict"], s["why"]) for s in data["survivors"]]
+    rows = [(s["id"], s["change"], s["verdict"], s["why"]) for s in survivors]
     yield from _table(("survivor", "change", "verdict", "why"), rows)
 
 
-def _of_kind(data: Mapping[str, Any], verdict: str) -> int:
-    return sum(survivor["verdict"] == verdict for survivor in data["survivors"])
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
 
 
 def write(path: Path) -> None:

@@ -34,7 +34,7 @@ class Outcome:
         cases: executions judged until then, that one included.
         seconds: from the fork on.
         witness: the case.
-        detail: of the violation, in words.
+        detail: of the violation, in words; of a survivor, what ended the hunt before all its cases had run.
         from_witness: the case that is checked in killed it, without a search.
         broken: why the hunt itself failed, which says nothing of the fault; empty where it did not.
         kills: for a matrix: by what may kill, in how many cases it did, and how many cases it judged.
@@ -75,6 +75,8 @@ class Orders:
         search: whether there is one where the witness does not kill.
         everything: do not stop at a kill; count the kills of each property (a matrix).
         any_kill: whatever is violated is expected.
+        silence_s: a hunt that is not heard of for so long hangs.
+        limit_s: a hunt is ended after so long, whatever it says; what it did not kill until then survives.
     """
 
     device: str = "cpu"
@@ -83,6 +85,8 @@ class Orders:
     search: bool = True
     everything: bool = False
     any_kill: bool = False
+    silence_s: float = 60.0
+    limit_s: float = 300.0
 
 
 @dataclass

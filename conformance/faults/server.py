@@ -77,12 +77,15 @@ def _read(child: _Child) -> bool:
     return bool(data)
 
 
-def _ended(child: _Child, status: int, hung: bool) -> Outcome:
+def _ended(child: _Child, status: int, hung: bool, late: bool) -> Outcome:
     if child.outcome is not None:
         return child.outcome
     fault, orders = child.job.fault, child.job.orders
     outcome = Outcome(fault.id, fault.area, cases=child.cases, seconds=round(time.monotonic() - child.started, 2))
-    if hung or os.WIFSIGNALED(status):
+    if late:
+        # It was still running cases, none of which had killed: slow is not wrong.
+        outcome.detail = f"ended after {orders.limit_s:g} s, before all its cases had run"
+    elif hung or os.WIFSIGNALED(status):
         cause = "hang" if hung else f"signal:{signal.Signals(os.WTERMSIG(status)).name}"
         # A test that announces no cases dies in one all the same, where the fault is said to kill so.
         outcome.killed, outcome.by = bool(child.cases) or cause in fault.expect, [cause]
@@ -96,14 +99,12 @@ def _ended(child: _Child, status: int, hung: bool) -> Outcome:
     return outcome
 
 
-def run_jobs(jobs: Iterable[Job], processes: int, silence_s: float, limit_s: float) -> Iterator[Outcome]:
+def run_jobs(jobs: Iterable[Job], processes: int) -> Iterator[Outcome]:
     """Hunt faults, `processes` at a time.
 
     Args:
         jobs: what to do.
         processes: children at a time.
-        silence_s: a child that is not heard of for so long hangs.
-        limit_s: a child is ended after so long, whatever it says.
 
     Yields:
         Outcomes, as they come.
@@ -125,18 +126,19 @@ def run_jobs(jobs: Iterable[Job], processes: int, silence_s: float, limit_s: flo
                 return
             ready = [running[key.fd] for key, _ in selector.select(timeout=1.0)]
             now = time.monotonic()
-            late = [c for c in running.values() if now - c.heard > silence_s or now - c.started > limit_s]
-            for child in late:
+            silent = [c for c in running.values() if now - c.heard > c.job.orders.silence_s]
+            late = [c for c in running.values() if c not in silent and now - c.started > c.job.orders.limit_s]
+            for child in [*silent, *late]:
                 os.kill(child.pid, signal.SIGKILL)
-            for child in {id(c): c for c in [*ready, *late]}.values():
-                hung = child in late
-                if not hung and _read(child):
+            for child in {id(c): c for c in [*ready, *silent, *late]}.values():
+                hung = child in silent
+                if not (hung or child in late) and _read(child):
                     continue
                 _, status = os.waitpid(child.pid, 0)
                 selector.unregister(child.pipe)
                 os.close(child.pipe)
                 del running[child.pipe]
-                yield _ended(child, status, hung)
+                yield _ended(child, status, hung, child in late)
     finally:
         for child in running.values():
             os.kill(child.pid, signal.SIGKILL)
@@ -206,7 +208,7 @@ def main() -> None:
     if loaded:
         raise RuntimeError(f"expected a server that never imports what is judged, found {loaded[0]}")
     jobs = (job_of_line(line) for line in sys.stdin)
-    for outcome in run_jobs(jobs, settings["processes"], settings["silence_s"], settings["limit_s"]):
+    for outcome in run_jobs(jobs, settings["processes"]):
         print(json.dumps(outcome.as_dict()), flush=True)
 
 

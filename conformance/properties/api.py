@@ -271,7 +271,7 @@ BAD_CALLS: tuple[BadCall, ...] = (
 )
 
 
-def _with_scales(arguments: Arguments, functions: dict[str, Any]) -> Arguments:
+def with_scales(arguments: Arguments, functions: dict[str, Any]) -> Arguments:
     """The arguments with the subject's own value in place of the fields of its scales."""
     fields = arguments.get("quant")
     if not isinstance(fields, dict) or "scheme" not in fields:
@@ -286,7 +286,7 @@ def judge_bad_call(call: BadCall, functions: dict[str, Any], device: str) -> lis
 
     def run() -> None:
         with functions["debug_checks"](call.debug):
-            functions[call.function](**_with_scales(bad, functions))
+            functions[call.function](**with_scales(bad, functions))
 
     wrong = refusal_of(run, call.argument)
     changed = contents.changed()

@@ -18,7 +18,7 @@ from ..cases import BatchedCase, ExpertsCase
 from ..judge import Verdict, declare
 from ..numerics import Numerics
 from .num import budget_of, judge_values, reference_of
-from .path import Launches
+from .path import BACKEND, Launches
 
 BEHIND = declare(
     "BATCHED-01", "rows behind an expert's count stay as they were, and so does the memory around the result", "batched"
@@ -107,14 +107,23 @@ def judge_memory(case: BatchedCase, around: Tensor, own: Tensor, numerics: Numer
     return verdicts
 
 
-def judge_launches(case: BatchedCase, record: Any, launches: Launches | None) -> list[Verdict]:
-    """BATCHED-06, where the table has an entry for the batched format."""
+def judge_path(case: BatchedCase, record: Any, variant: str, launches: Launches | None) -> list[Verdict]:
+    """PATH-02, and BATCHED-06 where the table has an entry for the batched format.
+
+    Args:
+        case: what ran.
+        record: as `path.judge_path` has it.
+        variant: the backend asked for, whose name that of the batched format holds.
+        launches: the declared table, where there is one.
+    """
+    ran = record.last("backend")
+    verdicts = [BACKEND.verdict(variant in str(ran), f"asked for {variant} in slabs, ran {ran}")]
     table = launches(case.activation_scale) if launches is not None else {}
     if "batched" not in table:
-        return []
+        return verdicts
     launched = dict(record.launches)
     expected = table["batched"] if case.hidden_states.numel() else ({},)
-    return [LAUNCHES.verdict(launched in expected, f"expected {expected}, launched {launched}")]
+    return [*verdicts, LAUNCHES.verdict(launched in expected, f"expected {expected}, launched {launched}")]
 
 
 def _counts(case: BatchedCase) -> list[int]:

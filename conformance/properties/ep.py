@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,33 @@ SHARED = declare(
     "EP-12", "without routed weights every rank's output is the shared output, counted once", "parallel", is_value=True
 )
 RAISES = declare("EP-13", "where one rank raises in debug mode, every rank raises the same error", "parallel")
+SHARDED_WHOLE = declare(
+    "EP-15",
+    "with adapters cut in both matrices every element is within the budget of the layer of one rank",
+    "parallel",
+    is_value=True,
+)
+SHARDED_PART = declare(
+    "EP-16",
+    "a rank with such adapters makes the sums of its own columns of I, and adds adapters to its own slice of H alone",
+    "parallel",
+    is_value=True,
+)
+SLICES = declare(
+    "EP-17",
+    "of each adapter a rank holds the slices of A and B that are its own, and where cut no whole matrix",
+    "parallel",
+)
+SMALL = declare(
+    "EP-18",
+    "ranks with such adapters meet twice a call, over the product of A alone: `[rows, r]`, gathered, then reduced",
+    "parallel",
+)
 BASE = declare("EP-14", "a token without an adapter has the bits that the ranks give it without adapters", "parallel")
+
+
+Slice = tuple[int, str, int]
+"""An adapter's number, the projection (`gate`, `up`, `down`) and the global expert."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +96,7 @@ class RankResult:
         topk_weights: `[rows, top_k]` float32.
         experts: the logical ids of the experts that it holds.
         lora_ids: `[rows]`, the adapter that came with each; None without adapters.
+        slices: what it holds of each adapter's A and B; None without adapters.
         is_own: the result shares no memory with an operand.
     """
 
@@ -80,11 +108,15 @@ class RankResult:
     topk_weights: Tensor
     experts: tuple[int, ...]
     lora_ids: Tensor | None = None
+    slices: Mapping[Slice, tuple[Tensor, Tensor]] | None = None
     is_own: bool = True
 
     def on_cpu(self) -> RankResult:
         """The same, where it is judged."""
-        return replace(self, **{name: t.cpu() for name, t in vars(self).items() if isinstance(t, Tensor)})
+        moved: dict[str, Any] = {name: t.cpu() for name, t in vars(self).items() if isinstance(t, Tensor)}
+        if self.slices is not None:
+            moved["slices"] = {key: (a.cpu(), b.cpu()) for key, (a, b) in self.slices.items()}
+        return replace(self, **moved)
 
 
 def judge_meeting(outcomes: Sequence[RankOutcome]) -> list[Verdict]:
@@ -203,8 +235,77 @@ def _judge_copies(case: ParallelCase, results: Sequence[RankResult]) -> list[Ver
     return [COPIES.verdict(worst <= 1, detail)]
 
 
+def judge_slices(case: ParallelCase, results: Sequence[RankResult]) -> list[Verdict]:
+    """EP-17, where there are adapters."""
+    if case.lora is None:
+        return []
+    wrong = []
+    for rank, result in enumerate(results):
+        held, expected = result.slices or {}, dict(_own_slices(case, rank))
+        if held.keys() != expected.keys():
+            wrong.append(f"rank {rank} holds {len(held)} pairs of matrices, not {len(expected)}")
+            continue
+        for key, pair in expected.items():
+            for name, mine, right in zip("AB", held[key], pair, strict=True):
+                if not torch.equal(mine, right):
+                    shapes = f"{list(mine.shape)}, expected {list(right.shape)}"
+                    wrong.append(f"rank {rank}, adapter {key[0]}, {key[1]} of expert {key[2]}: {name} is {shapes}")
+    return [SLICES.verdict(not wrong, "; ".join(wrong[:2]))]
+
+
+def _own_slices(case: ParallelCase, rank: int) -> Iterator[tuple[Slice, tuple[Tensor, Tensor]]]:
+    """What a rank should hold: its columns of I and, where all is cut, some rows of w13's A and of w2's B."""
+    spec, shard = case.spec, rank % case.spec.tp
+    cut = spec.tp if spec.fully_sharded else 1
+
+    def part(x: Tensor, dim: int, size: int) -> Tensor:
+        return x.chunk(size, dim)[shard] if size > 1 else x
+
+    if case.lora is None:
+        return
+    for number, adapter in enumerate(case.lora.adapters):
+        for expert in case.experts_of_rank[rank // spec.tp]:
+            first = {"gate": adapter.gate.get(expert), "up": adapter.up.get(expert)}
+            both = adapter.gate_up.get(expert)
+            if both is not None:
+                first = {n: replace(both, b=b) for n, b in zip(first, both.b.chunk(2), strict=True)}
+            for name, matrix in first.items():
+                if matrix is not None:
+                    yield (number, name, expert), (part(matrix.a, 0, cut), part(matrix.b, 0, spec.tp))
+            matrix = adapter.down.get(expert)
+            if matrix is not None:
+                yield (number, "down", expert), (part(matrix.a, 1, spec.tp), part(matrix.b, 0, cut))
+
+
+def judge_small_products(case: ParallelCase, outcomes: Sequence[RankOutcome]) -> list[Verdict]:
+    """EP-18, where adapters are cut in both matrices."""
+    spec = case.spec
+    if not spec.fully_sharded or case.lora is None:
+        return []
+    # Ranks may be rounded up to a power of two, for the tiles of a kernel.
+    widest = 1 << (max(16, case.lora.max_rank) - 1).bit_length()
+    wrong = []
+    for rank, outcome in enumerate(outcomes):
+        first = rank - rank % spec.tp
+        shards = tuple(range(first, first + spec.tp))
+        # Tokens and messages travel as bytes, sums as floats.
+        calls = [call for call in outcome.calls if call.ranks == shards and "float" in call.dtype]
+        is_idle = not case.experts_of_rank[rank // spec.tp] or (spec.dp == 1 and not spec.M)
+        expected = [] if is_idle else ["all_gather", "all_reduce"]
+        own = len(expected)
+        if spec.dp > 1 and spec.peers(rank) == shards:
+            expected.append("reduce_scatter")
+        if spec.replicas_of(rank) == shards:
+            expected.append("all_reduce")
+        names = [call.name for call in calls]
+        columns = [call.shape[1] for call in calls[:own]]
+        if names != expected or any(c > w for c, w in zip(columns, (2 * widest // spec.tp, widest), strict=False)):
+            wrong.append(f"rank {rank} calls {[str(call) for call in calls]}, expected {expected}")
+    return [SMALL.verdict(not wrong, "; ".join(wrong[:1]))]
+
+
 def judge_values(case: ParallelCase, results: Sequence[RankResult], numerics: Numerics, summed: str) -> list[Verdict]:
-    """EP-01 and EP-02.
+    """EP-01 and EP-02; EP-15 and EP-16 where adapters are cut in both matrices.
 
     Args:
         case: the operands.
@@ -235,7 +336,8 @@ def judge_values(case: ParallelCase, results: Sequence[RankResult], numerics: Nu
             share, limit = _used(made, trace, budget, call), 1.0
         if not share <= used:
             used, worst = share, f"rank {rank}, which computes {int((pairs >= 0).sum())} pairs"
-    verdicts = [SHARD.verdict(used <= 1, worst, budget_used=used)]
+    of_part, of_whole = (SHARDED_PART, SHARDED_WHOLE) if spec.fully_sharded else (SHARD, WHOLE)
+    verdicts = [of_part.verdict(used <= 1, worst, budget_used=used)]
 
     storage = Format.of(case.routed.hidden_states.dtype)
     at = format_of("storage" if summed == "storage" else "float32", case.routed.hidden_states.dtype)
@@ -256,7 +358,7 @@ def judge_values(case: ParallelCase, results: Sequence[RankResult], numerics: Nu
         tokens = spec.tokens_of(rank)
         rows = slice(tokens.start, tokens.stop)
         if result.output.shape != output[rows].shape:
-            return [*verdicts, WHOLE.verdict(False, f"rank {rank} returns {list(result.output.shape)}")]
+            return [*verdicts, of_whole.verdict(False, f"rank {rank} returns {list(result.output.shape)}")]
         if not len(tokens):
             continue
         error = (result.output.to(output.dtype) - output[rows]).nan_to_num(torch.inf, torch.inf, torch.inf).abs()
@@ -270,7 +372,7 @@ def judge_values(case: ParallelCase, results: Sequence[RankResult], numerics: Nu
                 f"expected {float(output[rows][token, column]):.6g}, got {float(result.output[token, column]):.6g}; "
                 f"{int((over > 1).sum())} of {over.numel()} elements of the rank over"
             )
-    return [*verdicts, WHOLE.verdict(used <= 1, worst, budget_used=used)]
+    return [*verdicts, of_whole.verdict(used <= 1, worst, budget_used=used)]
 
 
 def _used(made: Tensor, trace, budget, call) -> float:

@@ -25,7 +25,7 @@ from ...impl.parallel.shards import experts_of_rank, shard_of_adapter, shard_of_
 from ...impl.parallel.wire import Tokens
 from ...impl.weights import ExpertsWeights
 from ..parallel_cases import ParallelCase
-from ..properties.ep import RankResult
+from ..properties.ep import RankResult, Slice
 from .moegate_lora import as_adapter
 
 Arguments = Callable[[Any], dict[str, Any]]
@@ -127,7 +127,8 @@ def ranks_of(mesh: Mesh, links: Any, device: str = "cpu") -> Ranks:
 
     world = _Linked("world", links.channel(tuple(range(links.size))), device)
     rank = links.rank
-    return Ranks(mesh, world, group("peers", mesh.data_peers(rank)), group("replicas", mesh.replicas(rank)))
+    names = {"peers": mesh.data_peers, "replicas": mesh.replicas, "shards": mesh.shards}
+    return Ranks(mesh, world, *(group(name, ranks_of_group(rank)) for name, ranks_of_group in names.items()))
 
 
 def _placement(case: ParallelCase) -> ExpertPlacement:
@@ -201,13 +202,14 @@ def run_rank(
             raise ValueError(f"made to raise in experts on rank {rank}")
 
         experts.register_forward_pre_hook(fail)
+    adapters = _table(case, parallel, experts)
     gate = Gate(torch.zeros((spec.E, spec.H), dtype=dtype, device=device))
     layer = MoELayer(
         gate,
         experts,
         RoutingMethod(spec.top_k),
         shared_experts=shared,
-        adapters=_table(case, parallel, experts),
+        adapters=adapters,
         parallel=parallel,
     )
     # No routing of ours gives every id that experts take: -1, or one twice.
@@ -217,7 +219,7 @@ def run_rank(
     place_of = output.untyped_storage().data_ptr() if output.numel() else None
     operands = [t for part in (case.routed, case.shared) if part is not None for t in part.tensors().values()]
     is_own = all(t.untyped_storage().data_ptr() != place_of for t in operands if t.numel())
-    return replace(parallel.seen, output=output.clone(), is_own=is_own)
+    return replace(parallel.seen, output=output.clone(), is_own=is_own, slices=_slices(adapters))
 
 
 def _table(case: ParallelCase, parallel: ParallelExperts, experts: RoutedExperts) -> AdapterTable | None:
@@ -235,8 +237,21 @@ def _table(case: ParallelCase, parallel: ParallelExperts, experts: RoutedExperts
         dtype=experts.dtype,
         device=experts.w2.device,
         expert_map=parallel.placement.local_experts(parallel.ep_rank),
+        fully_sharded_over=parallel.ranks.shards if case.spec.fully_sharded else None,
         **kind,
     )
-    for adapter in case.lora.adapters:
-        table.load(shard_of_adapter(as_adapter(adapter), place.tp_rank, place.tp_size, **kind))
+    for adapter in map(as_adapter, case.lora.adapters):
+        whole = case.spec.fully_sharded
+        table.load(adapter if whole else shard_of_adapter(adapter, place.tp_rank, place.tp_size, **kind))
     return table
+
+
+def _slices(table: AdapterTable | None) -> dict[Slice, tuple[Tensor, Tensor]] | None:
+    """What a table holds of its adapters."""
+    if table is None:
+        return None
+    return {
+        (slot, name, expert): (a.clone(), b.clone())
+        for slot in table.loaded
+        for name, expert, a, b in table.slices_of(slot)
+    }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
 
 from ..config import Activation, ActivationFormat, ActivationFunction, MoEConfig, QuantScheme
-from ..lora.eager import add_adapters_with_torch
+from ..lora.eager import expand_with_torch, shrink_with_torch
 from ..platform import Platform, Vendor
 from ..quantization import ExpertsQuantization, WeightScale
 from ..quantize import quantize_with_torch
@@ -43,41 +44,46 @@ class CpuExperts(StandardExperts):
         by_expert = torch.argsort(expert, stable=True)
         counts = torch.bincount(expert + 1, minlength=weights.num_local_experts + 1).tolist()
         held = by_expert[counts[0] :]
-        runs = [(e, pairs) for e, pairs in enumerate(held.split(counts[1:])) if pairs.numel()]
+        # An expert's pairs stand together among those held.
+        ends = accumulate(counts[1:])
+        runs = [
+            (e, slice(end - count, end)) for e, (count, end) in enumerate(zip(counts[1:], ends, strict=True)) if count
+        ]
         routing_weights = call.topk_weights.reshape(-1, 1)
+        slots = None if lora is None else lora.lora_ids[held // top_k]
 
         w13 = _Weight(weights.w13, quant, is_first=True, parts=call.activation.rows_a_column)
         x = _Rows(call.hidden_states, quant, is_first=True, scales=call.input_scale)
-        adapted = call.hidden_states if lora is None else call.adapted_states(dtype)
+        shrunk = None
+        if lora is not None and slots is not None:
+            shrunk = shrink_with_torch(call.adapted_states(dtype)[held // top_k], slots, runs, lora.table.w13)
         hidden = torch.empty((len(held), weights.intermediate_size), dtype=dtype)
-        start = 0
-        for e, pairs in runs:
+        for e, run in runs:
+            pairs = held[run]
             gate_up = w13.times(x, pairs // top_k, e)
-            if lora is not None:
-                token = pairs // top_k
-                add_adapters_with_torch(gate_up, adapted[token], lora.lora_ids[token], lora.table.w13, e)
+            if lora is not None and slots is not None and shrunk is not None:
+                expand_with_torch(gate_up, shrunk[run], slots[run], lora.table.w13, e)
             if call.apply_router_weight_on_input:
                 gate_up *= routing_weights[pairs]
             if weights.w13_bias is not None:
                 gate_up += weights.w13_bias[e].float()
-            hidden[start : start + len(pairs)] = _activated(gate_up.to(dtype).float(), call.activation)
-            start += len(pairs)
+            hidden[run] = _activated(gate_up.to(dtype).float(), call.activation)
 
         w2 = _Weight(weights.w2, quant, is_first=False, parts=1)
         rows = _Rows(hidden, quant, is_first=False)
+        if lora is not None and slots is not None:
+            shrunk = shrink_with_torch(hidden, slots, runs, lora.table.w2)
         y = torch.zeros((num_tokens * top_k, weights.hidden_size), dtype=dtype)
-        start = 0
-        for e, pairs in runs:
-            place = torch.arange(start, start + len(pairs))
-            expert_out = w2.times(rows, place, e)
-            if lora is not None:
-                add_adapters_with_torch(expert_out, hidden[place], lora.lora_ids[pairs // top_k], lora.table.w2, e)
+        for e, run in runs:
+            pairs = held[run]
+            expert_out = w2.times(rows, torch.arange(run.start, run.stop), e)
+            if lora is not None and slots is not None and shrunk is not None:
+                expand_with_torch(expert_out, shrunk[run], slots[run], lora.table.w2, e)
             if weights.w2_bias is not None:
                 expert_out += weights.w2_bias[e].float()
             if not call.apply_router_weight_on_input:
                 expert_out *= routing_weights[pairs]
             y[pairs] = expert_out.to(dtype)
-            start += len(pairs)
 
         total = torch.zeros((num_tokens, weights.hidden_size), dtype=torch.float32)
         for choice in y.view(num_tokens, top_k, -1).unbind(1):

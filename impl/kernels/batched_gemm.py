@@ -28,6 +28,8 @@ from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
         "num_listed",
         "num_runs",
         "lora_part_rows",
+        "lora_first_row",
+        "lora_b_rows",
     ]
 )
 def batched_gemm_kernel(
@@ -63,6 +65,8 @@ def batched_gemm_kernel(
     num_runs,
     stride_runs,
     lora_part_rows,
+    lora_first_row,
+    lora_b_rows,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     WIDE_B: tl.constexpr,
@@ -148,12 +152,13 @@ def batched_gemm_kernel(
                 lora_b_ptr,
                 expert,
                 pid_n,
-                N,
                 lora_width,
                 tl.num_programs(1),
                 num_runs,
                 stride_runs,
                 lora_part_rows,
+                lora_first_row,
+                lora_b_rows,
                 LORA_LISTED,
                 LORA,
                 LORA_PARTS,

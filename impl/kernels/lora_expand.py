@@ -34,12 +34,13 @@ def add_adapters(
     b_ptr,
     expert,
     pid_n,
-    N,
     R,
     num_experts,
     num_runs,
     stride_runs,
     part_rows,
+    first_row,
+    b_rows,
     LISTED: tl.constexpr,
     LORA: tl.constexpr,
     PARTS: tl.constexpr,
@@ -56,7 +57,8 @@ def add_adapters(
     its first `count` rows brings its own, whose RUNS at most are added up, and `listed` are the rows' too.
 
     LORA says which part a column belongs to: `one` is one part in a tile, `halves` follow each other (a part has
-    `part_rows` rows), `interleaved` alternate.
+    `part_rows` rows), `interleaved` alternate. Of each expert's B there are the `b_rows` rows from `first_row` on, and
+    other columns get nothing.
     """
     TILE_PARTS: tl.constexpr = 1 if LORA == "one" else PARTS  # pyright: ignore[reportAssignmentType]
     lane_m = tl.arange(0, BLOCK_M)
@@ -81,13 +83,14 @@ def add_adapters(
             part = (pid_n * BLOCK_N) // part_rows + lane_r * 0
         else:
             part = lane_r % width // R
-        takes = (columns < N)[:, None] & live[None, :]
+        takes = ((columns >= first_row) & (columns - first_row < b_rows))[:, None] & live[None, :]
         if LORA == "halves":
             takes = takes & ((columns // part_rows)[:, None] == part[None, :])
         elif LORA == "interleaved":
             takes = takes & ((columns % 2)[:, None] == part[None, :])
         group = slot.to(tl.int64) * num_experts + expert
-        b = tl.load(b_ptr + columns.to(tl.int64)[:, None] * R + (group * N * R + r)[None, :], mask=takes, other=0.0)
+        b_offsets = (columns - first_row).to(tl.int64)[:, None] * R + (group * b_rows * R + r)[None, :]
+        b = tl.load(b_ptr + b_offsets, mask=takes, other=0.0)
         s_ptrs = shrunk_ptr + rows[:, None] * (PARTS * R) + (part * R + r)[None, :]
         shrunk = tl.load(s_ptrs, mask=mine, other=0.0)
         if not LISTED:
@@ -102,12 +105,12 @@ def add_adapters(
 
 
 # The launch arguments of a GEMM without adapters: constants, so that nothing of LoRA is compiled into it.
-NO_ADAPTERS: tuple[Any, ...] = (None,) * 10
+NO_ADAPTERS: tuple[Any, ...] = (None,) * 12
 NO_LORA: dict[str, Any] = {"LORA": "none", "LORA_PARTS": 1, "LORA_BLOCK_R": 16, "LORA_LISTED": False, "LORA_RUNS": 1}
 
 
 def adapter_arguments(shrunk: Shrunk | None, config: KernelConfig) -> tuple[Any, ...]:
-    """The adapters' arguments of a GEMM's launch, from `lora_slots_ptr` to `lora_part_rows`.
+    """The adapters' arguments of a GEMM's launch, from `lora_slots_ptr` to `lora_b_rows`.
 
     Raises:
         ValueError: blocks of another size than those whose adapters are listed.
@@ -128,7 +131,9 @@ def adapter_arguments(shrunk: Shrunk | None, config: KernelConfig) -> tuple[Any,
         low_rank.width,
         values.shape[0],
         values.stride(0),
-        low_rank.b.shape[2] // low_rank.num_parts,
+        low_rank.num_rows // low_rank.num_parts,
+        low_rank.first_row,
+        low_rank.b.shape[2],
     )
 
 
@@ -137,7 +142,7 @@ def adapter_options(shrunk: Shrunk | None, config: KernelConfig) -> dict[str, An
     if shrunk is None:
         return NO_LORA
     low_rank, block_n = shrunk.low_rank, config.block_size_n
-    part_rows = low_rank.b.shape[2] // low_rank.num_parts
+    part_rows = low_rank.num_rows // low_rank.num_parts
     if low_rank.num_parts == 1 or (not low_rank.interleaved and part_rows % block_n == 0):
         lora = "one"
     else:

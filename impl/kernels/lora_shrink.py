@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .. import path
+from ..lora.sharded import Summed
 from ..lora.table import StackedLowRank
 from ..platform import Platform, Vendor
 from .lora_rows import AdapterRows, known_slot, list_adapters
@@ -224,11 +225,12 @@ def lora_shrink(
         make_lists: this is the call's first product, which lists the adapters of blocks.
         allow_tf32: float32 operands may be rounded to TF32.
     """
-    k, parts, width = x.shape[-1], low_rank.num_parts, low_rank.width
+    k, parts, width = x.shape[-1], low_rank.num_parts, low_rank.width_of_a
     on_cpu = platform.vendor is Vendor.CPU
     is_large = rows.kind != "pairs" and rows.block_size >= _LARGE_BLOCK
     block_k = 32 if on_cpu or x.dtype.itemsize == 4 else 64 if is_large else 128
-    block_n = min(64, next_power_of_2(parts * width))
+    # A matrix instruction takes 16 columns at least.
+    block_n = max(16, min(64, next_power_of_2(parts * width)))
     num_n = cdiv(parts * width, block_n)
     strides = (x.stride(0), x.stride(1)) if rows.kind == "slabs" else (0, x.stride(0))
     if rows.topk_ids is not None:
@@ -240,6 +242,8 @@ def lora_shrink(
     else:
         blocks, experts_of = rows.num_blocks * rows.num_listed, rows.expert_ids
         most_runs, of_a_run, dtype, stride_topk_ids = 1, cdiv(k, block_k), x.dtype, 0
+        if isinstance(low_rank.between, Summed):
+            dtype = torch.float32  # a part of a sum, which is rounded once it is whole
     runs = cdiv(k, of_a_run * block_k)
     few_registers = _FEWER_REGISTERS if is_large else _FEW_REGISTERS
     values = torch.empty((runs, rows.num_rows, parts * width), dtype=dtype, device=x.device)
@@ -285,4 +289,14 @@ def lora_shrink(
         num_stages=6 if is_large else 4,
         **(few_registers if platform.vendor is Vendor.NVIDIA and block_n <= 32 and x.dtype.itemsize == 2 else {}),
     )
-    return Shrunk(values, low_rank, rows, most_runs)
+    return _between_ranks(Shrunk(values, low_rank, rows, most_runs), x.dtype)
+
+
+def _between_ranks(shrunk: Shrunk, storage: torch.dtype) -> Shrunk:
+    """The product as B takes it, where A lies on several ranks."""
+    between, values = shrunk.low_rank.between, shrunk.values
+    if between is None:
+        return shrunk
+    product = between.whole(values[0] if len(values) == 1 else values.sum(dim=0), shrunk.low_rank.num_parts)
+    product = product if shrunk.rows.lists is None else product.to(storage)
+    return Shrunk(product[None], shrunk.low_rank, shrunk.rows, 1)

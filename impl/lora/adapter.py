@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import torch
 
@@ -64,9 +63,6 @@ class LowRank:
         return self.a.shape[0]
 
 
-_NONE: Mapping[int, LowRank] = MappingProxyType({})
-
-
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter of a layer's experts, by global expert id; an expert that is left out is not adapted.
@@ -83,10 +79,10 @@ class Adapter:
         TypeError, ValueError: no mapping of experts to pairs, or no number of experts, by name.
     """
 
-    gate: Mapping[int, LowRank] = field(default_factory=lambda: _NONE)
-    up: Mapping[int, LowRank] = field(default_factory=lambda: _NONE)
-    gate_up: Mapping[int, LowRank] = field(default_factory=lambda: _NONE)
-    down: Mapping[int, LowRank] = field(default_factory=lambda: _NONE)
+    gate: Mapping[int, LowRank] = field(default_factory=dict)
+    up: Mapping[int, LowRank] = field(default_factory=dict)
+    gate_up: Mapping[int, LowRank] = field(default_factory=dict)
+    down: Mapping[int, LowRank] = field(default_factory=dict)
     num_experts: int | None = None
 
     def __post_init__(self) -> None:

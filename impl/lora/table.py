@@ -7,6 +7,7 @@ most. Ranks and scales lie on the device, so a captured CUDA graph sees adapters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,10 @@ from ..checks import (
     shown,
 )
 from ..config import ActivationFunction
+from ..parallel.collectives import Group
+from ..parallel.shards import shard_of_adapter
 from .adapter import Adapter, LowRank
+from .sharded import Between, Gathered, Summed
 
 # Widths of a slot: few, so that few kernels are compiled. A matrix instruction takes 16 columns at least.
 RANKS = (16, 32, 64, 128, 256)
@@ -39,9 +43,14 @@ class StackedLowRank:
     Attributes:
         a: `[slots, E_local, parts * R, K]`; of a part the first rows, as many as its rank.
         b: `[slots, E_local, N, R]`, rows in the weight's order; of a row the first columns.
-        ranks: `[slots, E_local, parts]` int32; 0 where the slot adds nothing to this expert's part.
+        ranks: `[slots, E_local, parts]` int32, of a's rows; 0 where the slot adds nothing to this expert's part.
         scales: `[slots, E_local, parts]` float32.
         interleaved: rows of the parts alternate; else one part follows the other.
+        between: what ranks that hold the other slices do to the product with a; None where a and b are whole.
+            `Gathered`: of a part a has `R / ranks` rows, and b's columns are as many blocks of this size. `Summed`: a
+            has some of K, and b some of N.
+        num_rows: N of the weight.
+        first_row: the row of the weight that b's first one belongs to.
     """
 
     a: torch.Tensor
@@ -49,6 +58,9 @@ class StackedLowRank:
     ranks: torch.Tensor
     scales: torch.Tensor
     interleaved: bool = False
+    between: Between | None = None
+    num_rows: int = 0
+    first_row: int = 0
 
     @property
     def num_parts(self) -> int:
@@ -60,21 +72,40 @@ class StackedLowRank:
         """R: columns of a part."""
         return self.b.shape[3]
 
+    @property
+    def width_of_a(self) -> int:
+        """Rows of a part that a has: R, or a slice of it."""
+        return self.a.shape[2] // self.num_parts
+
     @staticmethod
     def empty(
-        shape: tuple[int, int], parts: int, width: int, n: int, k: int, like: torch.Tensor, *, interleaved: bool = False
+        shape: tuple[int, int],
+        parts: int,
+        width: int,
+        n: int,
+        k: int,
+        like: torch.Tensor,
+        *,
+        interleaved: bool = False,
+        between: Between | None = None,
     ) -> StackedLowRank:
-        """Slots without an adapter."""
+        """Slots without an adapter; n is the weight's N, k the K that is held here."""
+        size, rank = (1, 0) if between is None else (between.shards.size, between.shards.rank)
+        slices = size if isinstance(between, Gathered) else 1
+        rows = n // size if isinstance(between, Summed) else n
 
         def ints(dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros((*shape, parts), dtype=dtype, device=like.device)
 
         return StackedLowRank(
-            like.new_zeros((*shape, parts * width, k)),
-            like.new_zeros((*shape, n, width)),
+            like.new_zeros((*shape, parts * width // slices, k)),
+            like.new_zeros((*shape, rows, width)),
             ints(torch.int32),
             ints(torch.float32),
             interleaved,
+            between,
+            n,
+            rank * rows if isinstance(between, Summed) else 0,
         )
 
     def rows_of(self, part: int) -> slice:
@@ -84,11 +115,35 @@ class StackedLowRank:
             return slice(part, None, self.num_parts)
         return slice(part * n // self.num_parts, (part + 1) * n // self.num_parts)
 
-    def write(self, slot: int, expert: int, part: int, low_rank: LowRank, b: torch.Tensor) -> None:
-        """Store one part of one expert; `b` are its rows."""
-        rank, start = low_rank.rank, part * self.width
-        self.a[slot, expert, start : start + rank].copy_(low_rank.a)
-        self.b[slot, expert, self.rows_of(part), :rank].copy_(b)
+    def write(self, slot: int, expert: int, part: int, low_rank: LowRank, b: torch.Tensor) -> int:
+        """Store what is held here of one part of one expert; `b` are its rows.
+
+        Returns:
+            How many of a's rows that is.
+        """
+        a, rank, start = low_rank.a, low_rank.rank, part * self.width_of_a
+        if isinstance(self.between, Gathered):
+            shards = self.between.shards
+            rank //= shards.size
+            a, b = a[shards.rank * rank :][:rank], b.unflatten(1, (shards.size, rank))
+        if isinstance(self.between, Summed):
+            b = b[self.first_row : self.first_row + self.b.shape[2]]
+        self.a[slot, expert, start : start + rank].copy_(a)
+        self._columns(slot, expert, part, rank).copy_(b)
+        return rank
+
+    def _columns(self, slot: int, expert: int, part: int, rank: int) -> torch.Tensor:
+        """b's columns of a rank of a: `[rows, rank]`, or `[rows, ranks that share it, rank]`, in place."""
+        rows = self.b[slot, expert, self.rows_of(part)]
+        if isinstance(self.between, Gathered):
+            return rows.unflatten(1, (self.between.shards.size, -1))[..., :rank]
+        return rows[:, :rank]
+
+    def read(self, slot: int, expert: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is held here of one part of one expert: rows of A, and rows of B with the adapter's columns."""
+        rank, start = int(self.ranks[slot, expert, part]), part * self.width_of_a
+        b = self._columns(slot, expert, part, rank)
+        return self.a[slot, expert, start : start + rank], b.flatten(1) if b.dim() == 3 else b
 
 
 class AdapterTable:
@@ -109,6 +164,9 @@ class AdapterTable:
         num_local_experts: E_local, at least the experts that the map names; None: as many.
         is_gated: w13 has gate and up rows.
         interleaved: they alternate.
+        fully_sharded_over: the ranks that share the experts' columns (`Ranks.shards`), over which both matrices of
+            every adapter are cut; None: they are whole, but for the columns of I. Then every rank loads the same
+            adapters, of whole experts, and keeps slices; every call is one of all these ranks, with the same rows.
 
     Raises:
         TypeError, ValueError: by name.
@@ -128,6 +186,7 @@ class AdapterTable:
         num_local_experts: int | None = None,
         is_gated: bool = True,
         interleaved: bool = False,
+        fully_sharded_over: Group | None = None,
     ) -> None:
         expect_int("num_slots", num_slots, low=1, high=MOST_SLOTS)
         expect_int("max_rank", max_rank, low=1, high=RANKS[-1])
@@ -140,6 +199,12 @@ class AdapterTable:
         device = expect_device("device", device)
         if interleaved and not is_gated:
             raise ValueError("interleaved: expected False where is_gated is False, got True")
+        shards = expect_instance("fully_sharded_over", fully_sharded_over, Group, optional=True)
+        if shards is not None and shards.device != device.type:
+            raise ValueError(f"fully_sharded_over: expected ranks on {device.type}, got ranks on {shards.device}")
+        if shards is not None and hidden_size % shards.size:
+            raise ValueError(f"hidden_size: expected a multiple of the {shards.size} ranks, got {hidden_size}")
+        self.shards: Group | None = shards
         self.num_slots, self.max_rank, self.num_experts = num_slots, max_rank, num_experts
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.is_gated, self.interleaved = is_gated, interleaved
@@ -148,11 +213,18 @@ class AdapterTable:
             expect_int("num_local_experts", num_local_experts, low=len(self._local))
         self.num_local_experts = len(self._local) if num_local_experts is None else num_local_experts
         width = next(rank for rank in RANKS if rank >= max_rank)
+        if shards is not None:
+            # Slices of one size, and still whole steps of 16.
+            step = math.lcm(RANKS[0], shards.size)
+            width = -(-width // step) * step
+        gathered, summed = (None, None) if shards is None else (Gathered(shards), Summed(shards))
         like = torch.empty(0, dtype=dtype, device=device)
         shape, parts = (num_slots, self.num_local_experts), 2 if is_gated else 1
         w13_rows = parts * intermediate_size
-        self.w13 = StackedLowRank.empty(shape, parts, width, w13_rows, hidden_size, like, interleaved=interleaved)
-        self.w2 = StackedLowRank.empty(shape, 1, width, hidden_size, intermediate_size, like)
+        self.w13 = StackedLowRank.empty(
+            shape, parts, width, w13_rows, hidden_size, like, interleaved=interleaved, between=gathered
+        )
+        self.w2 = StackedLowRank.empty(shape, 1, width, hidden_size, intermediate_size, like, between=summed)
         self._adapters: list[Adapter | None] = [None] * num_slots
 
     @property
@@ -176,14 +248,40 @@ class AdapterTable:
         return tuple(sorted(self._local, key=self._local.__getitem__))
 
     def adapter_of(self, slot: int) -> Adapter | None:
-        """What a slot holds."""
+        """What a slot was loaded with.
+
+        Raises:
+            TypeError, ValueError: no slot, or a fully sharded table, which keeps slices alone (`slices_of`).
+        """
+        if self.shards is not None:
+            raise ValueError("slot: expected one of a table of whole adapters, got one of a fully sharded table")
         return self._adapters[expect_int("slot", slot, low=0, high=self.num_slots - 1)]
+
+    def slices_of(self, slot: int) -> list[tuple[str, int, torch.Tensor, torch.Tensor]]:
+        """What is held here of a slot's adapter; asks the device.
+
+        Returns:
+            `gate`, `up` (each with an A, which may be one for both) or `down`; the global expert; and of `[r, K]` and
+            `[N, r]` what this rank has: slices of a fully sharded table.
+
+        Raises:
+            TypeError, ValueError: no slot.
+        """
+        expect_int("slot", slot, low=0, high=self.num_slots - 1)
+        held = [
+            (name, expert, *stacked.read(slot, self._local[expert], part))
+            for stacked, names in ((self.w13, ("gate", "up")), (self.w2, ("down",)))
+            for expert in self.experts
+            for part, name in enumerate(names[: stacked.num_parts])
+        ]
+        return [entry for entry in held if len(entry[2])]
 
     def load(self, adapter: Adapter, slot: int | None = None) -> int:
         """Put an adapter into a slot, over whatever the slot holds.
 
         Args:
-            adapter: of this layer, in the table's dtype; on any device.
+            adapter: of this layer, in the table's dtype; on any device. A fully sharded table takes one of whole
+                experts, whose ranks for w13 are multiples of the number of ranks that share it.
             slot: which; None takes the first empty one.
 
         Returns:
@@ -204,25 +302,28 @@ class AdapterTable:
         # The slot adds nothing until all of it is there.
         self._clear(slot)
         self._write(slot, adapter)
-        self._adapters[slot] = adapter
+        self._adapters[slot] = adapter if self.shards is None else _IN_SLICES
         return slot
 
     def _write(self, slot: int, adapter: Adapter) -> None:
         ranks13, ranks2 = (torch.zeros(stacked.ranks.shape[1:], dtype=torch.int32) for stacked in (self.w13, self.w2))
         scales13, scales2 = ranks13.float(), ranks2.float()
+        if self.shards is not None:
+            kind = {"is_gated": self.is_gated, "interleaved": self.interleaved}
+            adapter = shard_of_adapter(adapter, self.shards.rank, self.shards.size, **kind)
         for projection, expert, low_rank in adapter.entries():
             local = self._local.get(expert)
             if local is None:
                 continue
             if projection == "down":
-                self.w2.write(slot, local, 0, low_rank, low_rank.b)
-                ranks2[local, 0], scales2[local, 0] = low_rank.rank, low_rank.scale
+                ranks2[local, 0] = self.w2.write(slot, local, 0, low_rank, low_rank.b)
+                scales2[local, 0] = low_rank.scale
                 continue
             parts = {"gate": (0,), "up": (1,), "gate_up": tuple(range(self.w13.num_parts))}[projection]
             for part in parts:
                 b = low_rank.b[self.w13.rows_of(part)] if projection == "gate_up" else low_rank.b
-                self.w13.write(slot, local, part, low_rank, b)
-                ranks13[local, part], scales13[local, part] = low_rank.rank, low_rank.scale
+                ranks13[local, part] = self.w13.write(slot, local, part, low_rank, b)
+                scales13[local, part] = low_rank.scale
         for stacked, ranks, scales in ((self.w13, ranks13, scales13), (self.w2, ranks2, scales2)):
             stacked.scales[slot].copy_(scales)
             stacked.ranks[slot].copy_(ranks)
@@ -297,7 +398,8 @@ class AdapterTable:
         """Check everything before anything is written."""
         if adapter.num_experts not in (None, self.num_experts):
             raise ValueError(f"adapter: expected one for {self.num_experts} experts, got {adapter.num_experts}")
-        h, i = self.hidden_size, self.intermediate_size
+        shared_by = 1 if self.shards is None else self.shards.size
+        h, i = self.hidden_size, self.intermediate_size * shared_by
         sizes: Mapping[str, tuple[int, int]] = {
             "gate": (i, h),
             "up": (i, h),
@@ -319,7 +421,16 @@ class AdapterTable:
             expect_tensor(f"{where}.b", low_rank.b, shape=(n, low_rank.rank), dtypes=(self.dtype,))
             if low_rank.rank > self.max_rank:
                 raise ValueError(f"{where}: expected a rank of at most max_rank {self.max_rank}, got {low_rank.rank}")
+            if projection != "down" and low_rank.rank % shared_by:
+                raise ValueError(
+                    f"{where}: expected a rank that the {shared_by} ranks of a fully sharded table divide, "
+                    f"got {low_rank.rank}"
+                )
         _expect_finite(adapter)
+
+
+# In a slot of a fully sharded table: the adapter that it was loaded with would be whole matrices.
+_IN_SLICES = Adapter()
 
 
 def _expect_finite(adapter: Adapter) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ..experts_module import RoutedExperts
 from ..lora.table import AdapterTable
+from .collectives import Group
 
 # Characters of a rank's loaded slots that are told in full; an error names so much of them.
 _TEXT = 200
@@ -23,9 +24,13 @@ def adapter_facts(adapters: AdapterTable | None) -> Mapping[str, str]:
     if len(loaded) > _TEXT:
         loaded = f"{loaded[:_TEXT]} ... ({hashlib.sha256(loaded.encode()).hexdigest()[:16]})"
     return {
-        "adapters": f"{adapters.num_slots} slots of ranks up to {adapters.max_rank}",
+        "adapters": f"{adapters.num_slots} slots of ranks up to {adapters.max_rank}" + _sharded(adapters.shards),
         "loaded slots of adapters": loaded,
     }
+
+
+def _sharded(shards: Group | None) -> str:
+    return "" if shards is None else f", fully sharded over {shards.size} ranks"
 
 
 def _runs(slots: Sequence[int]) -> Iterator[str]:
@@ -36,7 +41,11 @@ def _runs(slots: Sequence[int]) -> Iterator[str]:
 
 
 def expect_adapters_of_rank(
-    adapters: AdapterTable | None, experts: RoutedExperts, num_experts: int, logical_experts: Sequence[int]
+    adapters: AdapterTable | None,
+    experts: RoutedExperts,
+    num_experts: int,
+    logical_experts: Sequence[int],
+    shards: Group | None,
 ) -> None:
     """Check that a table holds the adapters of a rank's experts.
 
@@ -45,6 +54,7 @@ def expect_adapters_of_rank(
         experts: of the rank.
         num_experts: E, logical.
         logical_experts: their ids, in their order.
+        shards: the ranks that share the experts' columns; None where they are whole.
 
     Raises:
         TypeError, ValueError: `adapters`, with what differs.
@@ -53,6 +63,11 @@ def expect_adapters_of_rank(
         return
     if not isinstance(adapters, AdapterTable):
         raise TypeError(f"adapters: expected an AdapterTable or None, got {type(adapters).__name__}")
+    if adapters.shards is not None and adapters.shards is not shards:
+        whole = (
+            "of whole matrices" if shards is None else f"fully sharded over the layer's `ranks.shards`, {shards.size}"
+        )
+        raise ValueError(f"adapters: expected a table {whole}, got one of {adapters.shards.size} ranks of another mesh")
     if adapters.num_experts != num_experts:
         raise ValueError(f"adapters: expected a table of {num_experts} experts, got {adapters.num_experts}")
     if adapters.experts != tuple(logical_experts):

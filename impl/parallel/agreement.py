@@ -12,6 +12,8 @@ import builtins
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,14 +65,51 @@ def _messages(group: Group, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in received.cpu()]
 
 
+@dataclass
+class _Meetings:
+    """The meetings of one block's ranks in its midst.
+
+    Attributes:
+        group: of the block.
+        left: how many are to come.
+        is_told: one of them raised what all ranks raise.
+    """
+
+    group: Group
+    left: int
+    is_told: bool = False
+
+
+_meetings: ContextVar[_Meetings | None] = ContextVar("moegate_meetings", default=None)
+
+
+def meet() -> None:
+    """Before a collective in the midst of a block that says how many it has (`together`): does every rank come to it?
+
+    In debug mode; elsewhere nothing is asked.
+
+    Raises:
+        Exception: what a rank raised that will not come, as `agree`.
+    """
+    meetings = _meetings.get()
+    if meetings is None:
+        return
+    meetings.left -= 1
+    meetings.is_told = True
+    agree(meetings.group, {})
+    meetings.is_told = False
+
+
 @contextmanager
-def together(group: Group, facts: Mapping[str, Any], *, always: bool = False) -> Iterator[None]:
+def together(group: Group, facts: Mapping[str, Any], *, always: bool = False, meetings: int = 0) -> Iterator[None]:
     """A block of one rank's own work before the ranks meet: an error in it becomes every rank's, in debug mode.
 
     Args:
         group: whose ranks all enter such a block.
         facts: must be the same on every rank; read when the block ends.
         always: also without debug mode.
+        meetings: how often a rank meets others of the group in the block, at most and the same everywhere: a rank that
+            has nothing to bring meets them at its end.
 
     Raises:
         Exception: as `agree`; without debug mode whatever the block raises.
@@ -78,9 +117,16 @@ def together(group: Group, facts: Mapping[str, Any], *, always: bool = False) ->
     if not (always or debugging()):
         yield
         return
-    error = None
+    error, midst = None, _Meetings(group, meetings)
+    token = _meetings.set(midst)
     try:
         yield
     except Exception as raised:
+        if midst.is_told:
+            raise
         error = raised
+    finally:
+        _meetings.reset(token)
+    for _ in range(midst.left if error is None else 0):
+        agree(group, {})
     agree(group, facts, error)

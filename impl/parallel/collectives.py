@@ -38,6 +38,10 @@ class Group(ABC):
     def __init__(self, name: str, rank: int, size: int, device: str) -> None:
         self.name, self.rank, self.size, self.device = name, rank, size, device
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        """The ranks are there once, whoever speaks of them."""
+        return self
+
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Work:
         """`x [n, ...]` of every rank, one after the other, into `out [size * n, ...]`."""
         self._expect("all_gather", out, x, len(x) * self.size)

@@ -154,7 +154,8 @@ class ParallelExperts:
         }
         with together(self.ranks.world, facts, always=True):
             self._check_experts(experts, num_experts)
-            expect_adapters_of_rank(adapters, experts, num_experts, self.placement.experts_of_rank[self.ep_rank])
+            held = self.placement.experts_of_rank[self.ep_rank]
+            expect_adapters_of_rank(adapters, experts, num_experts, held, self.ranks.shards)
         device = experts.w2.device
         tables, place = self.placement.tables(device), self.placement
         homes = Homes(tables.rank_of, tables.local_of)
@@ -189,8 +190,8 @@ class ParallelExperts:
             )
 
     @contextmanager
-    def _together(self, **facts: Any) -> Iterator[None]:
-        with together(self.ranks.world, facts):
+    def _together(self, meetings: int = 0, **facts: Any) -> Iterator[None]:
+        with together(self.ranks.world, facts, meetings=meetings):
             yield
 
     def run(
@@ -244,7 +245,8 @@ class ParallelExperts:
                 topk_ids = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
             tokens = Tokens(hidden_states, topk_weights, topk_ids.to(torch.int32), lora_ids)
         launched = exchange.dispatch(tokens, rows)
-        with self._together():
+        # Ranks whose adapters are cut in both matrices meet between them: once for each of the two products.
+        with self._together(2 if adapters is not None and adapters.shards is not None else 0):
             if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:
                 with beside(lambda: shared(hidden_states), stream, hidden_states) as side:
                     received = launched.wait()

@@ -81,6 +81,11 @@ class Mesh:
         first = self.dp_rank(rank) * self.num_replicas
         return tuple(range(first, first + self.num_replicas))
 
+    def shards(self, rank: int) -> tuple[int, ...]:
+        """The ranks that share the columns of `rank`'s experts, itself among them; errors as of `place`."""
+        first = self.ep_rank(rank) * self.tp_size
+        return tuple(range(first, first + self.tp_size))
+
     def data_peers(self, rank: int) -> tuple[int, ...]:
         """One rank of each run, at the place that `rank` has in its own: between them they have all tokens once.
 

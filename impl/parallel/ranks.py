@@ -21,12 +21,14 @@ class Ranks:
         world: all ranks of the layer.
         peers: ranks that have all tokens between them (`Mesh.data_peers`); None where this rank has them all.
         replicas: ranks with the same tokens; None where there are no others.
+        shards: ranks with columns of the same experts (`Mesh.shards`); None where experts are whole.
     """
 
     mesh: Mesh
     world: Group
     peers: Group | None
     replicas: Group | None
+    shards: Group | None
 
     @property
     def rank(self) -> int:
@@ -55,7 +57,7 @@ def connect(mesh: Mesh, group: dist.ProcessGroup | None = None) -> Ranks:
         expect_world_size(mesh, world.size)
     global_ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
     mine: dict[str, Group | None] = {}
-    for name, ranks_of in (("peers", mesh.data_peers), ("replicas", mesh.replicas)):
+    for name, ranks_of in (("peers", mesh.data_peers), ("replicas", mesh.replicas), ("shards", mesh.shards)):
         mine[name] = None
         # Every rank makes every group, in one order: torch.distributed asks for that.
         for ranks in sorted({ranks_of(rank) for rank in range(mesh.world_size)}):
@@ -65,7 +67,7 @@ def connect(mesh: Mesh, group: dist.ProcessGroup | None = None) -> Ranks:
                 made = dist.new_group([global_ranks[rank] for rank in ranks])
                 if world.rank in ranks:
                     mine[name] = ProcessGroup(name, made)
-    return Ranks(mesh, world, mine["peers"], mine["replicas"])
+    return Ranks(mesh, world, mine["peers"], mine["replicas"], mine["shards"])
 
 
 def expect_world_size(mesh: Mesh, size: int) -> None:
