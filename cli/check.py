@@ -22,12 +22,14 @@ from rich.table import Table
 
 from moegate import exit_codes
 from moegate.conformance.console import wide_console
+from moegate.conformance.gpu_watch import GpuWatch, visible_gpus
 from moegate.conformance.report_formats import as_junit, as_markdown, known_lines, used_text
 from moegate.conformance.selection import PROFILES
 from moegate.json_output import expect_output, put_json, put_text
 
 # Each is a process that imports torch.
 MOST_WORKERS = 512
+MOST_RERUNS = 1_000_000
 # pytest's exit code.
 INTERRUPTED = 2
 
@@ -48,6 +50,9 @@ def check(
     scale: Annotated[float, typer.Option(help="Multiplies the number of cases.")] = 1.0,
     minutes: Annotated[
         float | None, typer.Option(help="With --profile soak: so long, in batches of random cases.")
+    ] = None,
+    reruns: Annotated[
+        int | None, typer.Option(help="Only call a fixed set of cases so many times more each: no bit may change.")
     ] = None,
     spec: Annotated[str | None, typer.Option(help="Run this one spec, as a failure printed it.")] = None,
     select: Annotated[
@@ -74,7 +79,8 @@ def check(
 ) -> None:
     """Judge a Mixture-of-Experts implementation by the properties of the suite.
 
-    Exit codes: 0 all hold, 1 a finding, 3 nothing could be judged, 4 bad arguments.
+    Exit codes: 0 all hold, 1 a finding, 2 interrupted, or a GPU was lost or slowed itself down, 3 nothing could be
+    judged, 4 bad arguments.
     """
     console = wide_console(stderr=json_file == "-")
     if profile not in PROFILES:
@@ -87,6 +93,10 @@ def check(
         _refuse(console, f"--minutes: expected a number above 0, got {minutes}")
     if minutes is not None and profile != "soak":
         _refuse(console, f"--minutes: expected --profile soak beside it, got {profile}")
+    if reruns is not None and not 1 <= reruns <= MOST_RERUNS:
+        _refuse(console, f"--reruns: expected a number in [1, {MOST_RERUNS}], got {reruns}")
+    if reruns is not None and minutes is not None:
+        _refuse(console, "--reruns: expected no --minutes beside it: a fixed set of cases has its own end")
     if not 0 <= workers <= MOST_WORKERS:
         _refuse(console, f"--workers: expected a number in [0, {MOST_WORKERS}], got {workers}")
     for option, file in (("--json", json_file), ("--junit", junit), ("--markdown", markdown)):
@@ -113,6 +123,7 @@ def check(
         command += [f"--moegate-report={report_file}", f"--moegate-progress={progress_file}"]
         command += [f"--moegate-spec={spec}"] if spec else []
         command += [f"--moegate-minutes={minutes}"] if minutes is not None else []
+        command += [f"--moegate-reruns={reruns}"] if reruns is not None else []
         command += [f"--moegate-known={known}"] if known else []
         command += ["--moegate-isolate", f"--moegate-timeout={timeout}"] if isolate or subject_python else []
         command += [f"--moegate-emit-repro={emit_repro}"] if emit_repro else []
@@ -127,8 +138,9 @@ def check(
             environment.setdefault("OMP_NUM_THREADS", "1")
         if device == "cuda" and not (isolate or subject_python):
             _precompile(subject, workers, environment, console)
+        watch = GpuWatch.of_this_machine(_gpus() if device == "cuda" else [])
         started = time.monotonic()
-        output, status = _run(command, environment, folder, progress_file, console)
+        output, status = _run(command, environment, folder, progress_file, console, watch)
         seconds = time.monotonic() - started
         report = json.loads(report_file.read_text()) if report_file.exists() else None
 
@@ -137,6 +149,9 @@ def check(
         # pytest's usage errors (4) are ours; whatever else left no report judged nothing.
         raise typer.Exit(exit_codes.BAD_ARGUMENTS if status == 4 else exit_codes.NOTHING_DONE)
     report["seconds"] = round(seconds, 1)
+    report["inconclusive"] += watch.complaints()
+    if report["inconclusive"] and report["verdict"] != "violated":
+        report["verdict"] = "inconclusive"
     is_written = put_json(console, "check", json_file, report)
     for option, path, text in (("--junit", junit, as_junit), ("--markdown", markdown, as_markdown)):
         is_written &= path is None or put_text(console, "check", option, path, text(report))
@@ -179,6 +194,12 @@ def _resolve(device: str, console: Console) -> str:
     return device
 
 
+def _gpus() -> list[str]:
+    import torch
+
+    return visible_gpus(torch.cuda.device_count())
+
+
 def _precompile(subject: str, workers: int, environment: dict[str, str], console: Console) -> None:
     """Compile the kernels of the suite's shapes in parallel, so that no worker waits for another's compilation."""
     started = time.monotonic()
@@ -199,7 +220,12 @@ def _precompile(subject: str, workers: int, environment: dict[str, str], console
 
 
 def _run(
-    command: list[str], environment: dict[str, str], folder: str, progress_file: Path, console: Console
+    command: list[str],
+    environment: dict[str, str],
+    folder: str,
+    progress_file: Path,
+    console: Console,
+    watch: GpuWatch,
 ) -> tuple[str, int]:
     log = Path(folder, "log")
     rate = TaskProgressColumn(show_speed=True)  # executions a second, where nobody knows how many are to come
@@ -214,6 +240,7 @@ def _run(
                 if total.exists() and total.read_text().strip():
                     progress.update(task, total=int(total.read_text()))
                 progress.update(task, completed=progress_file.stat().st_size)
+                watch.look()
                 time.sleep(0.2)
         except KeyboardInterrupt:
             # What was judged until here is in the report that pytest writes when it is interrupted.
@@ -239,7 +266,8 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
     for row in report["properties"]:
         if row["finding"]:
             console.print(row["finding"], markup=False, highlight=False, soft_wrap=True)
-    if status not in (0, 1) or (status == 1 and report["verdict"] == "holds"):
+    odd = status not in (0, 1) and report["verdict"] != "inconclusive"
+    if odd or (status == 1 and report["verdict"] == "holds"):
         # Something failed that is no finding: a test that could not run, a worker that died.
         console.print(output[-6000:], markup=False, highlight=False)
     console.print(table)
@@ -263,7 +291,7 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
         console.print(f"{fact}: {count}", highlight=False)
     for line in known_lines(report):
         console.print(line, style="yellow", highlight=False)
-    for kind in ("not_judged", "stale"):
+    for kind in ("not_judged", "stale", "inconclusive"):
         for reason in report[kind]:
             console.print(f"{kind.replace('_', ' ')}: {reason}", style="red", highlight=False)
     style = "green" if _exit_code(report, status) == exit_codes.HOLDS else "red"
@@ -273,6 +301,8 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
 def _exit_code(report: dict[str, Any], status: int) -> int:
     if report["verdict"] == "violated":
         return exit_codes.FINDING
+    if report["verdict"] == "inconclusive":
+        return exit_codes.INCONCLUSIVE
     if not report["properties"]:
         return exit_codes.NOTHING_DONE
     if status == INTERRUPTED:

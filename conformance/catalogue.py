@@ -59,7 +59,8 @@ def due(subject: Subject, device: str) -> list[Property]:
         frozenset(subject.facets(variant)) for variant in subject.variants if not subject.unavailable(variant, device)
     }
     here = [prop for prop in PROPERTIES.values() if not prop.devices or device in prop.devices]
-    allowed = [prop for prop in here if prop.needs(subject.capabilities)]
+    declared = [prop for prop in here if subject.numerics.repeatable or not prop.repeatable]
+    allowed = [prop for prop in declared if prop.needs(subject.capabilities)]
     return [prop for prop in allowed if prop.facets and any(set(prop.facets) <= have for have in facets)]
 
 

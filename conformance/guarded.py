@@ -10,8 +10,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from .bounds import cause_of
+from .device_errors import DeviceGoneError, Trouble, asked_for, first_line, trouble_of
 from .judge import Verdict
-from .properties.subject import RETURNS
+from .properties.subject import FITS, RETURNS, SURVIVES, WITHIN
 from .subject import Subject
 
 # Calls that take a case and return tensors, by how many; the others return objects, which their families judge.
@@ -26,8 +28,33 @@ class CallError(Exception):
         self.verdict = verdict
 
 
+def verdict_of(name: str, error: Exception, caller: str) -> Verdict:
+    """The verdict on a call that raised.
+
+    Args:
+        name: of the call.
+        error: what it raised.
+        caller: the file that made the call, whose lines are not the subject's.
+
+    Raises:
+        DeviceGoneError: the error says that, which is no verdict on the subject.
+    """
+    outside = cause_of(error)
+    if outside is not None:
+        return WITHIN.verdict(False, f"{name}: {outside}")
+    trouble = trouble_of(error)
+    if trouble is Trouble.GONE:
+        raise DeviceGoneError(f"{name}: {first_line(error)}") from error
+    if trouble is Trouble.FULL:
+        return FITS.verdict(False, f"{name} asked for {asked_for(error)}: {first_line(error)}{_where(error, caller)}")
+    if trouble is Trouble.BROKEN:
+        return SURVIVES.verdict(False, f"{name} left its device unusable: {first_line(error)}{_where(error, caller)}")
+    raised = f"{name} raised {type(error).__name__}: {error}{_where(error, caller)}"
+    return RETURNS.verdict(False, f"{raised}; do the capabilities say too much?")
+
+
 def guarded(subject: Subject) -> Subject:
-    """The subject, whose calls of `RESULTS` and `prepare` raise `CallError` and nothing else."""
+    """The subject, whose calls of `RESULTS` and `prepare` raise `CallError`, and `DeviceGoneError` of a lost device."""
     return cast(Subject, _Guarded(subject))
 
 
@@ -45,11 +72,10 @@ def _guard(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*arguments: Any, **options: Any) -> Any:
         try:
             result = call(*arguments, **options)
-        except CallError:
+        except (CallError, DeviceGoneError):
             raise
         except Exception as error:
-            detail = f"{name} raised {type(error).__name__}: {error}{_where(error)}; do the capabilities say too much?"
-            raise CallError(RETURNS.verdict(False, detail)) from error
+            raise CallError(verdict_of(name, error, __file__)) from error
         count = RESULTS.get(name, 0)
         if count == 1 and not isinstance(result, Tensor):
             raise CallError(RETURNS.verdict(False, f"{name}: expected a tensor, got {_said(result)}"))
@@ -70,11 +96,11 @@ def _said(result: Any) -> str:
     return type(result).__name__
 
 
-def _where(error: Exception) -> str:
+def _where(error: Exception, caller: str) -> str:
     """The innermost line of the subject that the exception came through, libraries left out."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "site-packages" not in frame.filename and frame.filename != __file__
+        if "site-packages" not in frame.filename and frame.filename != caller
     ]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -28,10 +28,13 @@ import torch
 from torch import Tensor
 
 from .arena import Arena
+from .bounds import CHECKED
+from .device_errors import DeviceGoneError
 from .guarded import RESULTS, CallError
+from .judge import PROPERTIES
 from .loading import NotInstalledError
 from .properties.hygiene import poisoned_allocations
-from .properties.subject import ENDS, RETURNS, SURVIVES
+from .properties.subject import ENDS, SURVIVES
 from .subject import Subject
 
 HEADER = struct.Struct("<Q")
@@ -185,8 +188,13 @@ class Isolated(Subject):
                 self._hello(START_SECONDS)
             passed = time.monotonic() - started
             raise CallError(SURVIVES.verdict(False, f"{method}: the process {how} after {passed:.2g} s"))
-        if "raised" in reply:
-            raise CallError(RETURNS.verdict(False, reply["raised"]))
+        if reply.get("is_over"):
+            self._replace_worker()
+        if "gone" in reply:
+            raise DeviceGoneError(reply["gone"])
+        if "violated" in reply:
+            raise CallError(PROPERTIES[reply["violated"]].verdict(False, reply["detail"]))
+        CHECKED["of an isolated subject"] += reply["launches"]
         result, theirs = reply["result"], reply["storages"]
         for ours, back in zip(mine, theirs, strict=True):
             if not torch.equal(ours.view(torch.uint8), back.view(torch.uint8)):
@@ -213,6 +221,10 @@ class Isolated(Subject):
         if self._process is None or self._worker is None:
             return
         os.kill(self._worker, signal.SIGKILL)
+        self._replace_worker()
+
+    def _replace_worker(self) -> None:
+        """Wait for the worker's end, and for the next; where there is no fork, the next call starts all anew."""
         if self._read(START_SECONDS) is None:
             self.close()
         else:

@@ -10,14 +10,15 @@ import contextlib
 import importlib.util
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from .bounds import CHECKED
+from .device_errors import DeviceGoneError, Trouble, settle_device, trouble_of
+from .guarded import verdict_of
 from .isolated import Handle, receive, send, warm_up
 from .loading import NotInstalledError, load_subject
 from .properties.hygiene import poisoned_allocations
@@ -25,6 +26,8 @@ from .subject import Subject
 
 # Prepared weights that are kept: a case is called a few times, then comes the next.
 KEPT = 8
+# The exit status of a worker whose device is broken; it has said so before.
+BROKEN = 77
 
 
 def main() -> None:
@@ -78,14 +81,27 @@ def _serve(subject: Subject, calls: int, replies: BinaryIO) -> None:
     send(replies, {"worker": os.getpid()})
     while (message := receive(calls, None)) is not None:
         number, method, arguments, options, storages, conditions = message
+        launches = CHECKED.total()
         try:
             with _under(conditions):
                 result = _answer(subject, prepared, method, arguments, options)
+            settle_device()
         except Exception as error:
-            raised = f"{method} raised {type(error).__name__}: {error}{_where(error)}"
-            send(replies, {"number": number, "raised": raised})
+            is_over = trouble_of(error) in (Trouble.BROKEN, Trouble.GONE)
+            send(replies, {"number": number, "is_over": is_over, **_refusal(method, error)})
+            if is_over:  # whatever this process asked of its device now would fail with the same error
+                os._exit(BROKEN)
         else:
-            send(replies, {"number": number, "result": result, "storages": storages})
+            reply = {"number": number, "result": result, "storages": storages}
+            send(replies, reply | {"launches": CHECKED.total() - launches})
+
+
+def _refusal(method: str, error: Exception) -> dict[str, str]:
+    try:
+        verdict = verdict_of(method, error, __file__)
+    except DeviceGoneError as gone:
+        return {"gone": str(gone)}
+    return {"violated": verdict.property.id, "detail": verdict.detail}
 
 
 def _answer(subject: Subject, prepared: dict[int, Any], method: str, arguments: list[Any], options: Any) -> Any:
@@ -130,12 +146,6 @@ def _under(conditions: dict[str, bool]) -> Iterator[None]:
         backwards = interpreter.programs_reversed()
     with poisoned_allocations(conditions["poisoned"]), backwards:
         yield
-
-
-def _where(error: Exception) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
-    frames = [frame for frame in frames if frame.filename != __file__]
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 if __name__ == "__main__":

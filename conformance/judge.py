@@ -28,6 +28,7 @@ class Property:
         is_value: judges numbers; every null kernel must fail it.
         needs: whether a subject's capabilities leave a case to judge.
         devices: torch device types on which it can be judged; empty means all.
+        repeatable: it can be judged only of subjects that declare that the same call gives the same bits.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Property:
     is_value: bool = False
     needs: Callable[[Any], bool] = lambda capabilities: True
     devices: tuple[str, ...] = ()
+    repeatable: bool = False
 
     def verdict(
         self,
@@ -60,6 +62,7 @@ def declare(
     is_value: bool = False,
     needs: Callable[[Any], bool] = lambda capabilities: True,
     devices: tuple[str, ...] = (),
+    repeatable: bool = False,
 ) -> Property:
     """Register a property.
 
@@ -68,7 +71,7 @@ def declare(
     """
     if id in PROPERTIES:
         raise ValueError(f"id: {id} is declared twice")
-    PROPERTIES[id] = Property(id, sentence, facets, is_value, needs, devices)
+    PROPERTIES[id] = Property(id, sentence, facets, is_value, needs, devices, repeatable)
     _finding_classes[id] = type(f"{id.replace('-', '_')}_Violated", (Finding,), {"__doc__": sentence})
     return PROPERTIES[id]
 
@@ -136,7 +139,7 @@ class Tally:
         return None
 
 
-_COUNTERS = ("executions", "pairs", "skipped", "kernels", "facts", "known")
+_COUNTERS = ("executions", "pairs", "skipped", "kernels", "facts", "known", "inconclusive")
 
 
 @dataclass
@@ -151,6 +154,7 @@ class Ledger:
         kernels: compiled variants that were loaded, `name hash`, and by how many processes.
         facts: whatever else the run counts (the time that compiling took, say).
         known: by entry of the known failures, how many cases it met and how many of these failed.
+        inconclusive: why a case has no verdict though it should, through no fault of the subject, and how often.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -160,6 +164,7 @@ class Ledger:
     kernels: Counter[str] = field(default_factory=Counter)
     facts: Counter[str] = field(default_factory=Counter)
     known: Counter[str] = field(default_factory=Counter)
+    inconclusive: Counter[str] = field(default_factory=Counter)
 
     def settle(
         self,

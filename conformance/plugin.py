@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moegate-profile", choices=PROFILES, default="gate", help="how cases are drawn (default: gate)")
     group.addoption("--moegate-scale", type=float, default=1.0, help="multiplies the number of cases")
     group.addoption("--moegate-minutes", type=float, metavar="N", help="soak for so long, over all workers")
+    group.addoption("--moegate-reruns", type=_count, metavar="N", help="only call fixed cases N times more each")
     group.addoption("--moegate-spec", metavar="LINE", help="run this one spec, as a failure printed it")
     group.addoption("--moegate-isolate", action="store_true", help="run the subject in a process of its own")
     group.addoption("--moegate-timeout", type=float, default=120.0, metavar="S", help="seconds for a call there")
@@ -51,10 +52,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moegate-progress", metavar="FILE", help="append one byte to FILE for each execution")
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError(text)
+    return count
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Set the selection from the options."""
     config.addinivalue_line("markers", "moegate_facets(*names): facets of the subject that the test needs")
     config.addinivalue_line("markers", "moegate_executions(examples, runs): what the test will run, for the progress")
+    config.addinivalue_line("markers", "moegate_reruns(cases): calls so many fixed cases again and again")
     config.addinivalue_line("markers", "moegate_ranks: starts ranks as processes, on GPUs one for each that is there")
     names = (
         "subject",
@@ -65,6 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "progress",
         "known",
         "minutes",
+        "reruns",
         "isolate",
         "timeout",
         "python",
@@ -118,6 +128,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _refusals:
         _refuse(config, items)
         return
+    if SELECTION.reruns is not None:
+        others = [item for item in items if not item.get_closest_marker("moegate_reruns")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = mine = [item for item in mine if item not in others]
     _collected.extend(item.nodeid for item in mine)
     if spec is None:
         _share_time(config, mine)
@@ -184,13 +198,18 @@ def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:
         or getattr(config, "workerinput", {}).get("workerid", "gw0") != "gw0"
     ):
         return
+    from .reruns import reruns_asked
     from .session import current_session
 
     total = 0
     for item in items:
-        marker = item.get_closest_marker("moegate_executions")
-        if marker is not None and item.get_closest_marker("skip") is None:
+        if item.get_closest_marker("skip") is not None:
+            continue
+        marker, again = (item.get_closest_marker(f"moegate_{name}") for name in ("executions", "reruns"))
+        if marker is not None:
             total += current_session().examples(marker.args[0]) * marker.args[1]
+        if again is not None:
+            total += (again.args[0] if SELECTION.reruns is not None else 1) * (1 + reruns_asked())
     Path(SELECTION.progress).with_suffix(".total").write_text(str(total))
 
 
@@ -208,6 +227,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     report = _report(config, merged)
     if exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED) and (report["not_judged"] or report["stale"]):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if report["verdict"] == "inconclusive":
+        session.exitstatus = pytest.ExitCode.INTERRUPTED
     from .report_formats import write_report
 
     for path in config.getoption("moegate_report") or ():
@@ -244,7 +265,8 @@ def _merged(own: Ledger | None) -> Ledger | None:
 def _is_partial(config: pytest.Config) -> bool:
     """Whether somebody chose a part of the suite, which then owes no completeness."""
     chosen = config.option.keyword or config.option.markexpr or any(".py" in str(arg) for arg in config.args)
-    return bool(chosen or SELECTION.spec is not None or SELECTION.minutes is not None or SELECTION.scale < 1)
+    part = (SELECTION.spec, SELECTION.minutes, SELECTION.reruns)
+    return bool(chosen or any(option is not None for option in part) or SELECTION.scale < 1)
 
 
 def _vacuous(config: pytest.Config, ledger: Ledger) -> list[str]:
@@ -276,6 +298,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     report = _report(config, merged)
     complaints = [f"NOT JUDGED: {reason}" for reason in report["not_judged"]]
     complaints += [f"STALE: {reason}" for reason in report["stale"]]
+    complaints += [f"INCONCLUSIVE: {reason}" for reason in report["inconclusive"]]
     for line in (*as_lines(report), *complaints, *_notes):
         terminalreporter.line(line)
 

@@ -17,6 +17,7 @@ from hypothesis.internal.conjecture import providers
 from hypothesis.internal.constants_ast import Constants
 from hypothesis.strategies import SearchStrategy
 
+from .judge import Finding
 from .selection import SELECTION
 from .soak import BATCH, soak
 from .spec import Spec, parse_spec
@@ -89,7 +90,7 @@ def _only_our_constants() -> Iterator[None]:
 
 
 def explore(
-    strategy: SearchStrategy[Any],
+    strategy: SearchStrategy[Any] | None,
     body: Callable[[Any], None],
     *,
     name: str,
@@ -100,7 +101,7 @@ def explore(
     """Run `body` on drawn specs under the selected profile; on the one spec that the run was asked for, if any.
 
     Args:
-        strategy: draws specs.
+        strategy: draws specs; None: the pinned ones are all.
         body: runs the subject on a spec and settles the verdicts.
         name: seeds the gate; the family and whatever parametrises it.
         examples: cases to draw.
@@ -117,6 +118,18 @@ def explore(
         except Exception as error:
             error.moegate_spec = repr(spec)
             raise
+
+    if strategy is None:
+        # Nothing is shrunk here, so that every case has its verdict before the first finding is raised.
+        findings = []
+        for spec in pinned:
+            try:
+                judged(spec)
+            except Finding as finding:
+                findings.append(finding)
+        if findings:
+            raise findings[0]
+        return
 
     def run(examples: int, pinned: Iterable[Spec]) -> None:
         test = given(spec=strategy)(judged)

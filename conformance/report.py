@@ -68,7 +68,13 @@ def as_json(ledger: Ledger, vacuous: list[str], stale: list[str]) -> dict[str, A
     session = current_session()
     violated = any(tally.violated for tally in ledger.tallies.values())
     rows = [_property(id, tally) for id, tally in sorted(ledger.tallies.items())]
-    verdict = "violated" if violated else "nothing judged" if vacuous else "stale known failures" if stale else "holds"
+    kinds = (
+        (violated, "violated"),
+        (ledger.inconclusive, "inconclusive"),
+        (vacuous, "nothing judged"),
+        (stale, "stale known failures"),
+    )
+    verdict = next((name for found, name in kinds if found), "holds")
     return {
         "schema": SCHEMA,
         "verdict": verdict,
@@ -85,6 +91,7 @@ def as_json(ledger: Ledger, vacuous: list[str], stale: list[str]) -> dict[str, A
         "deviations": dict(session.subject.deviations),
         "not_judged": vacuous,
         "stale": stale,
+        "inconclusive": [f"{reason} ({count} times)" for reason, count in ledger.inconclusive.items()],
         "known_failures": session.known.report(ledger.known),
         "skipped": dict(ledger.skipped),
         "kernels": ledger.kernel_variants(),

@@ -57,11 +57,12 @@ def known_lines(report: Report) -> Iterator[str]:
 def as_junit(report: Report) -> str:
     """One test case a property; what was not judged is a skipped one, and what makes the run fail a failed one."""
     rows = report["properties"]
-    failures = sum(row["verdict"] == "violated" for row in rows) + len(report["not_judged"]) + len(report["stale"])
+    whole = [(kind, reason) for kind in ("not_judged", "stale", "inconclusive") for reason in report.get(kind, ())]
+    failures = sum(row["verdict"] == "violated" for row in rows) + len(whole)
     suite = ElementTree.Element(
         "testsuite",
         name=f"moegate.{report['subject']}.{report['device']}",
-        tests=str(len(rows) + len(report["skipped"]) + len(report["not_judged"]) + len(report["stale"])),
+        tests=str(len(rows) + len(report["skipped"]) + len(whole)),
         failures=str(failures),
         errors="0",
         skipped=str(len(report["skipped"])),
@@ -74,9 +75,8 @@ def as_junit(report: Report) -> str:
             failure.text = row["finding"]
         said = f"{row['cases']} cases, budget used {used_text(row['budget_used'])}, {row['verdict']}"
         ElementTree.SubElement(case, "system-out").text = said
-    for kind in ("not_judged", "stale"):
-        for reason in report[kind]:
-            ElementTree.SubElement(_case(suite, "run", reason), "failure", message=reason, type=kind)
+    for kind, reason in whole:
+        ElementTree.SubElement(_case(suite, "run", reason), "failure", message=reason, type=kind)
     for reason, count in report["skipped"].items():
         ElementTree.SubElement(_case(suite, "skipped", reason), "skipped", message=f"{count} times")
     ElementTree.indent(suite)
@@ -103,6 +103,7 @@ def as_markdown(report: Report) -> str:
         lines += ["", f"**{row['id']}**: {row['sentence']}", "", "```", *_undented(body), "```"]
     lines += [f"\n**not judged**: {reason}" for reason in report["not_judged"]]
     lines += [f"\n**stale**: {reason}" for reason in report["stale"]]
+    lines += [f"\n**inconclusive**: {reason}" for reason in report.get("inconclusive", ())]
     known = list(known_lines(report))
     lines += ["", *(f"* {line}" for line in known)] if known else []
     lines += [

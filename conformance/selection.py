@@ -25,6 +25,7 @@ class Selection:
         isolate: the subject runs in a process of its own.
         timeout: seconds for one of its calls there.
         python: the interpreter of that process; None: this one's.
+        reruns: how often the fixed cases are called again, and nothing else is run; None: the whole suite.
         minutes: of a soak, over all its tests and workers; None: as many cases as the profile says.
         until: when such a soak ends in this process (`time.monotonic`), once the tests are known.
         waiting: its tests that are still to come in this process, about.
@@ -40,6 +41,7 @@ class Selection:
     isolate: bool = False
     timeout: float = 120.0
     python: str | None = None
+    reruns: int | None = None
     minutes: float | None = None
     until: float | None = None
     waiting: int = 0

@@ -10,11 +10,14 @@ from dataclasses import replace
 from datetime import date
 from functools import cache
 from typing import Any, TypeVar
+from unittest import SkipTest
 
 import torch
 from torch import Tensor
 
+from .bounds import CHECKED
 from .cases import BatchedCase, ExpertsCase
+from .device_errors import Trouble, asked_for, first_line, trouble_of
 from .guarded import CallError, guarded
 from .isolated import Isolated
 from .judge import Ledger, Verdict
@@ -22,7 +25,7 @@ from .known import KnownFailures, load_known
 from .loading import load_subject
 from .profiles import examples_of, explore
 from .properties.hygiene import judge_form, poisoned_allocations
-from .properties.subject import ENDS, RETURNS, SURVIVES
+from .properties.subject import ENDS, RETURNS, SURVIVES, WITHIN
 from .selection import SELECTION
 from .spec import Spec
 from .strategies import POOLS
@@ -40,6 +43,7 @@ class Session:
         isolated: the same, where it runs in a process of its own.
         device: torch device type.
         ledger: everything that was judged in this process.
+        lost: why nothing more can be run on the device in this process; empty where it can.
     """
 
     def __init__(self, subject: Subject, device: str) -> None:
@@ -47,6 +51,7 @@ class Session:
         self.subject = guarded(subject)
         self.device = device
         self.ledger = Ledger()
+        self.lost = ""
         self.known = KnownFailures(load_known(SELECTION.known), subject.name, device, date.today())
 
     def fresh(self) -> Session:
@@ -84,7 +89,7 @@ class Session:
         """Judge drawn specs, each verdict counted, the first that does not hold raised.
 
         Args:
-            strategy: draws specs.
+            strategy: draws specs; None: the pinned ones are all.
             judge: runs the subject on a spec and gives its verdicts.
             name: seeds the gate.
             variant: of the subject, for the count and the replay line.
@@ -94,26 +99,39 @@ class Session:
             is_value: numbers are judged, of which a device may have the time for more cases.
         """
         held = [RETURNS.verdict(True)] + ([SURVIVES.verdict(True), ENDS.verdict(True)] if self.isolated else [])
-        hung: dict[Spec, list[Verdict]] = {}
+        last: dict[Spec, list[Verdict]] = {}
+        if self.lost:
+            raise self._skip(self.lost)
 
         def body(spec: Spec) -> None:
-            # Each smaller case that hangs too would cost as much time again: the first is the one that is shown.
-            if hung and spec not in hung:
+            # Each smaller case that hangs too would cost as much time again, and of a device that a case broke every
+            # other would say the same: the first is the one that is shown.
+            if last and spec not in last:
                 return
-            if spec in hung:
-                self.settle(hung[spec], spec, variant=variant)
+            if spec in last:
+                self.settle(last[spec], spec, variant=variant)
             crash = self.known.crash(spec, variant)
             if crash is not None:
                 self.ledger.known[f"{crash.key()} met"] += 1
                 self.ledger.skipped[f"known to crash, not launched: {crash.issue}"] += 1
                 return
-            cause = None
+            cause, launches = None, CHECKED.total()
             try:
-                verdicts = [*held, *judge(spec)]
+                judged = judge(spec)
+                # Of what is compiled, and of what launches nothing, nobody knows which memory it touched.
+                within = [WITHIN.verdict(True)] if judged and CHECKED.total() > launches else []
+                verdicts = [*held, *within, *judged]
             except CallError as error:
                 verdicts, cause = [error.verdict], error.__cause__
                 if error.verdict.property is ENDS:
-                    hung[spec] = verdicts
+                    last[spec] = verdicts
+            except Exception as error:
+                verdicts, cause = self._of_the_device(error), error
+                if not verdicts:
+                    return
+            if self.isolated is None and any(v.property is SURVIVES and not v.holds for v in verdicts):
+                last[spec] = verdicts
+                self.lost = f"a case left the GPU of its process unusable (--isolate goes on after one): {spec!r}"
             self.ledger.ran(variant, spec, runs)
             if SELECTION.progress is not None:
                 _tick(SELECTION.progress, runs)
@@ -121,6 +139,34 @@ class Session:
 
         count = self.examples(examples, is_value=is_value)
         explore(strategy, body, name=name, examples=count, pinned=pinned, facts=self.ledger.facts)
+
+    def _of_the_device(self, error: Exception) -> list[Verdict]:
+        """The verdicts on a case that an error of the device ended outside of the subject's calls; none: it has none.
+
+        An illegal access shows where somebody waits for the device, which may be the suite that reads the result.
+
+        Raises:
+            Exception: the error, which is none of a device.
+            SkipTest: the device is gone.
+        """
+        trouble = trouble_of(error)
+        if trouble is None:
+            raise error
+        if trouble is Trouble.BROKEN and self.isolated is None:
+            return [SURVIVES.verdict(False, f"the device was unusable after the call: {first_line(error)}")]
+        if trouble is Trouble.FULL:
+            said = f"the suite's own operands did not fit into memory: {asked_for(error)} asked for"
+            self.ledger.inconclusive[said] += 1
+            return []
+        # A GPU that is gone, or that the suite itself broke, which no case is to blame for.
+        self.lost = f"the device is lost: {first_line(error)}"
+        self.ledger.inconclusive[self.lost] += 1
+        raise self._skip(self.lost)
+
+    def _skip(self, reason: str) -> SkipTest:
+        """What ends a test because nothing more can be run here; counted."""
+        self.ledger.skipped[reason] += 1
+        return SkipTest(reason)
 
     def settle(
         self,
@@ -158,7 +204,8 @@ class Session:
 
     def command(self) -> str:
         """`moegate check` of this subject on this device, for a shell."""
-        return f"moegate check --subject {shlex.quote(SELECTION.subject)} --device {self.device}"
+        again = "" if SELECTION.reruns is None else f" --reruns {SELECTION.reruns}"
+        return f"moegate check --subject {shlex.quote(SELECTION.subject)} --device {self.device}{again}"
 
     def prepared(self, case: AnyCase, variant: str) -> AnyCase:
         """The case with what the subject makes of its weights."""

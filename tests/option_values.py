@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--workers": (*_INT, "-1", "100000", LONG),
         "--scale": _NUMBER,
         "--minutes": _NUMBER,
+        "--reruns": (*_COUNT, "1000001"),
         "--spec": ("__import__('os').abort()", "", "AlignSpec(M=1)", "x" * 20_000),
         "--select": ("not (",),
         "--known": ("", "no/such.toml", ".", "list.json", "a\0b"),

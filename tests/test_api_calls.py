@@ -79,3 +79,11 @@ def test_a_quantisation_can_be_written_in_plain_words() -> None:
     quant = ExpertsQuantization("fp8_w8a8", scale, scale, block_shape=[16, 16])
     assert quant.block_shape == (16, 16)
     assert (quant.weight_scale, quant.activation_scale) == ("block", "group")
+
+
+@pytest.mark.parametrize(("missing", "given"), [("w13", "w2"), ("w2", "w13")])
+def test_one_zero_point_without_the_other_is_refused_by_the_missing_one(missing: str, given: str) -> None:
+    fields = good_arguments("fused_experts", "cpu", "int4_zeros")["quant"] | {f"{missing}_zero_point": None}
+    said = f"{missing}_zero_point: expected one as {given}_zero_point is there, got None"
+    with pytest.raises(ValueError, match=f"^{said}"):
+        ExpertsQuantization(**fields)

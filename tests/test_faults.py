@@ -3,6 +3,7 @@
 import json
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from moegate.conformance.faults.fault import CatalogueError, Edit, Fault, load_c
 from moegate.conformance.faults.job import Job, Orders, Outcome
 from moegate.conformance.faults.mutants import candidates, sample
 from moegate.conformance.faults.record import Journal, read_witnesses
+from moegate.conformance.faults.survivors import read_survivors, summary, without_equivalents
 from moegate.main import app
 
 CATALOGUE = load_catalogue()
@@ -322,6 +324,38 @@ def test_mutants_are_many_of_every_kind_and_have_names_of_their_own():
     assert len({mutant.id for mutant in every}) == len(every) > 3000
     kinds = {mutant.note.split(":")[0] for mutant in every}
     assert {"comparison", "constant", "mask", "operand", "operator", "statement deleted"} <= kinds
+
+
+def report_of(mutants, *killed):
+    rows = [{"id": m.id, "killed": m.id in killed, "by": ["NUM-01"] if m.id in killed else []} for m in mutants]
+    return {"faults": rows, "not_hunted": []}
+
+
+def test_verdicts_on_survivors_stay_with_their_edit_and_new_ones_are_open(tmp_path):
+    mutants, path = sample(4, 1, "moegate.impl.kernels"), tmp_path / "mutants.json"
+    first = summary(report_of(mutants, mutants[0].id), mutants, 4, 1, path)
+    assert (first["mutants"], first["killed"], first["by_error"]) == (4, 1, 0)
+    assert [row["id"] for row in first["survivors"]] == [mutant.id for mutant in mutants[1:]]
+    assert {row["verdict"] for row in first["survivors"]} == {"open"}
+    first["survivors"][0] |= {"verdict": "equivalent", "why": "a reason"}
+    path.write_text(json.dumps(first))
+    # Known equivalents are named and not hunted, wherever their lines are now.
+    moved = [replace(mutant, id=f"moved {mutant.id}") for mutant in mutants]
+    assert [mutant.equivalent for mutant in without_equivalents(moved, path)] == ["", "a reason", "", ""]
+    again = report_of([moved[0], *moved[2:]], moved[2].id) | {"not_hunted": [{"id": moved[1].id}]}
+    second = summary(again, moved, 4, 1, path)
+    assert [row["verdict"] for row in second["survivors"]] == ["open", "equivalent", "open"]
+    with pytest.raises(ValueError, match="report: expected the 4 mutants of count 4 and seed 1, got others"):
+        summary(report_of(mutants[1:]), mutants, 4, 1, path)
+    first["survivors"][0]["verdict"] = "harmless"
+    path.write_text(json.dumps(first))
+    with pytest.raises(ValueError, match=r"expected a verdict of .*, got 'harmless'"):
+        read_survivors(path)
+
+
+def test_every_survivor_that_is_checked_in_has_a_verdict_and_a_reason():
+    for row in read_survivors().values():
+        assert row["why"], row["id"]
 
 
 # --- the document -------------------------------------------------------------------------------------------------

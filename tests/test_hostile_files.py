@@ -487,6 +487,7 @@ READERS = {
     "conformance/faults/document.py": "files of this package",
     "conformance/faults/fault.py": "tests/test_faults.py",
     "conformance/faults/record.py": "a file of this package, and its own journal",
+    "conformance/faults/survivors.py": "a file of this package, and a report that a developer hands it",
     "bench/gate/snapshot.py": "a file of this package",
     "bench/parallel.py": "written by its own process",
     "bench/gate/process.py": "said by its own child",
@@ -495,6 +496,7 @@ READERS = {
     "bench/gate/trial.py": "a self-test's result, by its schema",
     "bench/history/run.py": "tests/test_history_store.py",
     "conformance/known.py": "tests/test_known.py",
+    "conformance/sanitizer.py": "said by its own child",
     "cli/check.py": "written by its own child",
     "impl/parallel/agreement.py": "sent by the ranks of the group",
 }

@@ -24,6 +24,7 @@ from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moegate.conformance import interpreter
+from moegate.conformance.bounds import OutOfBoundsError
 
 DEVICE = "cpu"
 RIGHT = "right"
@@ -1035,6 +1036,88 @@ def kernels_do_not_warn_of_infinity():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(mapped(overflow, torch.tensor([1000.0]), torch.tensor([0.0])), torch.tensor([math.inf]))
+
+
+# --- Memory ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def shifted_kernel(x, out, n, shift, ATOMIC: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value = tl.load(x + i, mask=i < n)
+    if ATOMIC:
+        tl.atomic_add(out + i + shift, value, mask=i < n)
+    else:
+        tl.store(out + i + shift, value, mask=i < n)
+
+
+@triton.jit
+def address_kernel(table, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(tl.load(table).to(tl.pointer_type(tl.float32)) + i))
+
+
+@triton.jit
+def descriptor_beyond_kernel(x, out, rows, ROWS: tl.constexpr, COLS: tl.constexpr):
+    block = tl.make_tensor_descriptor(x, [rows, COLS], [COLS, 1], [ROWS, COLS]).load([0, 0])
+    tl.store(out + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :], block)
+
+
+def inside(numbers: int, around: int = 64) -> torch.Tensor:
+    """A storage of its own amid memory that is there too, so that leaving it harms nobody where nothing forbids it."""
+    return torch.from_numpy(numpy.zeros(numbers + 2 * around, numpy.float32)[around : around + numbers])
+
+
+def leaves(run: Callable[[], object], words: str) -> None:
+    said = "nothing"
+    try:
+        run()
+    except OutOfBoundsError as error:
+        said = str(error)
+    assert words in said, said
+
+
+@probe("memory_bounds", compiles=False)
+def an_access_outside_the_arguments_is_an_error_that_says_where():
+    x, out = inside(12), inside(16)
+    run = shifted_kernel[(1,)]
+    leaves(
+        lambda: run(x, out, 12, 5, ATOMIC=False, BLOCK=32),
+        "shifted_kernel writes 4 bytes outside its arguments: up to 4 bytes behind the end of out, whose memory has "
+        "64 bytes; 1 of 12 active lanes (test_interpreter.py:",
+    )
+    leaves(lambda: run(x, out, 12, -3, ATOMIC=False, BLOCK=32), "up to 12 bytes before the start of out")
+    leaves(lambda: run(x, out, 12, 5, ATOMIC=True, BLOCK=32), "shifted_kernel updates 4 bytes")
+    leaves(lambda: run(x, out, 13, 0, ATOMIC=False, BLOCK=32), "shifted_kernel reads 4 bytes")
+    leaves(lambda: run(inside(0), out, 1, 0, ATOMIC=False, BLOCK=32), "behind the end of x, whose memory has 0 bytes")
+    same(out, torch.zeros(16))
+
+
+@probe("memory_bounds", compiles=False)
+def a_descriptor_of_more_rows_than_there_are_is_an_error():
+    x, out = inside(4 * 16), inside(8 * 16)
+    leaves(lambda: descriptor_beyond_kernel[(1,)](x, out, 8, ROWS=8, COLS=16), "descriptor_beyond_kernel reads 4 bytes")
+
+
+@probe(None, compiles=False)
+def what_is_allowed_stays_allowed():
+    run = shifted_kernel[(1,)]
+    whole = torch.arange(64.0)
+    out = torch.zeros(64)
+    run(whole[16:20], out[4:8], 16, 0, ATOMIC=False, BLOCK=32)  # views: from there on, in the same storage
+    same(out[4:20], whole[16:32])
+    run(whole, out[32:], 16, -16, ATOMIC=False, BLOCK=32)
+    same(out[16:32], whole[:16])
+    run(whole[3:4].expand(16), out, 1, 0, ATOMIC=False, BLOCK=32)
+    run(torch.empty(0), torch.empty(0), 0, 0, ATOMIC=False, BLOCK=32)  # no active lane
+    run(torch.empty(0), out, 0, 0, ATOMIC=True, BLOCK=32)
+
+
+@probe(None, compiles=False)
+def an_address_that_comes_as_a_number_is_nobodys_to_judge():
+    x, out = torch.arange(16.0), torch.zeros(16)
+    address_kernel[(1,)](torch.tensor([x.data_ptr()]), out, BLOCK=16)
+    same(out, x)
 
 
 # --- The children ---------------------------------------------------------------------------------------------------

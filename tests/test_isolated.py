@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moegate.conformance.cases import build_experts
+from moegate.conformance.device_errors import DeviceGoneError
 from moegate.conformance.guarded import CallError
 from moegate.conformance.isolated import Isolated, LoadError
 from moegate.conformance.loading import load_subject
@@ -22,12 +23,17 @@ import torch
 from moegate.conformance.subject import Subject
 
 print("noise at import")
+FAULTS = {
+    "illegal": torch.AcceleratorError("CUDA error: an illegal memory access was encountered\\nCUDA"),
+    "full": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
+    "gone": RuntimeError("CUDA error: no CUDA-capable device is detected"),
+}
 
 
 class Mine(Subject):
     name = "mine"
     last_run = str(moegate.__path__[0])
-    variants = ("honest", "crashes", "exits", "hangs", "writes", "aliases", "raises", "counts", "poison")
+    variants = ("honest", "crashes", "exits", "hangs", "writes", "aliases", "raises", "counts", "poison", *FAULTS)
 
     def __init__(self):
         self.calls = 0
@@ -44,6 +50,8 @@ class Mine(Subject):
             os._exit(3)
         if variant == "hangs":
             time.sleep(1000)
+        if variant in FAULTS:
+            raise FAULTS[variant]
         if variant == "raises":
             raise ValueError("no such layer")
         if variant == "writes":
@@ -99,6 +107,8 @@ def test_what_it_declares_is_known_here_and_calls_that_do_not_travel_are_not_def
         ("crashes", "SUBJECT-02", "experts: the process died by SIGSEGV"),
         ("exits", "SUBJECT-02", "experts: the process exited with 3"),
         ("raises", "SUBJECT-01", "experts raised ValueError: no such layer (mine.py:"),
+        ("illegal", "SUBJECT-02", "experts left its device unusable: AcceleratorError: CUDA error: an illegal memory"),
+        ("full", "SUBJECT-05", "experts asked for 20.00 GiB: OutOfMemoryError: CUDA out of memory. Tried to"),
     ],
 )
 def test_what_ends_a_call_is_its_verdict_and_the_next_call_runs(subject, case, variant, id, words):
@@ -107,6 +117,20 @@ def test_what_ends_a_call_is_its_verdict_and_the_next_call_runs(subject, case, v
     assert caught.value.verdict.property.id == id
     assert words in caught.value.verdict.detail
     assert call(subject, case, "honest").shape == (5, 1)
+
+
+def test_a_worker_whose_device_is_broken_is_replaced_and_a_lost_device_is_no_verdict(subject, case):
+    first = call(subject, case, "counts")[1]
+    with pytest.raises(CallError):
+        call(subject, case, "full")
+    assert call(subject, case, "counts")[1] == first
+    with pytest.raises(CallError):
+        call(subject, case, "illegal")
+    second = call(subject, case, "counts")[1]
+    assert second != first
+    with pytest.raises(DeviceGoneError, match="experts: RuntimeError: CUDA error: no CUDA-capable device"):
+        call(subject, case, "gone")
+    assert call(subject, case, "counts")[1] != second
 
 
 def test_a_hang_ends_with_its_time_and_the_next_call_runs(file, case):

@@ -86,8 +86,8 @@ def summary(
         tally = areas.setdefault(mutant.area, [0, 0])
         tally[0] += 1
         tally[1] += is_killed
-        if not is_killed or mark in known:
-            row = known.get(mark, {"verdict": "open", "why": ""})
+        row = known.get(mark, {"verdict": "open", "why": ""})
+        if not is_killed or row["verdict"] != "open":
             own = {"id": mutant.id, "mark": mark, "change": mutant.note}
             survivors.append(own | {name: row[name] for name in ("verdict", "why")})
     by = [row["by"] for row in outcomes.values() if row["killed"]]

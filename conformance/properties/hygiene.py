@@ -22,6 +22,10 @@ REPEATABLE = declare(
     "HYGIENE-04",
     "the same call gives the same bits, whatever uninitialised memory held and in whatever order programs ran",
     "experts",
+    repeatable=True,
+)
+SAME_BITS = declare(
+    "HYGIENE-08", "a call that is made many times gives the same bits every time", "experts", repeatable=True
 )
 APART = declare(
     "HYGIENE-07", "the results of two calls share no memory: a later call leaves an earlier result alone", "experts"

@@ -11,9 +11,13 @@ from ..numerics import Numerics
 from .meta import agree
 
 RETURNS = declare("SUBJECT-01", "a call that the capabilities declare raises nothing and returns tensors")
-SURVIVES = declare("SUBJECT-02", "the process of a subject outlives its calls")
+SURVIVES = declare("SUBJECT-02", "the process of a subject outlives its calls, and can use its device after them")
 ENDS = declare("SUBJECT-03", "a call ends within its time")
 STATELESS = declare("SUBJECT-04", "a call gives what a fresh subject gives, whatever it was asked before", "experts")
+FITS = declare("SUBJECT-05", "a call finds the memory that it asks for")
+WITHIN = declare(
+    "SUBJECT-06", "no kernel that Triton's interpreter runs reads or writes outside the memory of its arguments"
+)
 
 
 def judge_state(output: Tensor, fresh: Tensor, budget: Budget, numerics: Numerics) -> Verdict:
