@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,11 +137,11 @@ def check(
         if device == "cpu":
             # Small operands: threads would only get in each other's way, and the workers take the cores.
             environment.setdefault("OMP_NUM_THREADS", "1")
-        if device == "cuda" and not (isolate or subject_python):
+        if device == "cuda" and reruns is None and not (isolate or subject_python):
             _precompile(subject, workers, environment, console)
         watch = GpuWatch.of_this_machine(_gpus() if device == "cuda" else [])
         started = time.monotonic()
-        output, status = _run(command, environment, folder, progress_file, console, watch)
+        output, status = _run(command, environment, folder, progress_file, console, watch.look)
         seconds = time.monotonic() - started
         report = json.loads(report_file.read_text()) if report_file.exists() else None
 
@@ -225,7 +226,7 @@ def _run(
     folder: str,
     progress_file: Path,
     console: Console,
-    watch: GpuWatch,
+    look: Callable[[], None] = lambda: None,
 ) -> tuple[str, int]:
     log = Path(folder, "log")
     rate = TaskProgressColumn(show_speed=True)  # executions a second, where nobody knows how many are to come
@@ -240,7 +241,7 @@ def _run(
                 if total.exists() and total.read_text().strip():
                     progress.update(task, total=int(total.read_text()))
                 progress.update(task, completed=progress_file.stat().st_size)
-                watch.look()
+                look()
                 time.sleep(0.2)
         except KeyboardInterrupt:
             # What was judged until here is in the report that pytest writes when it is interrupted.

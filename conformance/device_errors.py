@@ -45,6 +45,11 @@ _GONE = (
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([0-9.]+ ?[KMGTPE]?i?B(?:ytes)?)\b", re.IGNORECASE)
 
 
+# By name: the other side of `--subject-python` may have a PyTorch that has not all of them.
+_FULL_TYPES = tuple({getattr(torch, "OutOfMemoryError", MemoryError), MemoryError})
+_DEVICE_TYPES = tuple({getattr(torch, "AcceleratorError", MemoryError)})
+
+
 class Trouble(Enum):
     """What happened to the device."""
 
@@ -62,13 +67,13 @@ def trouble_of(error: BaseException) -> Trouble | None:
     text = str(error)
     if isinstance(error, DeviceGoneError):
         return Trouble.GONE
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, _FULL_TYPES):
         return Trouble.FULL
     if not isinstance(error, RuntimeError):
         return None
     if "DefaultCPUAllocator: can't allocate memory" in text:
         return Trouble.FULL
-    if not (isinstance(error, torch.AcceleratorError) or _OF_A_DEVICE.search(text) or "GPUs are available" in text):
+    if not (isinstance(error, _DEVICE_TYPES) or _OF_A_DEVICE.search(text) or "GPUs are available" in text):
         return None
     folded = text.casefold()
     for trouble, signs in ((Trouble.GONE, _GONE), (Trouble.BROKEN, _BROKEN)):
