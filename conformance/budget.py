@@ -27,6 +27,9 @@ from .operands import ExpertsOperands
 from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, leaning, quantized
 from .rounding import Accumulator, accumulation, beside_bias, floor, rounding
 
+# What a normal number exceeds once in a million cases, which is what the limits are fitted for (`calibrate.PER_CASE`).
+NORMAL_QUANTILE = 4.753
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -45,6 +48,8 @@ class Budget:
         common: `[M, top_k, C, I]`, the same of causes that all rows share.
         independent: `[M, H]`, squared, the part that each column has for itself.
         independent_floor: `[M, H]`, the part of it that adds up along a row.
+        of_causes: `[M]`, the sum of squares of the eigenvalues of a row's covariance by the causes that columns share.
+        one_way: `[M]`, squared, what `hidden_floor` makes of a row where all of it goes up, or all of it down.
         weight_error: `[M, top_k]`, relative error of the routing weights where they are rounded on the output, else 0.
         columns_of_a_scale: how many columns of `hidden` share one scale.
         is_quantized: activations are, so that errors come in whole steps.
@@ -61,13 +66,66 @@ class Budget:
     common: Tensor
     independent: Tensor
     independent_floor: Tensor
+    of_causes: Tensor
+    one_way: Tensor
     weight_error: Tensor
     columns_of_a_scale: int
     is_quantized: bool
 
+    def of_row(self) -> Tensor:
+        """`[M]`, what the root of a row's squared errors' sum may be, in the units of the others: see `chance_of_row`.
+
+        A row's variance V is a sum over independent causes; the columns that read one cause share its error. With
+        Satterthwaite's degrees of freedom (Biometrics Bulletin 2(6), 1946), n = V^2 / sum_k of_k^2 for the
+        eigenvalues of_k of the row's covariance: of what columns share (`of_causes`), and of what each has for itself.
+        """
+        columns = self.sigma**2 + self.last**2
+        variance = columns.sum(dim=1)
+        squares = self.of_causes + (columns**2).sum(dim=1)
+        freedom = torch.where(squares == 0, 1.0, variance**2 / squares)
+        return (variance + self.one_way).sqrt() * chance_of_row(freedom)
+
     def first_rows(self, rows: int) -> Budget:
         """The budget of the first tokens."""
         return replace(self, **{name: t[:rows] for name, t in vars(self).items() if isinstance(t, Tensor)})
+
+
+def chance_of_row(freedom: Tensor) -> Tensor:
+    """How far the root of a row's squared errors' sum may be from that of its variance, by its degrees of freedom.
+
+    At least 1: all errors at their largest at once, as where roundings of all columns go the same way. Else chance: a
+    rounding is uniform within its largest error, of a standard deviation of 1 / sqrt(3) of it, and the mean of n
+    squares of independent normal errors exceeds 1 - 2 / (9n) + z sqrt(2 / (9n)), cubed, where a normal number exceeds
+    z (Wilson and Hilferty, PNAS 17(12), 1931). A row of one cause is one number, which may be as far off as an
+    element; one of many averages them.
+
+    Args:
+        freedom: n, at least 1.
+    """
+    ninth = 2 / (9 * freedom)
+    return ((1 - ninth + NORMAL_QUANTILE * ninth.sqrt()) ** 1.5 / 3**0.5).clamp(min=1)
+
+
+# Hidden values of an expert whose every pair is looked at; of more, evenly as many.
+PAIRED = 512
+
+
+def _pairs_of_causes(variance: Tensor, exact: Tensor) -> Tensor:
+    """sum_ij v_i v_j (w_i . w_j)^2: the sum of squares of the eigenvalues of sum_i v_i w_i w_i^T, `[P]`.
+
+    Weights that share an offset (zero points) make one direction of all causes; the diagonal alone would not know.
+
+    Args:
+        variance: `[P, I]`, of each hidden value.
+        exact: `[I, H]`, what each does to the columns.
+    """
+    every = -(-exact.shape[0] // PAIRED)
+    some, chosen = exact[::every], variance[:, ::every]
+    products = (some @ some.T) ** 2
+    diagonal = products.diagonal()
+    own = ((variance * (exact**2).sum(dim=1)) ** 2).sum(dim=1)
+    others = ((chosen @ products) * chosen).sum(dim=1) - (chosen**2 * diagonal).sum(dim=1)
+    return own + (exact.shape[0] / some.shape[0]) ** 2 * others.clamp(min=0)
 
 
 def _multiplicity(trace: Trace) -> Tensor:
@@ -132,19 +190,23 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     at_gate_up = format_of(numerics.gate_up, storage)
     is_scaled = isinstance(call.w13, QuantizedWeight)
     weight_rounding = _weight_rounding(call.w13, numerics, input_dtype is not None, output)
+    first = Accumulator.of(numerics, input_dtype, hidden_size, is_scaled=is_scaled)
     gate_up_variance = (
-        Accumulator.of(numerics, input_dtype, hidden_size, is_scaled=is_scaled).variance(
-            hidden_size, dot, gate_up_squares
-        )
+        first.variance(hidden_size, dot, gate_up_squares)
         + (2 * tf32**2 + weight_rounding**2) * gate_up_squares
         + from_input
         + (FLOAT32.unit_roundoff * in_order) ** 2 * float(call.w13_bias is not None)
         + rounding(in_order, at_gate_up)
     )
+    # What all values of a hidden row share: flips of the input, and the few numbers that an adapter's A makes of it.
+    shared_before = from_input
     if call.adapters is not None:
-        gate_up_variance = gate_up_variance + first_product_variance(trace, call, numerics, x_variance)
+        of_adapters = first_product_variance(trace, call, numerics, x_variance)
+        gate_up_variance, shared_before = gate_up_variance + of_adapters, shared_before + of_adapters
     gate_variance, up_variance = activation.split(gate_up_variance)
-    gate_floor, up_floor = activation.split(floor(in_order, at_gate_up) + beside_bias(in_order, dot, at_gate_up))
+    one_way = floor(in_order, at_gate_up) + beside_bias(in_order, dot, at_gate_up)
+    drift = first.drift(dot)
+    gate_floor, up_floor = activation.split(one_way + drift)
     gate_dot, up_dot = activation.split(dot)
     # What rounds a routing weight: its own conversion where declared, and the float32 product with it.
     weight_error = torch.full_like(trace.output_weights, FLOAT32.unit_roundoff)
@@ -157,6 +219,8 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     slope = slopes(activation, trace.gate, trace.up, gate_variance, up_variance)
     hidden_variance = activation_variance(activation, trace.gate, gate_variance, up_variance, slope, at_gate, at_hidden)
     hidden_floor = activation_floor(activation, trace.gate, slope, gate_floor, up_floor, at_gate_up, at_gate, at_hidden)
+    gate_before, up_before = activation.split(shared_before)
+    hidden_before = slope.of_gate**2 * gate_before + slope.of_up**2 * up_before
     hidden_common = on_input * weight_error[..., None] * (slope.of_gate * gate_dot + slope.of_up * up_dot)
 
     activated_variance = hidden_variance + hidden_common**2
@@ -165,10 +229,13 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     hidden_typical, hidden_single = hidden_variance, torch.zeros_like(hidden_variance)
     hidden_dtype = None if call.quantize_hidden is None else call.quantize_hidden.dtype
     if call.quantize_hidden is not None:
+        gate_drift, up_drift = activation.split(drift)
+        drifted = (slope.of_gate * gate_drift).abs() + (slope.of_up * up_drift).abs()
         known_to = hidden_variance + hidden_common**2 + hidden_floor**2
         added = quantized(trace.activated[here], known_to[here], call.quantize_hidden)
         hidden_variance, hidden_typical = torch.zeros_like(known_to), torch.zeros_like(known_to)
-        hidden_floor = torch.zeros_like(known_to)
+        # What drifts one way flips one way, as much of it as it drifts.
+        hidden_floor = torch.where(here[..., None], drifted, 0.0)
         hidden_variance[here], hidden_typical[here] = added.flips.variance, added.flips.typical
         hidden_single[here], scale_error[here] = added.flips.single, added.scale_error
     columns = columns_of_a_scale(call.quantize_hidden, intermediate_size)
@@ -193,18 +260,28 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     shared = torch.zeros_like(trace.expert_output)
     squares = torch.zeros_like(trace.expert_output)
     moved = trace.output.new_zeros(common.shape[2], *trace.output.shape)
+    of_causes, one_way_rows = torch.zeros_like(trace.output_weights), torch.zeros_like(trace.output_weights)
     for expert, token, slot in _rows_of_each_expert(trace, num_local):
         exact = expert_weight(call.w2, expert, wide).T
-        shared[token, slot] = hidden_variance[token, slot] @ exact**2 + (hidden_common[token, slot] @ exact) ** 2
+        squared, of_common = exact**2, (hidden_common[token, slot] @ exact) ** 2
+        shared[token, slot] = hidden_variance[token, slot] @ squared + of_common
+        together = hidden_before[token, slot].minimum(hidden_variance[token, slot]) @ squared.sum(dim=1)
+        of_pairs = _pairs_of_causes(hidden_variance[token, slot], exact)
+        of_causes[token, slot] = of_pairs + together**2 + of_common.sum(dim=1) ** 2
+        one_way_rows[token, slot] = ((hidden_floor[token, slot] @ exact) ** 2).sum(dim=1)
         squares[token, slot] = trace.hidden[token, slot] ** 2 @ exact**2
         if common.shape[2]:
             together = (common[token, slot] @ exact) * trace.output_weights[token, slot, None, None]
             moved.index_add_(1, token, together.transpose(0, 1))
         for start in range(0, intermediate_size if common_of_runs.shape[2] else 0, columns):
             run = slice(start, start + columns)
-            shared[token, slot] += ((common_of_runs[token, slot][..., run] @ exact[run]) ** 2).sum(dim=1)
+            of_run = (common_of_runs[token, slot][..., run] @ exact[run]) ** 2
+            shared[token, slot] += of_run.sum(dim=1)
+            of_causes[token, slot] += (of_run.sum(dim=2) ** 2).sum(dim=1)
     if call.adapters is not None:
-        shared = shared + second_product_variance(trace, call, numerics, activated_variance)
+        of_adapters = second_product_variance(trace, call, numerics, activated_variance)
+        shared = shared + of_adapters
+        of_causes = of_causes + of_adapters.sum(dim=2) ** 2
     weights = trace.output_weights[..., None]
     weighted = weights * trace.expert_output
     present = here[..., None]
@@ -226,20 +303,31 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     # Numbers of few bits times one weight round in one direction where that is next to a power of two: an expert's
     # output is of few bits where it is its bias alone.
     of_few_bits = torch.where(trace.expert_output.to(storage) == trace.expert_output, output.unit_roundoff, 0.0)
+    if numerics.expert_output == "storage":  # then all of them are, and lose what the weight lacks or has too much
+        beyond = (weights.abs() / torch.exp2(weights.abs().log2().round()) - 1).abs().nan_to_num(0.0)
+        of_few_bits = of_few_bits.maximum(torch.where(beyond <= output.unit_roundoff, beyond, 0.0))
     independent_floor = (
         weights.abs() * (floor(trace.expert_output, at_output) + summing.drift(dot))
         + floor(weighted, at_weighted)
         + weights.abs() * beside_bias(trace.expert_output, dot, at_output)
         + beside_bias(weighted, weights * dot, at_weighted)
         + of_few_bits * weighted.abs()
-    ).sum(dim=1) + floor(trace.output, output)
-    weight_error = (1 - on_input) * weight_error
-    variance = (
-        (times * weights**2 * shared).sum(dim=1)
-        + (moved**2).sum(dim=0)
-        + independent
-        + ((weight_error[..., None] * weighted) ** 2).sum(dim=1)
+    ).sum(dim=1)
+    independent_floor = (
+        independent_floor
+        + floor(trace.output, output)
+        + beside_bias(trace.output, torch.where(present, weights * dot, 0.0).sum(dim=1), output)
     )
+    weight_error = (1 - on_input) * weight_error
+    of_weights = (weight_error[..., None] * weighted) ** 2
+    of_causes = (
+        # Slots add up as where they share their directions, the most that there can be (Minkowski); the n shares of a
+        # repeated expert do, and their cause is n^2 times as large.
+        (times[..., 0] * trace.output_weights**2 * of_causes.sqrt()).sum(dim=1) ** 2
+        + ((moved**2).sum(dim=2) ** 2).sum(dim=0)
+        + (of_weights.sum(dim=2) ** 2).sum(dim=1)
+    )
+    variance = (times * weights**2 * shared).sum(dim=1) + (moved**2).sum(dim=0) + independent + of_weights.sum(dim=1)
     # Where no expert is present the answer is exactly zero, and so is the budget.
     any_present = present.any(dim=1)
     last = output.unit_roundoff * trace.output.abs() + output.half_smallest_subnormal
@@ -255,6 +343,8 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
         common=common,
         independent=torch.where(any_present, independent, 0.0),
         independent_floor=independent_floor,
+        of_causes=of_causes,
+        one_way=(times[..., 0] * trace.output_weights**2 * one_way_rows).sum(dim=1),
         weight_error=weight_error,
         columns_of_a_scale=columns,
         is_quantized=call.quantize_input is not None,

@@ -77,6 +77,8 @@ FLOAT32 = Format.of(torch.float32)
 TF32_UNIT_ROUNDOFF = 2.0**-11
 # Hopper's fp8 tensor cores keep about 14 bits of a running sum (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 HOPPER_FP8_UNIT_ROUNDOFF = 2.0**-13
+# Products that one of their instructions adds before it cuts the sum.
+HOPPER_FP8_STEP = 32
 
 
 def format_of(rounding: Rounding, storage: torch.dtype) -> Format:

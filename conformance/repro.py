@@ -157,7 +157,7 @@ def _write(
     tensors = case.tensors() | {
         "expected": trace.output,
         "allowed": limit.elementwise * budget.sigma + budget.last,
-        "of_row": limit.row_rms * (budget.sigma**2 + budget.last**2).sum(dim=1).sqrt(),
+        "of_row": limit.row_rms * budget.of_row(),
         "got": output,
     }
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path.with_suffix(".safetensors"))

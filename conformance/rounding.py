@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .numerics import FLOAT32, HOPPER_FP8_UNIT_ROUNDOFF, Format, Numerics
+from .numerics import FLOAT32, HOPPER_FP8_STEP, HOPPER_FP8_UNIT_ROUNDOFF, Format, Numerics
 
 
 def rounding(values: Tensor, to: Format) -> Tensor:
@@ -108,5 +108,12 @@ class Accumulator:
         return summed + scaled
 
     def drift(self, total: Tensor) -> Tensor:
-        """What short sums may lose in one direction (they truncate), so that it adds up along a row."""
-        return HOPPER_FP8_UNIT_ROUNDOFF * total.abs() if self.window else torch.zeros_like(total)
+        """What short sums may lose in one direction (they truncate), so that it adds up along a row.
+
+        A window of n steps cuts n partial sums, which grow evenly to the window's: 1/n, 2/n, ... of it, in all
+        (n + 1) / 2 times what the last one alone loses at most.
+        """
+        if not self.window:
+            return torch.zeros_like(total)
+        steps = -(-self.window // HOPPER_FP8_STEP)
+        return HOPPER_FP8_UNIT_ROUNDOFF * (steps + 1) / 2 * total.abs()

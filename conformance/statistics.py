@@ -23,7 +23,7 @@ class Statistics:
 
     Attributes:
         elementwise: `[M, H]`, (|error| - last rounding) / sigma, 0 where within the last rounding.
-        row_rms: `[M]`, RMS error of a row over its RMS budget.
+        row_rms: `[M]`, RMS error of a row over its RMS budget, which is wider the fewer causes a row's errors have.
         row_gain: `[M]`, |slope of the output on the reference - 1| over its standard error; NaN for a zero row.
         expert_gain: `[E_local]`, the same over all rows of an expert, along that expert's share; NaN without rows.
     """
@@ -65,8 +65,7 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
     """The statistics of an output `[M, H]`; not-a-number counts as an infinite error."""
     error = (output.to(trace.output.dtype) - trace.output).nan_to_num(torch.inf, torch.inf, torch.inf)
     elementwise = _ratio((error.abs() - budget.last).clamp(min=0), budget.sigma)
-    whole = budget.sigma**2 + budget.last**2
-    row_rms = _ratio((error**2).sum(dim=1).sqrt(), whole.sum(dim=1).sqrt())
+    row_rms = _ratio((error**2).sum(dim=1).sqrt(), budget.of_row())
 
     top_k = trace.local_ids.shape[1]
     rows = max(1, MAX_GAIN_ELEMENTS // max(1, top_k * (top_k + 1) * max(trace.gate.shape[2], trace.output.shape[1])))

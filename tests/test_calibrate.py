@@ -1,13 +1,15 @@
 """The calibration draws what it says, and its verification draws nothing that the fit saw."""
 
 import random
+from functools import partial
 
 import pytest
 
 from moegate.conformance import calibrate
 from moegate.conformance.calibrate import EMULATED, KINDS, MOST_TOKENS, OTHER_SHAPES, OTHERS, PART, drawn_spec
+from moegate.conformance.calibration import limits
 from moegate.conformance.numerics import Numerics
-from moegate.conformance.spec import SCHEMES
+from moegate.conformance.spec import SCHEMES, ExpertsSpec
 from moegate.conformance.strategies import POOLS
 
 
@@ -51,3 +53,42 @@ def test_an_implementation_that_rounds_more_than_it_declares_exceeds_the_limits(
     monkeypatch.setattr(calibrate, "emulate", lambda case, numerics, seed: honest(case, EMULATED[3], seed))
     worst = calibrate._unseen(("rounded", "a seed", 12))["emulations"]
     assert max(max(shares.values()) for shares in worst) > 1
+
+
+# Honest cases that were beyond a limit before the budget knew why, each with the declaration and the emulation's seed.
+ONCE_BEYOND = {
+    "products of few bits with a weight next to a power of two": (
+        ExpertsSpec(
+            M=193, H=288, I=160, E=5, top_k=4, routing="empty_expert", weights="one_zero", expert_map="round_robin",
+            values="spread", scheme="int8_w8a16_group", block_k=32, activation="swigluoai", bias="w2", seed=161624,
+        ), 1, 556646705,
+    ),
+    "biases that the last rounding cuts alike": (
+        ExpertsSpec(
+            M=5, H=72, I=56, E=3, top_k=1, dtype="float16", routing="some_invalid", weights="one_zero",
+            expert_map="round_robin", values="asymmetric", weight_on_input=True, scheme="fp8_tensor_static",
+            bias="both_float32", seed=561980,
+        ), 2, 484217564,
+    ),
+    "sums that are cut at each step": (
+        ExpertsSpec(
+            M=166, H=320, I=464, E=2, top_k=2, dtype="float16", routing="tile", weights="one_zero",
+            expert_map="arbitrary", scheme="fp8_tensor_static", activation="silu_no_mul", seed=158307,
+        ), 3, 833883406,
+    ),
+    "weights that share an offset, below the smallest normal number": (
+        ExpertsSpec(
+            M=23, H=80, I=48, E=5, top_k=1, dtype="float16", weights="spread", expert_map="arbitrary", values="tiny",
+            weight_on_input=True, scheme="int4_group_zp", block_k=16, activation="gelu_no_mul", seed=946398,
+        ), 0, 527010835,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", ONCE_BEYOND)
+def test_an_honest_case_that_was_beyond_a_limit_is_within_all_of_them(why):
+    spec, declared, seed = ONCE_BEYOND[why]
+    numerics = EMULATED[declared]
+    worst = calibrate.worst_statistics(spec, numerics, partial(calibrate.emulate, numerics=numerics, seed=seed))
+    limit = limits(SCHEMES[spec.scheme].activation_scale is not None)
+    assert max(value / getattr(limit, name) for name, value in worst.items()) < 0.8

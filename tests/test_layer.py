@@ -64,6 +64,12 @@ def test_the_ids_of_adapters_have_the_leading_dimensions_of_their_tokens():
     assert not torch.equal(flat, layer(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"adapters": table_of(range(E))}], ids=["plain", "adapters"])
+def test_a_layer_is_prepared_with_adapters_and_without(options):
+    layer = layer_of(**options)
+    assert layer.prepare((0, 2)) is layer
+
+
 def test_no_token_is_an_empty_result():
     assert layer_of()(tokens(0)).shape == (0, H)
 

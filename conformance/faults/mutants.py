@@ -75,7 +75,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "": (*_EXPERTS, "test_large.py", *_BATCHED),
 }
 _CPU_VARIANT = ("experts/cpu.py", "parallel/", "lora/eager.py", "quantize.py")
-_BOTH_VARIANTS = ("routing.py",)  # in torch and in Triton
+_BOTH_VARIANTS = ("routing.py", "parallel/slabs.py")  # in torch and in Triton; slabs are Triton's
 
 
 class _Text:

@@ -61,6 +61,10 @@ def _map_of_nothing(good: Arguments) -> Arguments:
     return {**good, "expert_map": torch.full_like(good["topk_ids"][0, :1].expand(4), -1)}
 
 
+def _narrowest(good: Arguments) -> Arguments:
+    return {**good, "w13": good["w13"][:, :2].contiguous(), "w2": good["w2"][..., :1].contiguous()}
+
+
 EDGE_CALLS: tuple[EdgeCall, ...] = (
     *(EdgeCall(function, "as it is", base=base) for function, base in KINDS if base not in BASES),
     *(EdgeCall("fused_experts", "as it is", base=base) for base in BASES),
@@ -70,6 +74,7 @@ EDGE_CALLS: tuple[EdgeCall, ...] = (
         for where in ("before", "behind")
     ),
     EdgeCall("fused_experts", "no tokens", _no_tokens),
+    EdgeCall("fused_experts", "an I of one", _narrowest),
     EdgeCall("fused_experts", "ids of -1", mapped("topk_ids", lambda ids: torch.full_like(ids, -1))),
     EdgeCall("fused_experts", "a map of nothing", _map_of_nothing),
     EdgeCall("fused_experts", "the last id", mapped("topk_ids", lambda ids: torch.full_like(ids, 3))),
