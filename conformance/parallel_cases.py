@@ -401,8 +401,9 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
             h, i, block_n, block_k = POOLS[device].shapes_of(scheme)[0]
             scaled = replace(spread, scheme=scheme, H=h, I=i, block_n=block_n, block_k=block_k, split="uneven")
             yield replace(scaled, dtype="bfloat16", slack=1)
-        for other in capabilities.dtypes[1:]:
-            yield replace(spread, dtype=other, seed=4)
+        for number, other in enumerate(capabilities.dtypes[1:]):
+            if EXCHANGES[number % 2] == exchange:
+                yield replace(spread, dtype=other, seed=4)
         yield replace(spread, routing="all_invalid")
         yield replace(spread, routing="some_invalid", split="one_empty")
         yield replace(spread, M=0)

@@ -146,7 +146,7 @@ def _grid(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(make)
     def on_grid(seed: int, tensor: str, shape: Any, dtype: torch.dtype, *arguments: Any, **options: Any) -> Any:
         if torch.Size(shape).numel() > FEW:
-            return torch.empty(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype)
         return make(seed, tensor, shape, dtype, *arguments, **options)
 
     return on_grid
@@ -161,7 +161,8 @@ def _place(place: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         strides = [1, values.shape[-1] + row_padding]
         for size in reversed(values.shape[1:-1]):
             strides.append(strides[-1] * (size + arena.MATRIX_PADDING * (row_padding > 0)))
-        return torch.empty_strided(values.shape, strides[: values.ndim][::-1], dtype=values.dtype)
+        span = values.shape[0] * strides[values.ndim - 1]
+        return torch.zeros(span, dtype=values.dtype).as_strided(values.shape, strides[: values.ndim][::-1])
 
     return placed
 
