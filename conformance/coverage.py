@@ -182,8 +182,8 @@ class _Sizes:
 
     def of(self, row: Row) -> dict[str, int]:
         """H, I and the blocks of a row's spec."""
-        shapes = sorted(self._pools.shapes_of(row["scheme"]), key=_whole_steps)
-        kind = (row["scheme"], row.get("path"))
+        shapes = sorted(self._pools.shapes_of(row["scheme"], row["dtype"]), key=_whole_steps)
+        kind = (row["scheme"], row.get("path"), len(shapes))
         hidden, intermediate, block_n, block_k = shapes[self._taken[kind] % len(shapes)]
         self._taken[kind] += 1
         return {"H": hidden, "I": intermediate, "block_n": block_n, "block_k": block_k}

@@ -18,7 +18,7 @@ from .arena import Arena
 from .cases import BatchedCase, ExpertsCase, build_batched, build_experts
 from .operands import ExpertsOperands
 from .spec import SCHEMES, BatchedSpec, ExpertsSpec, Spec
-from .strategies import POOLS, SEEDS, may_go_together
+from .strategies import POOLS, SEEDS, compiled_dtypes, may_go_together
 from .subject import Capabilities
 from .values import integers, on_grid
 
@@ -210,6 +210,11 @@ class LoraCase:
         return reference.Adapter(gate_up, down)
 
 
+def ranks_of(device: str) -> tuple[str, ...]:
+    """Names of `RANKS` that are drawn: where kernels are compiled, of those of one width; the others are pinned."""
+    return tuple(name for name in RANKS if name != "wide" or not POOLS[device].is_compiled)
+
+
 def build_lora(spec: LoraSpec, device: torch.device | str = "cpu") -> LoraCase:
     """The operands of a spec."""
     inner = spec.layer()
@@ -280,6 +285,7 @@ def pinned_lora(device: str, capabilities: Capabilities) -> tuple[LoraSpec, ...]
     hidden, intermediate = POOLS[device].shapes[2 if device == "cpu" else 0]
     dtype = "bfloat16" if "bfloat16" in capabilities.dtypes else capabilities.dtypes[0]
     plain = LoraSpec(9, hidden, intermediate, 5, 2, dtype=dtype)
+    slab = 16 if POOLS[device].is_compiled else 18  # one block of a slab, or two
     specs = [replace(plain, adapted=adapted, seed=seed) for seed, adapted in enumerate(ADAPTED)]
     specs += [replace(plain, tokens=tokens, ranks=ranks) for tokens, ranks in zip(TOKENS, RANKS, strict=True)]
     specs += [replace(plain, expert_map=kind, seed=3) for kind in capabilities.maps if kind != "none"]
@@ -296,33 +302,38 @@ def pinned_lora(device: str, capabilities: Capabilities) -> tuple[LoraSpec, ...]
             shape = dict(zip(("H", "I", "block_n", "block_k"), POOLS[device].shapes_of(scheme)[0], strict=True))
             specs.append(replace(plain, scheme=scheme, values="spread", **shape))
             if scheme in capabilities.of_slabs().schemes:
-                specs.append(replace(plain, scheme=scheme, is_batched=True, M=18, ranks="one", **shape))
-    specs += [replace(plain, is_batched=True, M=18, adapted=adapted) for adapted in ADAPTED[:3]]
+                specs.append(replace(plain, scheme=scheme, is_batched=True, M=slab, ranks="one", **shape))
+    specs += [replace(plain, is_batched=True, M=slab, adapted=adapted) for adapted in ADAPTED[:3]]
     return tuple(specs)
 
 
 def lora_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[LoraSpec]:
     """Layers with adapters of every kind, in both activation formats."""
     pools = POOLS[device]
+    dtypes = compiled_dtypes(device, capabilities)
 
     @st.composite
     def specs(draw: st.DrawFn) -> LoraSpec:
-        dtype = draw(st.sampled_from(capabilities.dtypes))
+        dtype = draw(st.sampled_from(dtypes))
         is_batched = draw(st.integers(0, 3)) == 0
         can = capabilities.of_slabs() if is_batched else capabilities
         schemes = [s for s in can.schemes if may_go_together(s, "silu", dtype) and dtype in pools.scaled_dtypes]
         scheme = draw(st.sampled_from(schemes)) if schemes and draw(st.booleans()) else "none"
         activations = [a for a in can.activations if may_go_together(scheme, a, dtype)]
+        if pools.is_compiled:  # the others are pinned
+            activations, scheme = activations[:1], scheme if scheme == "fp8_block" else "none"
+        biases = [b for b in can.biases if b in (pools.drawn_biases or can.biases)] or can.biases
         hidden, intermediate, block_n, block_k = draw(st.sampled_from(pools.shapes_of(scheme)))
-        experts = draw(st.sampled_from(pools.experts))
+        # Few rows of an expert are one size of blocks.
+        experts = draw(st.sampled_from(pools.experts[3:] if pools.is_compiled and not is_batched else pools.experts))
         routings = [r for r in can.routings if not r.startswith("tile")]
         return LoraSpec(
-            M=draw(st.integers(1, 20)),
+            M=draw(st.sampled_from((8, 16)) if pools.is_compiled and is_batched else st.integers(1, 20)),
             H=hidden,
             I=intermediate,
             E=experts,
             top_k=draw(st.integers(1, min(experts, 4))),
-            ranks=draw(st.sampled_from(tuple(RANKS))),
+            ranks=draw(st.sampled_from(ranks_of(device))),
             adapted=draw(st.sampled_from(ADAPTED)),
             tokens=draw(st.sampled_from(TOKENS)),
             is_batched=is_batched,
@@ -333,7 +344,7 @@ def lora_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[Lor
             block_n=block_n,
             block_k=block_k,
             activation=draw(st.sampled_from(activations)),
-            bias=draw(st.sampled_from(can.biases)),
+            bias=draw(st.sampled_from(biases)),
             values=draw(st.sampled_from(("unit", "large", "spread"))),
             padded_rows=draw(st.booleans()) if can.padded_rows else False,
             seed=draw(SEEDS),

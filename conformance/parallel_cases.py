@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ..reference.lora import Adapter, LowRank, TokenAdapters
 from .cases import ExpertsCase, build_experts
-from .lora_cases import ADAPTED, LoraCase, LoraSpec, with_adapters
-from .lora_cases import RANKS as ADAPTER_RANKS
+from .lora_cases import ADAPTED, LoraCase, LoraSpec, ranks_of, with_adapters
 from .lora_cases import TOKENS as ADAPTER_TOKENS
 from .operands import ExpertsOperands
 from .spec import SCHEMES, ExpertsSpec, Spec
-from .strategies import POOLS, SEEDS
+from .strategies import POOLS, SEEDS, compiled_dtypes
 from .subject import Capabilities
 from .values import integers
 
@@ -59,7 +58,6 @@ MESHES = (
 )
 # Scales that a token has for itself: what others a rank has must not matter. int8 and int4 weights travel as they are.
 PARALLEL_SCHEMES = ("none", "fp8_channel_token", "fp8_tensor_static", "fp8_block", "int8_channel_token", "int4_group")
-SHARED_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -328,7 +326,9 @@ def build_parallel(spec: ParallelSpec, device: torch.device | str = "cpu") -> Pa
     routed = build_experts(spec.routed(), device)
     shared = None
     if spec.shared != "none":
-        plain = ExpertsSpec(M=spec.M, H=spec.H, I=SHARED_SIZE, E=1, top_k=1, dtype=spec.dtype, seed=spec.seed + 256)
+        # Of a rank's part of the routed experts' size, so that both have the same kernels.
+        size = spec.I // spec.tp * (spec.replicas if spec.shared == "shard" else 1)
+        plain = ExpertsSpec(M=spec.M, H=spec.H, I=size, E=1, top_k=1, dtype=spec.dtype, seed=spec.seed + 256)
         ones = torch.ones((spec.M, 1), dtype=torch.float32, device=device)
         shared = replace(build_experts(plain, device), hidden_states=routed.hidden_states, topk_weights=ones)
     lora = None if spec.adapters == "none" else with_adapters(spec.lora(), routed, device)
@@ -369,13 +369,18 @@ def pinned_parallel(device: str, capabilities: Capabilities, *, batched: bool) -
     """Every mesh with each exchange and part of shared experts; every placement, split and scheme."""
     specs = list(_pinned(device, capabilities))
     if batched:
-        specs += [replace(spec, batched=True) for spec in specs[:: len(specs) // 12]]
+        slabs = [replace(spec, batched=True) for spec in specs[:: len(specs) // 12]]
+        if POOLS[device].is_compiled:  # of those with adapters one
+            adapted = [spec for spec in slabs if spec.adapters != "none"]
+            slabs = [spec for spec in slabs if spec not in adapted[1:]]
+        specs += slabs
     return tuple(spec for spec in specs if is_possible(spec) and spec.scheme in capabilities.schemes)
 
 
 def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
     hidden, intermediate, _, _ = _sizes(device, "none", 4)[0]
     dtype = capabilities.dtypes[0]
+    adapter_ranks = ranks_of(device)
     plain = ParallelSpec(M=13, H=hidden, I=intermediate, E=5, top_k=3, dtype=dtype)
     for exchange in EXCHANGES:
         for number, (tp, dp, ep) in enumerate(MESHES):
@@ -396,6 +401,9 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
             h, i, block_n, block_k = POOLS[device].shapes_of(scheme)[0]
             scaled = replace(spread, scheme=scheme, H=h, I=i, block_n=block_n, block_k=block_k, split="uneven")
             yield replace(scaled, dtype="bfloat16", slack=1)
+        for number, other in enumerate(capabilities.dtypes[1:]):
+            if EXCHANGES[number % 2] == exchange:
+                yield replace(spread, dtype=other, seed=4)
         yield replace(spread, routing="all_invalid")
         yield replace(spread, routing="some_invalid", split="one_empty")
         yield replace(spread, M=0)
@@ -410,17 +418,17 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
                 ep=ep,
                 placement=PLACEMENTS[number % len(PLACEMENTS)],
                 split=SPLITS[number % len(SPLITS)],
-                adapters=tuple(ADAPTER_RANKS)[number % len(ADAPTER_RANKS)],
+                adapters=adapter_ranks[number % len(adapter_ranks)],
                 adapted=adapted,
                 tokens=ADAPTER_TOKENS[number // 2 % len(ADAPTER_TOKENS)],
                 seed=number,
             )
-        for scheme in PARALLEL_SCHEMES[1:]:
+        for scheme in ("fp8_block",) if POOLS[device].is_compiled else PARALLEL_SCHEMES[1:]:
             h, i, block_n, block_k = POOLS[device].shapes_of(scheme)[0]
             scaled = replace(spread, scheme=scheme, H=h, I=i, block_n=block_n, block_k=block_k, dtype="bfloat16")
             yield replace(scaled, adapters="mixed", split="uneven", seed=3)
     yield replace(plain, tp=2, dp=2, ep=1, bias="both")
-    yield replace(plain, tp=4, dp=2, ep=1, adapters="wide")
+    yield replace(plain, tp=4, dp=2, ep=1, adapters="wide" if "wide" in adapter_ranks else "many")
     sharded = replace(plain, fully_sharded=True)
     for number, (adapted, (tp, dp, ep)) in enumerate(zip(ADAPTED, itertools.cycle(m for m in MESHES if m[0] > 1))):
         yield replace(
@@ -428,7 +436,7 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
             tp=tp,
             dp=dp,
             ep=ep,
-            adapters=tuple(ADAPTER_RANKS)[number % len(ADAPTER_RANKS)],
+            adapters=adapter_ranks[number % len(adapter_ranks)],
             adapted=adapted,
             tokens=ADAPTER_TOKENS[number // 2 % len(ADAPTER_TOKENS)],
             shared=SHARED_PARTS[number % len(SHARED_PARTS)],
@@ -455,21 +463,30 @@ def parallel_specs(
     """
     pools = POOLS[device]
     meshes = meshes_of(world_size)
+    # What travels, and to whom, is the point here; which kernels compute it is that of others.
+    dtypes = compiled_dtypes(device, capabilities)
+
+    biases = ("none", "none", "both") if "both" in capabilities.biases and not pools.is_compiled else ("none",)
+    ranks = ranks_of(device)
 
     @st.composite
     def specs(draw: st.DrawFn) -> ParallelSpec:
         tp, dp, ep = draw(st.sampled_from(meshes))
         own = dp == tp * ep and tp == 1
-        dtype = draw(st.sampled_from(capabilities.dtypes))
+        dtype = draw(st.sampled_from(dtypes))
         scheme = "none"
         if tp == 1 and dtype in pools.scaled_dtypes and draw(st.booleans()):
             scheme = draw(st.sampled_from([s for s in PARALLEL_SCHEMES if s in capabilities.schemes]))
-        hidden, intermediate, block_n, block_k = draw(st.sampled_from(_sizes(device, scheme, tp)))
+        sizes = _sizes(device, scheme, tp)
+        hidden, intermediate, block_n, block_k = draw(st.sampled_from(sizes[:1] if pools.is_compiled else sizes))
         experts = max(ep, draw(st.sampled_from((4, 5, 8))))
         top_k = draw(st.integers(1, 4))
         shared = draw(st.sampled_from(SHARED_PARTS if tp * ep > dp else SHARED_PARTS[:2]))
         adapted = draw(st.integers(0, 3)) == 0
+        if pools.is_compiled and scheme != "none":
+            shared, adapted = "none", False
         slabs = batched and SCHEMES[scheme].weight in (None, "fp8") and draw(st.integers(0, 3)) == 0
+        slabs = slabs and not (adapted and pools.is_compiled)
         return ParallelSpec(
             M=draw(st.integers(0 if capabilities.empty else 1, 20)),
             H=hidden,
@@ -489,12 +506,12 @@ def parallel_specs(
             scheme=scheme,
             block_n=block_n,
             block_k=block_k,
-            bias=draw(st.sampled_from(("none", "none", "both"))) if "both" in capabilities.biases else "none",
+            bias=draw(st.sampled_from(biases)),
             shared=shared,
             overlap=shared != "none" and draw(st.booleans()),
             batched=slabs,
             weight_on_input=top_k == 1 and not slabs and capabilities.weight_on_input and draw(st.booleans()),
-            adapters=draw(st.sampled_from(tuple(ADAPTER_RANKS))) if adapted else "none",
+            adapters=draw(st.sampled_from(ranks)) if adapted else "none",
             adapted=draw(st.sampled_from(ADAPTED)) if adapted else "everything",
             tokens=draw(st.sampled_from(ADAPTER_TOKENS)) if adapted else "mixed",
             fully_sharded=adapted and tp > 1 and hidden % tp == 0 and draw(st.booleans()),

@@ -20,7 +20,7 @@ from .guarded import CallError
 from .selection import SELECTION
 from .session import Session, current_session
 from .spec import BatchedSpec, ExpertsSpec, RoutingSpec
-from .strategies import is_declared, pinned_quantizers, pools_of
+from .strategies import compiled_dtypes, is_declared, pinned_quantizers, pools_of
 from .subject import Capabilities
 
 
@@ -33,7 +33,7 @@ def warm_up_specs(device: str, capabilities: Capabilities) -> Iterator[ExpertsSp
     """Specs that between them need the kernels of every shape, dtype, tile, scheme and activation of the pools."""
     pools = pools_of(device, capabilities)
     for dtype in capabilities.dtypes:
-        for hidden, intermediate, _, _ in pools.shapes_of():
+        for hidden, intermediate, _, _ in pools.shapes_of("none", dtype):
             base = ExpertsSpec(M=1, H=hidden, I=intermediate, E=1, top_k=1, dtype=dtype)
             for tokens in (8, 16, 32, 64):  # 16, 32, 64 and 128 rows a block
                 yield replace(base, M=tokens)
@@ -53,7 +53,8 @@ def warm_up_specs(device: str, capabilities: Capabilities) -> Iterator[ExpertsSp
 def warm_up_slabs(device: str, capabilities: Capabilities) -> Iterator[BatchedSpec]:
     """Specs that between them need the batched kernels of every shape, dtype, tile and scheme of the pools."""
     pools = pools_of(device, capabilities)
-    for dtype, rows, scheme in product(capabilities.dtypes, pools.slabs, capabilities.of_slabs().schemes):
+    dtypes = compiled_dtypes(device, capabilities)
+    for dtype, rows, scheme in product(dtypes, pools.slabs, capabilities.of_slabs().schemes):
         if scheme != "none" and dtype not in pools.scaled_dtypes:
             continue
         for hidden, intermediate, block_n, block_k in pools.shapes_of(scheme):

@@ -19,13 +19,14 @@ from .arena import Arena
 from .cases import ExpertsCase, build_experts
 from .operands import ExpertsOperands
 from .spec import SCALINGS, SCHEMES, ExpertsSpec, Spec
-from .strategies import POOLS, SEEDS
+from .strategies import POOLS, SEEDS, compiled_dtypes
 from .subject import Capabilities
 from .values import on_grid
 
 # How shared experts are stored here, of what a subject declares: as the activations, and in two ways of 8 bits.
 SHARED_SCHEMES = ("none", "fp8_channel_token", "fp8_block")
-BLOCK = (32, 32)
+# Of small layers, and of those on a GPU, whose kernels routed experts have had compiled.
+BLOCK, LARGE_BLOCK = (32, 32), (128, 128)
 # Of kinds of values: one of each size.
 SHARED_VALUES = ("unit", "large", "tiny", "spread")
 
@@ -67,7 +68,9 @@ class SharedSpec(Spec):
 
     def shared(self) -> ExpertsSpec:
         """The shared experts' part, with weights of its own."""
-        block_n, block_k = BLOCK if SCHEMES[self.shared_scheme].has_blocks else (0, 0)
+        is_large = self.H > 128
+        block = LARGE_BLOCK if is_large else BLOCK
+        block_n, block_k = block if SCHEMES[self.shared_scheme].has_blocks else (0, 0)
         return replace(
             self.routed(),
             I=self.shared_size,
@@ -163,19 +166,23 @@ def _scalings(capabilities: Capabilities) -> tuple[str, ...]:
     return capabilities.scalings if len(capabilities.scalings) > 1 else ("one",)
 
 
-def _sizes(device: str, hidden: int, intermediate: int) -> tuple[int, ...]:
+def _sizes(device: str, intermediate: int) -> tuple[int, ...]:
     """Intermediate sizes of shared experts; on a GPU of those whose kernels routed experts have had compiled."""
-    return (16, 72, 48) if device == "cpu" else (intermediate, hidden)
+    return (16, 72, 48) if device == "cpu" else (intermediate,)
 
 
 def pinned_shared(device: str, capabilities: Capabilities) -> tuple[SharedSpec, ...]:
-    """Every dtype with every scheme, with a gate and without; a call without tokens, and one without routed experts."""
+    """Every dtype with every scheme, with a gate and without; a call without tokens, and one without routed experts.
+
+    Where kernels are compiled, schemes of few bits are beside one dtype.
+    """
     hidden, intermediate = POOLS[device].shapes[0]
-    plain = SharedSpec(5, hidden, intermediate, 8, 2, _sizes(device, hidden, intermediate)[-1], capabilities.dtypes[0])
+    plain = SharedSpec(5, hidden, intermediate, 8, 2, _sizes(device, intermediate)[-1], capabilities.dtypes[0])
     kinds = [
         (dtype, gated, scheme)
         for dtype, gated in product(capabilities.dtypes, (False, True))
         for scheme in _schemes(capabilities, dtype)
+        if scheme == "none" or dtype in compiled_dtypes(device, capabilities)
     ]
     scalings = _scalings(capabilities)
     base = [
@@ -195,8 +202,11 @@ def shared_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[S
 
     @st.composite
     def specs(draw: st.DrawFn) -> SharedSpec:
-        dtype = draw(st.sampled_from(capabilities.dtypes))
+        dtype = draw(st.sampled_from(compiled_dtypes(device, capabilities)))
         hidden, intermediate, _, _ = draw(st.sampled_from(pools.shapes_of()))
+        schemes = _schemes(capabilities, dtype)
+        if pools.is_compiled:
+            schemes = schemes[:1]  # the others are pinned
         experts = draw(st.sampled_from(pools.experts))
         routings = [r for r in capabilities.routings if not r.startswith("tile")]
         return SharedSpec(
@@ -205,12 +215,12 @@ def shared_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[S
             I=intermediate,
             E=experts,
             top_k=draw(st.integers(1, min(experts, 4))),
-            shared_size=draw(st.sampled_from(_sizes(device, hidden, intermediate))),
+            shared_size=draw(st.sampled_from(_sizes(device, intermediate))),
             dtype=dtype,
             routing=draw(st.sampled_from(routings)),
             weights=draw(st.sampled_from(capabilities.weights)),
             values=draw(st.sampled_from(SHARED_VALUES)),
-            shared_scheme=draw(st.sampled_from(_schemes(capabilities, dtype))),
+            shared_scheme=draw(st.sampled_from(schemes)),
             gated=draw(st.booleans()),
             scaling=draw(st.sampled_from(_scalings(capabilities))),
             padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,

@@ -69,6 +69,7 @@ class Pools:
         top_k: the largest of other cases.
         cases: how many cases are drawn where the gate draws one on the CPU: a GPU has the time for more.
         value_cases: the same of the cases whose numbers are judged.
+        is_compiled: each kind of kernel is one to compile, so that cases whose point is another one share kernels.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -95,9 +96,12 @@ class Pools:
     top_k: int = 8
     cases: float = 1.0
     value_cases: float = 1.0
+    is_compiled: bool = False
 
-    def shapes_of(self, scheme: str = "none") -> tuple[Shape, ...]:
-        """The sizes that are drawn with a scheme."""
+    def shapes_of(self, scheme: str = "none", dtype: str | None = None) -> tuple[Shape, ...]:
+        """The sizes that are drawn with a scheme; where kernels are compiled, other dtypes have one alone."""
+        if self.is_compiled and dtype is not None and dtype not in self.scaled_dtypes:
+            return tuple((*shape, 0, 0) for shape in self.shapes[:1])
         if SCHEMES[scheme].weight_scale == "block":
             return self.block_shapes
         if SCHEMES[scheme].weight_scale == "group":
@@ -143,13 +147,14 @@ POOLS = {
         experts=(1, 2, 5, 8, 16),
         many_experts=(64, 128),
         max_tokens=300,
-        routing_experts=(1, 60, 128, 1024),
-        scored_experts=(8, 128, 1024),
+        routing_experts=(1, 60, 1024),
+        scored_experts=(128, 1024),
         grouped_experts=(8, 128),
         slabs=(16, 200),  # one block, and several with a part of one
         routing_top_k=8,
         cases=1.8,
         value_cases=3.9,
+        is_compiled=True,
         block_sizes=(16, 64, 128),
     ),
 }
@@ -343,7 +348,7 @@ def _layers(draw: st.DrawFn, pools: Pools, capabilities: Capabilities, dtype: st
     fitting = [a for a in capabilities.activations if may_go_together(scheme, a, dtype)]
     fitting = [a for a in fitting if a in (pools.drawn_activations or fitting)] or fitting
     biases = tuple(b for b in capabilities.biases if b in (pools.drawn_biases or capabilities.biases))
-    hidden, intermediate, block_n, block_k = draw(st.sampled_from(pools.shapes_of(scheme)))
+    hidden, intermediate, block_n, block_k = draw(st.sampled_from(pools.shapes_of(scheme, dtype)))
     return {
         "H": hidden,
         "I": intermediate,
@@ -480,10 +485,11 @@ def experts_specs(
 def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[BatchedSpec]:
     """Calls of the experts in the batched format: slabs of every size of the pools, now and then without a row."""
     pools, capabilities = pools_of(device, capabilities), capabilities.of_slabs()
+    dtypes = compiled_dtypes(device, capabilities)
 
     @st.composite
     def specs(draw: st.DrawFn) -> BatchedSpec:
-        layer = draw(_layers(pools, capabilities, draw(st.sampled_from(capabilities.dtypes))))
+        layer = draw(_layers(pools, capabilities, draw(st.sampled_from(dtypes))))
         counts = draw(st.sampled_from([name for name in capabilities.counts if name != "zero" or capabilities.empty]))
         slabs = tuple(rows for rows in pools.slabs if rows > TILE or not counts.startswith("tile"))
         return BatchedSpec(
@@ -536,6 +542,13 @@ def pinned_quantizers(device: str, capabilities: Capabilities) -> tuple[Quantize
         for values in ROWS
         for dtype in scaled_dtypes(device, capabilities)
     )
+
+
+def compiled_dtypes(device: str, capabilities: Capabilities) -> tuple[str, ...]:
+    """Dtypes of cases whose point is another one: where kernels are compiled, one of them; the others are pinned."""
+    pools, dtypes = POOLS[device], capabilities.dtypes
+    few = tuple(dtype for dtype in dtypes if dtype in pools.scaled_dtypes) or dtypes[:1]
+    return few if pools.is_compiled else dtypes
 
 
 def scaled_dtypes(device: str, capabilities: Capabilities) -> tuple[str, ...]:

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from moegate.conformance import test_ep
 from moegate.conformance.loading import load_subject
-from moegate.conformance.parallel_cases import build_parallel, pinned_parallel
+from moegate.conformance.parallel_cases import build_parallel, is_possible, parallel_specs, pinned_parallel
 from moegate.conformance.properties.ep import judge_base, judge_shared, judge_travel, judge_values
 from moegate.conformance.simulated_ranks import run_simulated
 from moegate.conformance.subjects import moegate_parallel
@@ -19,6 +22,10 @@ SPECS = [
     for spec in pinned_parallel("cpu", SUBJECT.capabilities, batched=False)[::9]
     if spec.M and spec.routing == "uniform"
 ]
+
+
+def specs_of(world_size):
+    return parallel_specs("cuda", SUBJECT.capabilities, batched=True, world_size=world_size)
 
 
 def results_of(case):
@@ -146,3 +153,23 @@ def test_a_pair_that_nobody_or_everybody_computes_is_rejected(honest):
         holds = {v.property.id: v.holds for v in judge_travel(case, changed)}
         assert not holds["EP-03"]
         assert all(v.holds for v in judge_travel(case, results))
+
+
+def test_processes_are_started_by_the_tests_that_bear_the_marker_of_ranks():
+    marks = {name: getattr(test, "pytestmark", ()) for name, test in vars(test_ep).items() if name.startswith("test_")}
+    marked = [name for name, of_test in marks.items() if "moegate_ranks" in [mark.name for mark in of_test]]
+    assert marked == ["test_processes_make_the_layer_of_one"]
+
+
+@pytest.mark.parametrize(("gpus", "sizes"), [(1, []), (2, [2]), (3, [2, 3]), (8, [2, 3, 4, 8])])
+def test_on_gpus_there_are_ranks_of_every_size_up_to_four_and_of_all_gpus(monkeypatch, gpus, sizes):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert test_ep.groups("cuda") == [("nccl", size) for size in sizes]
+
+
+@given(st.sampled_from((2, 3, 4, 5, 6, 8)).flatmap(lambda n: st.tuples(st.just(n), specs_of(n))))
+@settings(max_examples=60, deadline=None, database=None)
+def test_cases_are_drawn_for_any_number_of_ranks(drawn):
+    size, spec = drawn
+    assert spec.world_size == size
+    assert is_possible(spec)

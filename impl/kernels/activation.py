@@ -48,6 +48,27 @@ def activated(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def activated_by_number(gate, up, alpha, limit, number, IS_GATED: tl.constexpr):
+    """`activated` of the NUMBERS, known at run time: one kernel for all activations that few models have."""
+    if IS_GATED:
+        if number == 0:
+            result = activated(gate, up, alpha, limit, "gelu")
+        else:
+            result = activated(gate, up, alpha, limit, "gelu_tanh")
+    else:
+        if number == 2:
+            result = activated(gate, up, alpha, limit, "silu_no_mul")
+        elif number == 3:
+            result = activated(gate, up, alpha, limit, "gelu_no_mul")
+        else:
+            result = activated(gate, up, alpha, limit, "relu2_no_mul")
+    return result
+
+
+NUMBERS = {"gelu": 0, "gelu_tanh": 1, "silu_no_mul": 2, "gelu_no_mul": 3, "relu2_no_mul": 4}
+
+
+@triton.jit
 def activated_rows(
     gate_up_ptr,
     rows,
@@ -57,6 +78,7 @@ def activated_rows(
     size,
     alpha,
     limit,
+    number,
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -77,7 +99,11 @@ def activated_rows(
     else:
         gate = tl.load(gate_up_ptr + rows[:, None] * size + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         up = gate
-    return activated(gate, up, alpha, limit, ACTIVATION)
+    if ACTIVATION == "by_number":
+        result = activated_by_number(gate, up, alpha, limit, number, IS_GATED)
+    else:
+        result = activated(gate, up, alpha, limit, ACTIVATION)
+    return result
 
 
 @triton.jit
@@ -90,12 +116,13 @@ def _activate_and_store(
     size,
     alpha,
     limit,
+    number,
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
     result = activated_rows(
-        gate_up_ptr, rows, real, columns, size, size, alpha, limit, ACTIVATION, IS_GATED, INTERLEAVED
+        gate_up_ptr, rows, real, columns, size, size, alpha, limit, number, ACTIVATION, IS_GATED, INTERLEAVED
     )
     mask = real[:, None] & (columns < size)[None, :]
     tl.store(out_ptr + rows[:, None] * size + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
@@ -109,6 +136,7 @@ def _activate_and_store(
         "num_local_experts",
         "stride_topk_ids",
         "top_k",
+        "number",
     ]
 )
 def activation_kernel(
@@ -121,6 +149,7 @@ def activation_kernel(
     size,
     alpha,
     limit,
+    number,
     num_experts,
     num_local_experts,
     stride_topk_ids,
@@ -154,13 +183,14 @@ def activation_kernel(
         size,
         alpha,
         limit,
+        number,
         ACTIVATION,
         IS_GATED,
         INTERLEAVED,
     )
 
 
-@triton.jit(do_not_specialize=["max_tokens"])
+@triton.jit(do_not_specialize=["max_tokens", "number"])
 def batched_activation_kernel(
     gate_up_ptr,
     out_ptr,
@@ -169,6 +199,7 @@ def batched_activation_kernel(
     size,
     alpha,
     limit,
+    number,
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -194,6 +225,7 @@ def batched_activation_kernel(
         size,
         alpha,
         limit,
+        number,
         ACTIVATION,
         IS_GATED,
         INTERLEAVED,
@@ -214,6 +246,7 @@ def _activate_and_quantize(
     group,
     alpha,
     limit,
+    number,
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -247,6 +280,7 @@ def _activate_and_quantize(
                 size,
                 alpha,
                 limit,
+                number,
                 ACTIVATION,
                 IS_GATED,
                 INTERLEAVED,
@@ -256,7 +290,9 @@ def _activate_and_quantize(
         scale = scale_of(amax, LARGEST)
     for start in range(first, end, BLOCK_I):
         columns = start + tl.arange(0, BLOCK_I)
-        h = activated_rows(gate_up_ptr, rows, real, columns, end, size, alpha, limit, ACTIVATION, IS_GATED, INTERLEAVED)
+        h = activated_rows(
+            gate_up_ptr, rows, real, columns, end, size, alpha, limit, number, ACTIVATION, IS_GATED, INTERLEAVED
+        )
         h = h.to(STORAGE).to(tl.float32)
         if ONE_BLOCK and not STATIC:
             scale = scale_of(tl.max(tl.abs(h), axis=1), LARGEST)
@@ -277,6 +313,7 @@ def _activate_and_quantize(
         "num_local_experts",
         "stride_topk_ids",
         "top_k",
+        "number",
     ]
 )
 def quantized_activation_kernel(
@@ -292,6 +329,7 @@ def quantized_activation_kernel(
     group,
     alpha,
     limit,
+    number,
     num_experts,
     num_local_experts,
     stride_topk_ids,
@@ -332,6 +370,7 @@ def quantized_activation_kernel(
         group,
         alpha,
         limit,
+        number,
         ACTIVATION,
         IS_GATED,
         INTERLEAVED,
@@ -343,7 +382,7 @@ def quantized_activation_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["max_tokens"])
+@triton.jit(do_not_specialize=["max_tokens", "number"])
 def batched_quantized_activation_kernel(
     gate_up_ptr,
     out_ptr,
@@ -355,6 +394,7 @@ def batched_quantized_activation_kernel(
     group,
     alpha,
     limit,
+    number,
     ACTIVATION: tl.constexpr,
     IS_GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -386,6 +426,7 @@ def batched_quantized_activation_kernel(
         group,
         alpha,
         limit,
+        number,
         ACTIVATION,
         IS_GATED,
         INTERLEAVED,
@@ -502,12 +543,12 @@ def _launch(
     """Launch the kernel of the rows' kind."""
     topk_ids, expert_map, has_expert_map, expert_num_tokens = rows.pointers
     constants = {
-        "ACTIVATION": str(function.kind),
+        "ACTIVATION": "by_number" if function.kind in NUMBERS else str(function.kind),
         "IS_GATED": function.kind.is_gated,
         "INTERLEAVED": function.interleaved,
         **options,
     }
-    numbers = (*sizes, function.alpha, function.limit)
+    numbers = (*sizes, function.alpha, function.limit, NUMBERS.get(function.kind, 0))
     if expert_num_tokens is None:
         path.launch(
             of_pairs,

@@ -307,6 +307,8 @@ def quantize_rows(
 
 def _strides(x: torch.Tensor, rows: Rows) -> tuple[int, int]:
     """From one slab to the next and from one row to the next, also where dense slabs lie in one matrix."""
+    if rows.kind != "slabs":
+        return 0, x.stride(-2)  # one slab: a stride that no number of tokens changes
     return (x.stride(0) if x.ndim == 3 else rows.max_tokens * x.stride(0)), x.stride(-2)
 
 

@@ -18,7 +18,10 @@ def _ranks_of(ids, rank_of_ptr, num_ids):
     return tl.load(rank_of_ptr + ids, mask=(ids >= 0) & (ids < num_ids), other=-1)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_ids", "stride_topk_ids", "top_k"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_ids", "stride_topk_ids", "top_k"],
+    do_not_specialize_on_alignment=["topk_ids_ptr"],
+)
 def plan_travel_kernel(
     topk_ids_ptr,
     rank_of_ptr,
@@ -62,7 +65,9 @@ def plan_travel_kernel(
         "stride_weights",
         "stride_scales",
         "top_k",
-    ]
+    ],
+    # Words of a token lie wherever a row of the caller's ends.
+    do_not_specialize_on_alignment=["topk_ids_ptr", "topk_weights_ptr", "lora_ids_ptr", "scales_ptr"],
 )
 def pack_rows_kernel(
     rows_ptr,
@@ -171,13 +176,17 @@ def sum_ranks_kernel(
 ONE = 0x3F800000
 # Pairs that a program of the plan looks at together: few enough for the shared memory of every GPU.
 _PAIRS = 4096
+# Blocks of words, choices and ranks are no smaller: idle lanes cost nothing, and each size is a kernel to compile.
+_WORDS, _CHOICES, _RANKS = 16, 8, 8
+# Rows are moved as numbers of their elements' size, whatever they are.
+_MOVED = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def plan_travel(places: torch.Tensor, counts: torch.Tensor, topk_ids: torch.Tensor, rank_of: torch.Tensor) -> None:
     """Launch the kernel: `places [num_ranks, M]` and `counts [num_ranks]`, int32, of `topk_ids [M, top_k]` int32."""
     num_ranks, num_tokens = places.shape
     top_k = topk_ids.shape[1]
-    block_k = next_power_of_2(top_k)
+    block_k = max(_CHOICES, next_power_of_2(top_k))
     on_cpu = Platform.of(topk_ids.device).vendor is Vendor.CPU
     with current_device(topk_ids):
         path.launch(
@@ -229,13 +238,14 @@ def pack_rows(
     hidden_size, num_words = rows.shape[1], words.shape[1]
     on_cpu = Platform.of(topk_ids.device).vendor is Vendor.CPU
     num_ranks = 1 if places is None else len(places)
+    moved = _MOVED[rows.element_size()]
     with current_device(topk_ids):
         path.launch(
             pack_rows_kernel,
             (len(rows), 1) if places is None else (num_tokens, num_ranks),
-            rows,
+            rows.view(moved),
             words,
-            hidden_states,
+            hidden_states.view(moved),
             topk_ids,
             topk_weights.view(torch.int32),
             lora_ids,
@@ -260,9 +270,9 @@ def pack_rows(
             HAS_PLACES=places is not None,
             HAS_LORA=lora_ids is not None,
             HAS_SCALES=scales is not None,
-            BLOCK_RANKS=next_power_of_2(num_ranks),
+            BLOCK_RANKS=1 if places is None else max(_RANKS, next_power_of_2(num_ranks)),
             BLOCK_H=min(256 if on_cpu else 2048, next_power_of_2(hidden_size)),
-            BLOCK_WORDS=next_power_of_2(num_words),
+            BLOCK_WORDS=max(_WORDS, next_power_of_2(num_words)),
             num_warps=4,
         )
 
