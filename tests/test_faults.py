@@ -312,7 +312,7 @@ def test_a_journal_forgets_a_fault_that_has_changed(tmp_path):
 
 def test_a_sample_of_mutants_is_the_same_for_the_same_seed_and_fits_the_source():
     # Of one package of the implementation, which is enough to draw from.
-    first, again, other = (sample(60, seed, "moegate.impl.kernels") for seed in (1, 1, 2))
+    first, again, other = (sample(60, seed, "moegate.impl.tuning") for seed in (1, 1, 2))
     assert first == again
     assert {mutant.id for mutant in first} != {mutant.id for mutant in other}
     for mutant in first:
@@ -332,7 +332,7 @@ def report_of(mutants, *killed):
 
 
 def test_verdicts_on_survivors_stay_with_their_edit_and_new_ones_are_open(tmp_path):
-    mutants, path = sample(4, 1, "moegate.impl.kernels"), tmp_path / "mutants.json"
+    mutants, path = sample(4, 1, "moegate.impl.tuning"), tmp_path / "mutants.json"
     first = summary(report_of(mutants, mutants[0].id), mutants, 4, 1, path)
     assert (first["mutants"], first["killed"], first["by_error"]) == (4, 1, 0)
     assert [row["id"] for row in first["survivors"]] == [mutant.id for mutant in mutants[1:]]
