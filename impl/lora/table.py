@@ -49,8 +49,6 @@ class StackedLowRank:
         between: what ranks that hold the other slices do to the product with a; None where a and b are whole.
             `Gathered`: of a part a has `R / ranks` rows, and b's columns are as many blocks of this size. `Summed`: a
             has some of K, and b some of N.
-        num_rows: N of the weight.
-        first_row: the row of the weight that b's first one belongs to.
     """
 
     a: torch.Tensor
@@ -59,8 +57,6 @@ class StackedLowRank:
     scales: torch.Tensor
     interleaved: bool = False
     between: Between | None = None
-    num_rows: int = 0
-    first_row: int = 0
 
     @property
     def num_parts(self) -> int:
@@ -77,6 +73,16 @@ class StackedLowRank:
         """Rows of a part that a has: R, or a slice of it."""
         return self.a.shape[2] // self.num_parts
 
+    @property
+    def num_rows(self) -> int:
+        """N of the weight, of which b may have a slice."""
+        return self.b.shape[2] * (self.between.shards.size if isinstance(self.between, Summed) else 1)
+
+    @property
+    def first_row(self) -> int:
+        """The row of the weight that b's first one belongs to."""
+        return self.between.shards.rank * self.b.shape[2] if isinstance(self.between, Summed) else 0
+
     @staticmethod
     def empty(
         shape: tuple[int, int],
@@ -90,7 +96,7 @@ class StackedLowRank:
         between: Between | None = None,
     ) -> StackedLowRank:
         """Slots without an adapter; n is the weight's N, k the K that is held here."""
-        size, rank = (1, 0) if between is None else (between.shards.size, between.shards.rank)
+        size = 1 if between is None else between.shards.size
         slices = size if isinstance(between, Gathered) else 1
         rows = n // size if isinstance(between, Summed) else n
 
@@ -104,8 +110,6 @@ class StackedLowRank:
             ints(torch.float32),
             interleaved,
             between,
-            n,
-            rank * rows if isinstance(between, Summed) else 0,
         )
 
     def rows_of(self, part: int) -> slice:
