@@ -6,7 +6,7 @@ Two arrays, one for each activation format, since a routing, a map and a path ar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
@@ -171,6 +171,11 @@ def _with_experts_here(spec: ExpertsSpec, capabilities: Capabilities) -> Experts
 def _repeated(specs: Sequence[AnySpec], pools: Pools) -> tuple[AnySpec, ...]:
     """The specs again and again, each time with other values."""
     return tuple(replace(spec, seed=(spec.seed + 31 * again) % 256) for again in range(pools.repeats) for spec in specs)
+
+
+def once(specs: Iterable[AnySpec]) -> list[AnySpec]:
+    """Pinned specs without their repetitions, which differ in the seed alone."""
+    return list({replace(spec, seed=0): spec for spec in specs}.values())
 
 
 class _Sizes:

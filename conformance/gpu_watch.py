@@ -41,7 +41,7 @@ class GpuWatch:
         try:
             nvml = importlib.import_module("pynvml")
             nvml.nvmlInit()
-        except Exception:
+        except Exception:  # no pynvml, no driver, one of another age: a look from beside never ends a run
             return GpuWatch(None, [])
         return GpuWatch(nvml, names)
 

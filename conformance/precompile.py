@@ -15,18 +15,13 @@ from itertools import product
 from typing import Any
 
 from .cases import build_batched, build_experts, build_quantize, build_routing
-from .coverage import AnySpec, pinned_experts, pinned_slabs
+from .coverage import once, pinned_experts, pinned_slabs
 from .guarded import CallError
 from .selection import SELECTION
 from .session import Session, current_session
 from .spec import BatchedSpec, ExpertsSpec, RoutingSpec
 from .strategies import compiled_dtypes, is_declared, pinned_quantizers, pools_of
 from .subject import Capabilities
-
-
-def once(specs: tuple[AnySpec, ...]) -> Iterator[AnySpec]:
-    """Pinned specs without their repetitions, which differ in the seed alone."""
-    yield from {replace(spec, seed=0): spec for spec in specs}.values()
 
 
 def warm_up_specs(device: str, capabilities: Capabilities) -> Iterator[ExpertsSpec]:

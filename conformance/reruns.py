@@ -8,25 +8,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .coverage import pinned_experts, pinned_slabs
+from .coverage import once, pinned_experts, pinned_slabs
 from .judge import Verdict
 from .properties.hygiene import SAME_BITS, poisoned_allocations
+from .properties.shared import differing_bytes
 from .selection import SELECTION
 from .session import other_order
 from .spec import Spec
-from .strategies import pinned_routings, pools_of
+from .strategies import pinned_routings
 from .subject import Capabilities
 
 # Of a run that was not asked for more, so that every subject is judged: every so manyth case, and so often.
 FEW, EACH = 3, 6
 # Cases of each kind, which between them have every declared feature.
 CASES = {"experts": 24, "batched": 8, "route": 8}
-AnySpec = TypeVar("AnySpec", bound=Spec)
 
 
 def reruns_asked() -> int:
@@ -39,12 +38,11 @@ def fixed_cases(facet: str, device: str, capabilities: Capabilities) -> tuple[Sp
 
     A run that was not asked for reruns gets a few of them.
     """
-    repeats = pools_of(device, capabilities).repeats
     if facet == "experts":
         # A batch without a token has nothing that could differ.
-        specs: Sequence[Spec] = [spec for spec in _once(pinned_experts(device, capabilities), repeats) if spec.M]
+        specs: Sequence[Spec] = [spec for spec in once(pinned_experts(device, capabilities)) if spec.M]
     elif facet == "batched":
-        specs = [spec for spec in _once(pinned_slabs(device, capabilities), repeats) if spec.counts != "zero"]
+        specs = [spec for spec in once(pinned_slabs(device, capabilities)) if spec.counts != "zero"]
     else:
         specs = pinned_routings(device, capabilities)
     chosen = _most_different(specs, CASES[facet])
@@ -64,11 +62,6 @@ def _most_different(specs: Sequence[Spec], count: int) -> tuple[Spec, ...]:
     return tuple(chosen)
 
 
-def _once(specs: tuple[AnySpec, ...], repeats: int) -> tuple[AnySpec, ...]:
-    """Without the repetitions of a covering array, which differ in their values alone."""
-    return specs[: len(specs) // repeats]
-
-
 def judge_reruns(run: Callable[[], tuple[Tensor, ...]], times: int, facts: Counter[str]) -> Verdict:
     """HYGIENE-08 on one case.
 
@@ -83,7 +76,7 @@ def judge_reruns(run: Callable[[], tuple[Tensor, ...]], times: int, facts: Count
         # What memory held and in which order programs run may not matter, so every other call has another.
         with poisoned_allocations(number % 2 == 1), other_order() if number % 2 else nullcontext():
             again = run()
-        if all(map(_same, first, again)):
+        if not any(map(differing_bytes, first, again)):
             continue
         differing += 1
         detail = detail or f"call {number + 1}: {_difference(first, again)}"
@@ -92,23 +85,14 @@ def judge_reruns(run: Callable[[], tuple[Tensor, ...]], times: int, facts: Count
     return SAME_BITS.verdict(not differing, f"{differing} of {times} calls differ from the first; {detail}")
 
 
-def _same(first: Tensor, again: Tensor) -> bool:
-    if first.shape != again.shape or first.dtype != again.dtype:
-        return False
-    return not first.numel() or torch.equal(_bits(first), _bits(again))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Equal numbers may differ in bits (zeros), and equal bits be no equal numbers (NaN)."""
-    return tensor.contiguous().view(torch.uint8)
-
-
 def _difference(first: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> str:
     for before, now in zip(first, again, strict=True):
         if before.shape != now.shape or before.dtype != now.dtype:
             return f"{list(now.shape)} {now.dtype}, the first {list(before.shape)} {before.dtype}"
-        if not _same(before, now):
-            differs = (_bits(before) != _bits(now)).view(-1, before.element_size()).any(1)
+        if differing_bytes(before, now):
+            # Equal numbers may differ in bits (zeros), and equal bits be no equal numbers (NaN).
+            theirs, ours = (tensor.contiguous().view(torch.uint8) for tensor in (before, now))
+            differs = (theirs != ours).view(-1, before.element_size()).any(1)
             place = int(differs.int().argmax())
             was, got = before.flatten()[place], now.flatten()[place]
             return f"{int(differs.sum())} of {before.numel()} elements, first element {place}: {was}, now {got}"

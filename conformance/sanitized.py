@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,10 +71,6 @@ class SanitizedCase:
         return bool(self.how)
 
 
-def _experts(base: ExpertsSpec, **changes: Any) -> ExpertsSpec:
-    return ExpertsSpec(**{**vars(base), **changes})
-
-
 CASES = (
     SanitizedCase("routing", RoutingSpec(M=5, E=60, top_k=4)),
     SanitizedCase(
@@ -86,18 +82,18 @@ CASES = (
         "alignment with ids of -1 and a map", AlignSpec(M=37, E=8, top_k=2, routing="some_invalid", expert_map="linear")
     ),
     SanitizedCase("few pairs, naive blocks", FEW),
-    SanitizedCase("few pairs, without an expert", _experts(FEW, routing="all_invalid")),
-    SanitizedCase("aligned blocks with tails", _experts(MANY, padded_rows=True)),
-    SanitizedCase("aligned blocks, ids of -1", _experts(MANY, routing="some_invalid", bias="both")),
-    SanitizedCase("aligned blocks, an expert map", _experts(MANY, E=6, expert_map="arbitrary")),
+    SanitizedCase("few pairs, without an expert", replace(FEW, routing="all_invalid")),
+    SanitizedCase("aligned blocks with tails", replace(MANY, padded_rows=True)),
+    SanitizedCase("aligned blocks, ids of -1", replace(MANY, routing="some_invalid", bias="both")),
+    SanitizedCase("aligned blocks, an expert map", replace(MANY, E=6, expert_map="arbitrary")),
     SanitizedCase(
-        "a tile and one more", _experts(MANY, M=33, E=2, top_k=1, routing="tile_plus_1", weight_on_input=True)
+        "a tile and one more", replace(MANY, M=33, E=2, top_k=1, routing="tile_plus_1", weight_on_input=True)
     ),
-    SanitizedCase("float32, an activation without a gate", _experts(MANY, dtype="float32", activation="relu2_no_mul")),
-    SanitizedCase("fp8 by channel and token", _experts(MANY, **WHOLE, scheme="fp8_channel_token")),
-    SanitizedCase("fp8 in blocks", _experts(MANY, **WHOLE, scheme="fp8_block", block_n=32, block_k=32)),
-    SanitizedCase("int8 weights by channel", _experts(MANY, **WHOLE, scheme="int8_w8a16_channel")),
-    SanitizedCase("int4 in groups with zero points", _experts(MANY, **WHOLE, scheme="int4_group_zp", block_k=32)),
+    SanitizedCase("float32, an activation without a gate", replace(MANY, dtype="float32", activation="relu2_no_mul")),
+    SanitizedCase("fp8 by channel and token", replace(MANY, **WHOLE, scheme="fp8_channel_token")),
+    SanitizedCase("fp8 in blocks", replace(MANY, **WHOLE, scheme="fp8_block", block_n=32, block_k=32)),
+    SanitizedCase("int8 weights by channel", replace(MANY, **WHOLE, scheme="int8_w8a16_channel")),
+    SanitizedCase("int4 in groups with zero points", replace(MANY, **WHOLE, scheme="int4_group_zp", block_k=32)),
     SanitizedCase("slabs", BatchedSpec(max_tokens=21, **RAGGED, E=3, bias="both")),
     SanitizedCase("slabs in fp8", BatchedSpec(max_tokens=21, **WHOLE, E=3, scheme="fp8_channel_token")),
     SanitizedCase("quantised rows", QuantizeSpec(rows=7, columns=104, quantizer="fp8_group", group=8)),
@@ -168,7 +164,7 @@ def _run_graph(session: Session, spec: SharedSpec, variant: str) -> list[Verdict
         prepare=lambda case: subject.capture(case, variant),
         eager=lambda case: subject.shared(case, variant, overlapped=False, hold=None),
     )
-    specs = [SharedSpec(**{**vars(spec), "seed": seed}) for seed in range(3)]
+    specs = [replace(spec, seed=seed) for seed in range(3)]
     case, *donors = [build_shared(each, session.device) for each in specs]
     return judge_replays(case, donors, calls)
 
