@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import assert_same_sum
 from layers import E, experts_of, gate_of, layer_of, tokens
 from lora_tables import table_of
 from rank_bodies import FULL_I
@@ -20,10 +21,6 @@ def _gpus():
 def two():
     with rank_processes(2) as processes:
         yield processes
-
-
-def largest(x):
-    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def run(processes, name, *arguments):
@@ -74,8 +71,7 @@ def test_two_processes_give_the_layer_of_one(two, exchange, counts):
     outcomes = run(two, "outputs", "cpu", exchange, counts)
     assert [outcome.error for outcome in outcomes] == [None, None]
     output = torch.cat([outcome.result for outcome in outcomes])
-    # The parts of two ranks are rounded each, and then their sum is.
-    torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
+    assert_same_sum(output, expected)
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
@@ -86,7 +82,7 @@ def test_two_processes_give_the_layer_of_one_with_its_adapters(two, exchange):
     outcomes = run(two, "outputs", "cpu", exchange, counts, ids)
     assert [outcome.error for outcome in outcomes] == [None, None]
     output = torch.cat([outcome.result for outcome in outcomes])
-    torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
+    assert_same_sum(output, expected)
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tp_size=2), Mesh(tp_size=2, dp_size=2)], ids=["same tokens", "own tokens"])
@@ -98,7 +94,7 @@ def test_two_processes_give_the_layer_of_one_with_fully_sharded_adapters(two, me
     assert [outcome.error for outcome in outcomes] == [None, None]
     outputs = [outcome.result for outcome in outcomes]
     output = torch.cat(outputs) if mesh.dp_size == 2 else outputs[0]
-    torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
+    assert_same_sum(output, expected)
     # Tokens travel as bytes: of floats there are the two small products, and the layer's own sum.
     sums = "reduce_scatter" if mesh.dp_size == 2 else "all_reduce"
     assert [c.name for c in outcomes[0].calls if "float" in c.dtype] == ["all_gather", "all_reduce", sums]
@@ -134,7 +130,7 @@ def test_nccl_gives_the_layer_of_one_on_every_gpu(exchange):
         again = run(processes, "outputs", "cuda", exchange, counts)
         checked = run(processes, "collectives", "cuda")
     output = torch.cat([outcome.result for outcome in outcomes])
-    torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6 * largest(expected))
+    assert_same_sum(output, expected)
     assert torch.equal(output, torch.cat([outcome.result for outcome in again]))
     assert [outcome.error for outcome in checked] == [None] * size
 

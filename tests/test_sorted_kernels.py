@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import assert_same_rounding
 
 from moegate.impl.config import Activation, ActivationFunction
 from moegate.impl.kernels.activation import activate
@@ -72,13 +73,6 @@ class Case:
         return hidden, y, out
 
 
-def assert_close(found, expected, what):
-    """Equal but for the order of float32 sums: of those few values cross a rounding to bfloat16, by one step."""
-    error = (found.float() - expected.float()).abs()
-    assert (error <= 2**-7 * expected.float().abs() + 1e-3).all(), f"{what}: {error.max()}"
-    assert (error > 0).float().mean() < 0.02, what
-
-
 CASES = {
     "plain": {},
     "interleaved": {"interleaved": True, "activation": "swigluoai", "bias": True},
@@ -108,13 +102,13 @@ def test_sorted_rows_give_what_the_general_kernels_give(case, tiles, sizes):
     gated_gemm(h, layer.x, layer.w13, layer.b13, layer.function, mul_weight=layer.on_input, tile=first, **routing)
     real = slots < layer.ids.numel()
     real[int(used) :] = False
-    assert_close(h[real], hidden[slots[real].long()], "h")
+    assert_same_rounding(h[real], hidden[slots[real].long()], "h")
     h[real] = hidden[slots[real].long()]
     is_sorted = second.tma_store
     got = layer.x.new_full((slots.numel() if is_sorted else layer.ids.numel(), layer.h), float("nan"))
     options = {"is_sorted": is_sorted, "mul_weight": not layer.on_input, "tile": second}
     sorted_gemm(got, h, layer.w2, layer.b2, **options, **routing)
-    assert_close(got[real] if is_sorted else got[slots[real].long()], y[slots[real].long()], "y")
+    assert_same_rounding(got[real] if is_sorted else got[slots[real].long()], y[slots[real].long()], "y")
     assert is_sorted or not got.isnan().any()
 
 
@@ -128,7 +122,7 @@ def test_streamed_rows_give_what_the_general_kernels_give(case, sizes, stages):
     h = torch.full_like(hidden, float("nan"))
     tile = StreamTile(16, 64, stages)
     gate_up_rows(h, layer.x, layer.w13, layer.b13, layer.function, mul_weight=layer.on_input, tile=tile, **routing)
-    assert_close(h, hidden, "h")
+    assert_same_rounding(h, hidden, "h")
     got = torch.full_like(out, float("nan"))
     down_rows(got, hidden, layer.w2, layer.b2, mul_weight=not layer.on_input, tile=tile, **routing)
-    assert_close(got, out, "out")
+    assert_same_rounding(got, out, "out")
