@@ -31,10 +31,12 @@ def pinned(device, capabilities, low_latency, dtype):
         return (base, replace(base, routing="all_invalid"), *(spec for spec in on_input if 4 * spec.M <= spec.E))
     # Rows wider than any kernel's block, whose scale is found in several steps.
     wide = replace(base, M=3, H=40, I=WIDE, E=2, top_k=1, scheme="fp8_channel_token")
+    # Blocks so narrow that a step of them is shorter than the tensor cores' for bytes.
+    narrow = replace(base, M=17, H=96, I=48, E=4, top_k=2, scheme="fp8_block", block_n=16, block_k=16)
     # So many choices that adding them up in fewer bits than float32 shows.
     many = replace(base, M=4, E=40, top_k=32)
     return (
-        *((wide, many) if dtype == "bfloat16" else ()),
+        *((wide, narrow, many) if dtype == "bfloat16" else ()),
         replace(base, M=base.E // (4 * base.top_k) + 1),  # just over the threshold of naive blocks
         replace(base, M=0, E=8, top_k=2),
         replace(base, expert_map="linear"),

@@ -66,6 +66,7 @@ SCHEMES = (
 STAGES = ["quantize_rows_kernel", "amax_kernel", "grouped_gemm_kernel", "batched_gemm_kernel"]
 STAGES += ["activation_kernel", "quantized_activation_kernel"]
 STAGES += ["batched_activation_kernel", "batched_quantized_activation_kernel"]
+ONE_STAGE = {"group_size_m": 1, "num_warps": 4, "num_stages": 1}
 JOBS += [
     {"platform": "cuda:9.0", "M": m, "scheme": scheme, "only": STAGES[:3]} | QWEN3
     for scheme in ("fp8_channel_token", "fp8_block", "int8_w8a16_channel", "int4_w4a16_group_zp")
@@ -85,6 +86,19 @@ JOBS += [
 JOBS += [
     {"platform": "cuda:9.0", "M": 4096, "scheme": "fp8_block", "group": 64, "only": STAGES[:3]} | QWEN3,
     {"platform": "cuda:9.0", "M": 4096, "scheme": "fp8_block", "only": STAGES} | QWEN3 | {"I": 704},
+    # Steps too short for the tensor cores' bytes: blocks of 16 columns, and a file that asks for them.
+    *(
+        {"platform": platform, "M": m, "scheme": "fp8_block", "group": 16, "only": STAGES[2:3]} | QWEN3
+        for platform, m in itertools.product(PLATFORMS[1:], (1, 512))
+    ),
+    {"platform": "cuda:9.0", "batched": True, "M": 64, "E": 16, "scheme": "fp8_block", "group": 16, "only": STAGES[3:4]}
+    | {k: QWEN3[k] for k in ("top_k", "H", "I", "dtype")},
+    *(
+        {"platform": "cuda:9.0", "M": 512, "scheme": scheme, "only": STAGES[2:3]}
+        | QWEN3
+        | {"configs": [{"block_size_m": 64, "block_size_n": 64, "block_size_k": 16, "swap_ab": swap} | ONE_STAGE]}
+        for scheme, swap in itertools.product(("fp8_tensor", "int8_w8a8_channel_token"), (False, True))
+    ),
     {"platform": "cuda:9.0", "M": 64, "E": 128, "top_k": 4, "H": 2880, "I": 2880, "dtype": "bfloat16"}
     | {"bias": True, "activation": "swigluoai", "interleaved": True, "only": STAGES},
     *(

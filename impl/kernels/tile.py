@@ -111,6 +111,9 @@ def product_of_tile(
     IS_INTEGER: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
     ACC: tl.constexpr = tl.int32 if IS_INTEGER else tl.float32  # pyright: ignore[reportAssignmentType]
     IS_STEPWISE: tl.constexpr = B_SCALE == "block" or B_SCALE == "group"
+    # Tensor cores multiply bytes 32 columns at a time. A shorter step, as blocks of 16 columns want, is one of float16,
+    # which holds e4m3 and int8 exactly.
+    IS_WIDENED: tl.constexpr = a_ptr.dtype.element_ty.primitive_bitwidth == 8 and BLOCK_K < 32
     # A weight that is read rows first keeps its packed or scaled form until it is unpacked.
     ROWS_FIRST: tl.constexpr = SWAP_AB or B_FORMAT == "int4"
     # The loop advances two base addresses and keeps the offsets: a block of advancing pointers costs registers and a
@@ -169,6 +172,9 @@ def product_of_tile(
                 b = tl.trans(b)
         elif B_FORMAT == "int8":
             b = b.to(a.dtype)
+        if IS_WIDENED:
+            a = a.to(tl.float16)
+            b = b.to(tl.float16)
 
         if IS_STEPWISE:
             if SWAP_AB:
@@ -183,6 +189,8 @@ def product_of_tile(
                     a_scale = tl.load(a_scale_ptrs + step, mask=real, other=0.0)
                     product *= _across(a_scale, SWAP_AB)
                 acc += product * _along(b_scale, SWAP_AB)
+        elif IS_WIDENED:
+            acc += (tl.dot(b, a) if SWAP_AB else tl.dot(a, b)).to(ACC)
         elif SWAP_AB:
             acc = tl.dot(b, a, acc, input_precision=INPUT_PRECISION, max_num_imprecise_acc=WINDOW, out_dtype=ACC)
         else:
