@@ -39,27 +39,29 @@ def adapters_of_block(lists_ptr, block, num_listed, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def list_adapters(slots, wanted, slots_ptr, lists_ptr, block, num_slots, num_listed, store, BLOCK_M: tl.constexpr):
-    """How many adapters the rows of a block have, and the slot at place `wanted` of their ascending list, else -1.
-
-    `slots` [BLOCK_M] are the rows'. One program of a block is to `store` them with the list, for the kernels behind.
-    """
+def list_adapters(slots, slots_ptr, lists_ptr, block, num_slots, num_listed, BLOCK_M: tl.constexpr):
+    """Store a block's `slots` [BLOCK_M] and their ascending list, for the kernels behind."""
     lane = tl.arange(0, BLOCK_M)
     first = lists_ptr + block.to(tl.int64) * (1 + num_listed)
     count = 0
-    slot = -1
     # A block without adapters is told by one reduction.
     if tl.max(slots, axis=0) >= 0:
         for start in range(0, num_slots, 16):
             here = start + tl.arange(0, 16)
             present = tl.max((slots[None, :] == here[:, None]).to(tl.int32), axis=1)
             place = count + tl.cumsum(present, 0) - 1
-            tl.store(first + 1 + place, here, mask=(present > 0) & store)
-            slot = tl.maximum(slot, tl.max(tl.where((present > 0) & (place == wanted), here, -1), axis=0))
+            tl.store(first + 1 + place, here, mask=present > 0)
             count += tl.sum(present, axis=0)
-    tl.store(slots_ptr + block.to(tl.int64) * BLOCK_M + lane, slots, mask=store & (lane >= 0))
-    tl.store(first, count, mask=store)
-    return count, slot
+    tl.store(slots_ptr + block.to(tl.int64) * BLOCK_M + lane, slots)
+    tl.store(first, count)
+
+
+@triton.jit
+def next_slot(slots, last):
+    """The least of a block's `slots` above `last`; -1 for none."""
+    NONE: tl.constexpr = 2147483647  # pyright: ignore[reportAssignmentType]
+    least = tl.min(tl.where(slots > last, slots, NONE), axis=0)
+    return tl.where(least == NONE, -1, least)
 
 
 @dataclass(frozen=True, eq=False)

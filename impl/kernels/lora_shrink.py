@@ -18,7 +18,7 @@ from .. import path
 from ..lora.sharded import Summed
 from ..lora.table import StackedLowRank
 from ..platform import Platform, Vendor
-from .lora_rows import AdapterRows, known_slot, list_adapters
+from .lora_rows import AdapterRows, known_slot, list_adapters, next_slot
 from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
 from .slabs import tokens_of_slab
@@ -36,6 +36,7 @@ from .slabs import tokens_of_slab
         "max_tokens",
         "x_top_k",
         "top_k",
+        "num_sharers",
         "blocks_of_a_run",
     ]
 )
@@ -60,6 +61,7 @@ def lora_shrink_kernel(
     num_listed,
     num_experts,
     num_local_experts,
+    num_sharers,
     blocks_of_a_run,
     stride_out,
     stride_x_slab,
@@ -78,11 +80,12 @@ def lora_shrink_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_N columns of one run for the rows of one block that have one adapter.
+    """BLOCK_N columns of one run for the rows of one block whose adapters are this program's.
 
     ROWS says what a block is: one of `pairs` alone, where `expert_ids` are the pairs'; of `aligned` blocks and those of
-    `slabs` a program gathers the rows of one slot of the block's list and takes BLOCK_ROWS at a time; behind the list's
-    end it returns after one load. MAKE_LISTS: the lists are not there yet, and this is who makes them.
+    `slabs` `num_sharers` programs share the adapters by their slots. A program gathers the rows of one slot after the
+    other and takes BLOCK_ROWS at a time; without a slot it returns after one load. MAKE_LISTS: the lists are not there
+    yet, and this is who makes them.
     """
     pid = tl.program_id(0)
     run = tl.program_id(1)
@@ -104,10 +107,9 @@ def lora_shrink_kernel(
         )
         if (expert < 0) | (slot < 0):
             return
-        count = 1
     else:
-        block = pid // num_listed
-        wanted = pid % num_listed
+        block = pid // num_sharers
+        sharer = pid % num_sharers
         # All that needs no other answer is asked for at once.
         if ROWS == "aligned":
             expert = tl.load(expert_ids_ptr + block)
@@ -125,44 +127,44 @@ def lora_shrink_kernel(
                 real = rows < tokens_of_slab(expert_num_tokens_ptr, expert, max_tokens)
                 token = expert.to(tl.int64) * max_tokens + rows
             slots = known_slot(tl.load(lora_ids_ptr + token, mask=real, other=-1), num_slots)
-            first_of_block = (wanted == 0) & (run == 0) & (tl.program_id(2) == 0)
-            listed, slot = list_adapters(
-                slots, wanted, slots_ptr, lists_ptr, block, num_slots, num_listed, first_of_block, BLOCK_M
-            )
+            if (sharer == 0) & (run == 0) & (tl.program_id(2) == 0):
+                list_adapters(slots, slots_ptr, lists_ptr, block, num_slots, num_listed, BLOCK_M)
         else:
-            list_ptr = lists_ptr + block.to(tl.int64) * (1 + num_listed)
-            listed = tl.load(list_ptr)
-            slot = tl.load(list_ptr + 1 + wanted)
             slots = tl.load(slots_ptr + block.to(tl.int64) * BLOCK_M + lane_m)
-        if wanted >= listed:
-            return
-        mine = slots == slot
-        count = tl.sum(mine.to(tl.int32), axis=0)
-        place = tl.cumsum(mine.to(tl.int32), 0) - 1
+        shared = tl.where(slots % num_sharers == sharer, slots, -1)
+        slot = next_slot(shared, -1)
 
-    group = slot.to(tl.int64) * num_local_experts + expert
     inside_n = n < PARTS * R
-    rank = tl.load(rank_ptr + group * PARTS + n // R, mask=inside_n, other=0)
-    scale = tl.load(scale_ptr + group * PARTS + n // R, mask=inside_n, other=0.0)
     lane_k = tl.arange(0, BLOCK_K)
-    a_rows = a_ptr + (group * (PARTS * R) + n)[:, None] * K + lane_k[None, :]
     first_k = run * blocks_of_a_run * BLOCK_K
     end_k = tl.minimum(first_k + blocks_of_a_run * BLOCK_K, K)
-    for first in range(0, count, BLOCK_ROWS):
+    first = 0
+    while slot >= 0:
         if ROWS == "pairs":
             row = tl.where(lane == 0, pid, 0)
             some = lane == 0
+            slot_of_next = slot * 0 - 1
         else:
             # The row that stands at each place of this round.
+            mine = shared == slot
+            count = tl.sum(mine.to(tl.int32), axis=0)
+            place = tl.cumsum(mine.to(tl.int32), 0) - 1
             here = mine[None, :] & (place[None, :] == (first + lane)[:, None])
             row = tl.sum(tl.where(here, rows[None, :], 0), axis=1)
             some = first + lane < count
+            is_last = first + BLOCK_ROWS >= count
+            slot_of_next = tl.where(is_last, next_slot(shared, slot), slot)
+            first = tl.where(is_last, 0, first + BLOCK_ROWS)
         if ROWS == "slabs":
             x_rows = expert.to(tl.int64) * stride_x_slab + row.to(tl.int64) * stride_xm
             out_rows = expert.to(tl.int64) * max_tokens + row
         else:
             x_rows = (row // x_top_k).to(tl.int64) * stride_xm
             out_rows = row.to(tl.int64)
+        group = slot.to(tl.int64) * num_local_experts + expert
+        rank = tl.load(rank_ptr + group * PARTS + n // R, mask=inside_n, other=0)
+        scale = tl.load(scale_ptr + group * PARTS + n // R, mask=inside_n, other=0.0)
+        a_rows = a_ptr + (group * (PARTS * R) + n)[:, None] * K + lane_k[None, :]
         x_ptrs = x_ptr + x_rows[:, None] + lane_k[None, :]
         acc = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
         for k in range(first_k, end_k, BLOCK_K):
@@ -178,6 +180,7 @@ def lora_shrink_kernel(
         acc = tl.where((n % R < rank)[None, :], acc * scale[None, :], 0.0)
         out_ptrs = out_ptr + run.to(tl.int64) * stride_out + out_rows[:, None] * (PARTS * R) + n[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=some[:, None] & inside_n[None, :])
+        slot = slot_of_next
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,13 +199,18 @@ class Shrunk:
 
 # Runs of columns, which are added up where they are read, up to so many pairs: programs that keep a device busy.
 _MOST_RUNS = ((32, 8), (264, 2))
+# Programs that share blocks: as many as an H200 holds at once, but some for each block. More would wait for others to
+# come and go where few rows have adapters.
+_MOST_PROGRAMS, _LEAST_SHARERS = 132 * 6, 4
 # Columns that one program takes at least: fewer would be launched faster than they are read.
 _LEAST_RUN = 256
 _ROWS = 16
+# Under the interpreter blocks have 16 rows, and should take several rounds.
+_ROWS_INTERPRETED = 8
 # Programs stream A: four of them on a multiprocessor, which the compiler left alone would not leave room for. Of those
-# of large blocks, most of which only come and go where few rows have adapters, there is room for seven.
+# of large blocks, most of which only come and go where few rows have adapters, there is room for six.
 _FEW_REGISTERS: dict[str, Any] = {"maxnreg": 128}
-_FEWER_REGISTERS: dict[str, Any] = {"maxnreg": 88}
+_FEWER_REGISTERS: dict[str, Any] = {"maxnreg": 80}
 _LARGE_BLOCK = 128
 
 
@@ -234,13 +242,15 @@ def lora_shrink(
     num_n = cdiv(parts * width, block_n)
     strides = (x.stride(0), x.stride(1)) if rows.kind == "slabs" else (0, x.stride(0))
     if rows.topk_ids is not None:
-        blocks, experts_of = rows.num_rows, rows.topk_ids
+        blocks, sharers, experts_of = rows.num_rows, 1, rows.topk_ids
         most_runs = next((runs for pairs, runs in _MOST_RUNS if rows.num_rows <= pairs), 1)
         runs = max(1, min(most_runs, k // (block_k if on_cpu else _LEAST_RUN)))
         of_a_run = cdiv(cdiv(k, runs), block_k)
         dtype, stride_topk_ids = torch.float32, rows.topk_ids.stride(0)
     else:
-        blocks, experts_of = rows.num_blocks * rows.num_listed, rows.expert_ids
+        sharers = 2 if on_cpu else max(_LEAST_SHARERS, _MOST_PROGRAMS // max(1, rows.num_blocks))
+        sharers = min(rows.num_listed, sharers)
+        blocks, experts_of = rows.num_blocks * sharers, rows.expert_ids
         most_runs, of_a_run, dtype, stride_topk_ids = 1, cdiv(k, block_k), x.dtype, 0
         if isinstance(low_rank.between, Summed):
             dtype = torch.float32  # a part of a sum, which is rounded once it is whole
@@ -269,6 +279,7 @@ def lora_shrink(
         rows.num_listed,
         rows.num_experts,
         rows.num_local_experts,
+        sharers,
         of_a_run,
         values.stride(0),
         *strides,
@@ -282,7 +293,7 @@ def lora_shrink(
         EVEN_K=k % block_k == 0,
         INPUT_PRECISION="tf32" if allow_tf32 else "ieee",
         BLOCK_M=16 if rows.kind == "pairs" else rows.block_size,
-        BLOCK_ROWS=_ROWS,
+        BLOCK_ROWS=_ROWS_INTERPRETED if on_cpu else _ROWS,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=4,
