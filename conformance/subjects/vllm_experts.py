@@ -31,10 +31,15 @@ class VllmSubject(Subject):
         logits=("unit", "wide", "negative"),
         schemes=("none", "fp8_block"),
         padded_rows=False,
-        hidden_multiple=16,
-        intermediate_multiple=16,
+        # A grid of no programs is an error of CUDA's, its alignment sorts fewer than 1,024 experts in runs of 32, and
+        # its quantiser takes whole groups of 128.
+        empty=False,
+        max_experts=992,
+        hidden_multiple=128,
+        intermediate_multiple=128,
     )
-    numerics = Numerics(accumulator="hopper_fp8")
+    # Its activation multiplies a gate of the activations' dtype by up.
+    numerics = Numerics(gate="storage", accumulator="hopper_fp8")
 
     standalone = """
 from vllm.model_executor.layers.fused_moe import fused_experts
