@@ -150,3 +150,21 @@ def resources(cubin: bytes) -> dict[str, int]:
         "registers": int(re.findall(r"REG:(\d+)", text)[-1]),
         "spilled": int(re.findall(r"STACK:(\d+)", text)[-1]) + int(re.findall(r"LOCAL:(\d+)", text)[-1]),
     }
+
+
+def wide_loads_in_flight(cubin: bytes) -> int:
+    """The most loads of 16 bytes a thread that a kernel asks for before it multiplies what one of them brought.
+
+    A matrix-vector kernel is as fast as memory where a step's loads are all under way at once. Whether they are is the
+    compiler's decision, and nothing but time would show it.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
+    most = run = 0
+    for instruction in re.findall(r"\b(LDG\.E\.128|FFMA|FMUL)\b", text):
+        run = run + 1 if instruction.startswith("LDG") else 0
+        most = max(most, run)
+    return most

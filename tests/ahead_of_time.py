@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moegate.bench.ahead_of_time import Launch, compile_launch, imagine, resources, target
+from moegate.bench.ahead_of_time import Launch, compile_launch, imagine, resources, target, wide_loads_in_flight
 from moegate.impl.batched import batched_experts
 from moegate.impl.config import Activation, QuantScheme
 from moegate.impl.experts.kernel_form import FormChoice, use_kernel_forms
@@ -157,6 +157,8 @@ def compile_one(platform: Platform, launch: Launch) -> dict[str, Any]:
     }
     if gpu.backend == "cuda":
         result |= resources(compiled.asm["cubin"])
+        if name.endswith("_rows_kernel"):
+            result["wide_loads"] = wide_loads_in_flight(compiled.asm["cubin"])
         if len(sys.argv) > 1:
             cubin = Path(sys.argv[1], f"{name}-{gpu.arch}-{compiled.hash[:8]}.cubin")
             cubin.write_bytes(compiled.asm["cubin"])

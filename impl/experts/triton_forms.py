@@ -71,7 +71,9 @@ def streamed_tiles(top_k: int, platform: Platform) -> tuple[StreamTile, StreamTi
     if platform.vendor is Vendor.CPU:
         # Under the interpreter small shapes should meet several steps and tiles, with tails.
         return StreamTile(16, 32), StreamTile(rows, 32)
-    return StreamTile(8, 512), StreamTile(rows, 256)
+    # Three programs of so many registers fit a multiprocessor, and keep 48 KB of weights in flight.
+    registers = 168 if platform.vendor is Vendor.NVIDIA else None
+    return StreamTile(8, 512, registers=registers), StreamTile(rows, 256, registers=registers)
 
 
 def sorted_tiles(

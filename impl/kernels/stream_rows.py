@@ -10,6 +10,7 @@ token's experts side by side, and adds them up in registers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -236,12 +237,22 @@ class StreamTile:
         columns: of the inner dimension a step.
         stages: steps in flight in shared memory; 1: in registers.
         num_warps: warps a program.
+        registers: a thread at most; None leaves it to the compiler, which on its own may wait for a part of a step's
+            weights before it asks for the rest, to save a few.
     """
 
     rows: int
     columns: int
     stages: int = 1
     num_warps: int = 4
+    registers: int | None = None
+
+    def options(self, pdl: bool) -> dict[str, Any]:
+        """Of a launch; with `pdl` it may start before the kernel in front of it has ended."""
+        options: dict[str, Any] = {"num_warps": self.num_warps}
+        if self.registers is not None:
+            options["maxnreg"] = self.registers
+        return options | {"launch_pdl": True} if pdl else options
 
 
 def gate_up_rows(
@@ -305,8 +316,7 @@ def gate_up_rows(
         BLOCK_K=tile.columns,
         STAGES=tile.stages,
         PDL=pdl or triggers,
-        num_warps=tile.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **tile.options(pdl),
     )
 
 
@@ -358,6 +368,5 @@ def down_rows(
         BLOCK_K=tile.columns,
         STAGES=tile.stages,
         PDL=pdl,
-        num_warps=tile.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **tile.options(pdl),
     )

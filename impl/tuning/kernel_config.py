@@ -117,6 +117,9 @@ _W8A8 = {
     64: KernelConfig(64, 128, 128, 1, 4, 2),
     128: KernelConfig(128, 128, 64, 8, 8, 2),
 }
+# As for operands of two bytes, two steps in flight: at three, Triton 3.6's pass for AMD's buffer loads fails where a
+# tile of 16 rows has several blocks of scales.
+_AMD_W8A8 = {size: replace(tile, num_stages=2) for size, tile in _W8A8.items()}
 # Weights that are unpacked in registers: swapped, they stay there as the matrix instruction's row operand.
 _HOPPER_WEIGHT_ONLY = {
     16: KernelConfig(16, 64, 128, 1, 4, 4, swap_ab=True),
@@ -141,6 +144,8 @@ def _tiles(dtype: torch.dtype, platform: Platform, scheme: QuantScheme) -> dict[
     if platform.vendor is Vendor.CPU:
         return _INTERPRETER
     if scheme in (QuantScheme.FP8_W8A8, QuantScheme.INT8_W8A8):
+        if platform.vendor is Vendor.AMD:
+            return _AMD_W8A8
         return _HOPPER_W8A8 if platform.is_hopper else _W8A8
     if scheme is not QuantScheme.NONE:
         return _HOPPER_WEIGHT_ONLY if platform.is_hopper else _WEIGHT_ONLY
