@@ -73,7 +73,8 @@ def streamed_tiles(top_k: int, platform: Platform) -> tuple[StreamTile, StreamTi
         return StreamTile(16, 32), StreamTile(rows, 32)
     # Three programs of so many registers fit a multiprocessor, and keep 48 KB of weights in flight.
     registers = 168 if platform.vendor is Vendor.NVIDIA else None
-    return StreamTile(8, 512, registers=registers), StreamTile(rows, 256, registers=registers)
+    # Addresses of more than 16 experts' rows take more.
+    return StreamTile(8, 512, registers=registers), StreamTile(rows, 256, registers=registers if rows > 1 else None)
 
 
 def sorted_tiles(

@@ -237,8 +237,8 @@ class StreamTile:
         columns: of the inner dimension a step.
         stages: steps in flight in shared memory; 1: in registers.
         num_warps: warps a program.
-        registers: a thread at most; None leaves it to the compiler, which on its own may wait for a part of a step's
-            weights before it asks for the rest, to save a few.
+        registers: a thread at most where the inner dimension is whole steps; None leaves it to the compiler, which on
+            its own may wait for a part of a step's weights before it asks for the rest, to save a few.
     """
 
     rows: int
@@ -247,10 +247,10 @@ class StreamTile:
     num_warps: int = 4
     registers: int | None = None
 
-    def options(self, pdl: bool) -> dict[str, Any]:
-        """Of a launch; with `pdl` it may start before the kernel in front of it has ended."""
+    def options(self, size: int, pdl: bool) -> dict[str, Any]:
+        """Of a launch over `size` inner columns; with `pdl` it may start before the kernel in front of it has ended."""
         options: dict[str, Any] = {"num_warps": self.num_warps}
-        if self.registers is not None:
+        if self.registers is not None and size % self.columns == 0:
             options["maxnreg"] = self.registers
         return options | {"launch_pdl": True} if pdl else options
 
@@ -316,7 +316,7 @@ def gate_up_rows(
         BLOCK_K=tile.columns,
         STAGES=tile.stages,
         PDL=pdl or triggers,
-        **tile.options(pdl),
+        **tile.options(k, pdl),
     )
 
 
@@ -368,5 +368,5 @@ def down_rows(
         BLOCK_K=tile.columns,
         STAGES=tile.stages,
         PDL=pdl,
-        **tile.options(pdl),
+        **tile.options(k, pdl),
     )
