@@ -5,7 +5,7 @@ would compile, and nothing is computed or judged. Counted are distinct kernels w
 Triton specialises arguments on. Streams and CUDA graphs are stand-ins that do at once what they are given. What ends a
 case before its end is counted and printed, and is a failure of this tool.
 
-Options: `--list FILE` writes every variant, with the test that first asked for it; all else goes to pytest.
+Options: `--list FILE` writes every variant, with the tests that asked for it; all else goes to pytest.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class ImaginedGpu(str):
 
 
 class Variants:
-    """What would be compiled, and for which test first."""
+    """What would be compiled, and for which tests, in their order."""
 
     def __init__(self) -> None:
-        self.found: dict[str, str] = {}
+        self.found: dict[str, list[str]] = {}
         self.test = ""
         self._backend = make_backend(GPUTarget("cuda", 90, 32))
         self._binders: dict[Any, Callable[..., Any]] = {}
@@ -86,7 +86,9 @@ class Variants:
         options = sorted((name, value) for name, value in meta.items() if name not in kernel.signature.parameters)
         named = zip(kernel.signature.parameters, specialization, strict=True)
         key = f"{kernel.__name__} {dict(named)} {options}"
-        self.found.setdefault(key, self.test)
+        tests = self.found.setdefault(key, [self.test])
+        if tests[-1] != self.test:
+            tests.append(self.test)
 
 
 _on_host: ContextVar[bool] = ContextVar("on_host", default=False)
@@ -302,7 +304,7 @@ class Plugin:
 
 
 def main(arguments: list[str]) -> None:
-    """Count, and print the variants of each kernel and of each test that brought them.
+    """Count, and print the variants of each kernel, and those that one test alone brings.
 
     Raises:
         SystemExit: cases ended before their end.
@@ -323,7 +325,7 @@ def main(arguments: list[str]) -> None:
                 importlib.import_module("moegate.conformance.precompile").main("moegate", 0, 1)
     for title, counted in (
         ("kernel", Counter(key.split()[0] for key in variants.found)),
-        ("test", Counter(variants.found.values())),
+        ("test that alone asks for it", Counter(tests[0] for tests in variants.found.values() if len(tests) == 1)),
     ):
         print(f"\nby {title}:")
         for name, count in counted.most_common():
