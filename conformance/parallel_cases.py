@@ -352,11 +352,11 @@ def is_possible(spec: ParallelSpec) -> bool:
 
 
 def _of_few_rows(spec: ParallelSpec, device: str) -> ParallelSpec:
-    """The spec with so few tokens that a rank's experts have one size of blocks, where kernels are compiled.
+    """The spec with so few tokens that a rank's adapted experts have one size of blocks, where kernels are compiled.
 
-    That is of adapters and of weights of few bits, whose blocks of every size other cases have on one rank.
+    Adapters beside larger blocks are pinned on one rank.
     """
-    if not POOLS[device].is_compiled or (spec.adapters == "none" and SCHEMES[spec.scheme].weight is None):
+    if not POOLS[device].is_compiled or spec.adapters == "none":
         return spec
     while spec.M > 1 and spec.dp * spec.max_tokens * spec.top_k > MEAN_ROWS * spec.E:
         spec = replace(spec, M=spec.M - 1)

@@ -37,7 +37,8 @@ from .slabs import tokens_of_slab
         "x_top_k",
         "top_k",
         "blocks_of_a_run",
-    ]
+    ],
+    do_not_specialize_on_alignment=["lora_ids_ptr"],
 )
 def lora_shrink_kernel(
     x_ptr,
