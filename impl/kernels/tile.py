@@ -204,13 +204,12 @@ def product_of_tile(
 
 # What lies behind the pointer to a bias: nothing that is read (0), the output's dtype, or float32.
 _OF_OUTPUT, _WIDE = 1, 2
-_IS_WIDE = tl.constexpr(_WIDE)
 
 
 @triton.jit
 def bias_of(bias_ptr, has_bias, offsets, inside):
     """Elements of a bias in float32; the pointer is of the output's dtype, whatever lies there."""
-    if has_bias == _IS_WIDE:
+    if has_bias == 2:  # a number of this module would make a kernel's key depend on who was compiled before
         bias = tl.load(bias_ptr.to(tl.pointer_type(tl.float32)) + offsets, mask=inside, other=0.0)
     else:
         bias = tl.load(bias_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
