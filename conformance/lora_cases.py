@@ -18,7 +18,7 @@ from .arena import Arena
 from .cases import BatchedCase, ExpertsCase, build_batched, build_experts
 from .operands import ExpertsOperands
 from .spec import SCHEMES, BatchedSpec, ExpertsSpec, Spec
-from .strategies import POOLS, SEEDS, compiled_dtypes, may_go_together
+from .strategies import MEAN_ROWS, POOLS, SEEDS, compiled_dtypes, may_go_together
 from .subject import Capabilities
 from .values import integers, on_grid
 
@@ -291,6 +291,8 @@ def pinned_lora(device: str, capabilities: Capabilities) -> tuple[LoraSpec, ...]
     specs += [replace(plain, expert_map=kind, seed=3) for kind in capabilities.maps if kind != "none"]
     specs += [replace(plain, dtype=other) for other in capabilities.dtypes if other != dtype]
     specs.append(replace(plain, M=3, E=32, ranks="wide"))  # each pair a block of its own
+    if POOLS[device].is_compiled:  # larger blocks
+        specs.append(replace(plain, M=4 * MEAN_ROWS * plain.E // plain.top_k))
     if capabilities.weight_on_input:
         specs.append(replace(plain, top_k=1, weight_on_input=True, bias=capabilities.biases[-1]))
     if capabilities.empty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
@@ -10,10 +11,18 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from .lora_cases import LoraCase, LoraSpec
 from .properties.lora import HISTORY, LoraLayer, Make, differing_rows
+from .strategies import POOLS
 
 SLOTS = 4
 SPEC = LoraSpec(5, 40, 24, 3, 2, ranks="mixed", adapted="some_experts", seed=5)
 Settle = Callable[[list], None]
+
+
+def spec_of(device: str) -> LoraSpec:
+    """SPEC in the sizes of a device's pools that leave tails, so that it shares kernels with the cases drawn there."""
+    pools = POOLS[device]
+    hidden, intermediate = pools.shapes[1]
+    return replace(SPEC, H=hidden, I=intermediate, M=8 if pools.is_compiled else SPEC.M)
 
 
 def history_of(case: LoraCase, make: Make, settle: Settle) -> type[RuleBasedStateMachine]:

@@ -22,7 +22,7 @@ from .lora_cases import ADAPTED, LoraCase, LoraSpec, ranks_of, with_adapters
 from .lora_cases import TOKENS as ADAPTER_TOKENS
 from .operands import ExpertsOperands
 from .spec import SCHEMES, ExpertsSpec, Spec
-from .strategies import POOLS, SEEDS, compiled_dtypes
+from .strategies import MEAN_ROWS, POOLS, SEEDS, compiled_dtypes
 from .subject import Capabilities
 from .values import integers
 
@@ -351,6 +351,18 @@ def is_possible(spec: ParallelSpec) -> bool:
     )
 
 
+def _of_few_rows(spec: ParallelSpec, device: str) -> ParallelSpec:
+    """The spec with so few tokens that a rank's adapted experts have one size of blocks, where kernels are compiled.
+
+    Adapters beside larger blocks are pinned on one rank.
+    """
+    if not POOLS[device].is_compiled or spec.adapters == "none":
+        return spec
+    while spec.M > 1 and spec.dp * spec.max_tokens * spec.top_k > MEAN_ROWS * spec.E:
+        spec = replace(spec, M=spec.M - 1)
+    return spec
+
+
 def meshes_of(world_size: int | None = None) -> tuple[tuple[int, int, int], ...]:
     """The meshes of some number of ranks; None: of up to four."""
     known = tuple(mesh for mesh in MESHES if world_size in (None, mesh[0] * mesh[2]))
@@ -367,7 +379,7 @@ def _sizes(device: str, scheme: str, tp: int) -> list[tuple[int, int, int, int]]
 
 def pinned_parallel(device: str, capabilities: Capabilities, *, batched: bool) -> tuple[ParallelSpec, ...]:
     """Every mesh with each exchange and part of shared experts; every placement, split and scheme."""
-    specs = list(_pinned(device, capabilities))
+    specs = [_of_few_rows(spec, device) for spec in _pinned(device, capabilities)]
     if batched:
         slabs = [replace(spec, batched=True) for spec in specs[:: len(specs) // 12]]
         if POOLS[device].is_compiled:  # of those with adapters one
@@ -518,4 +530,4 @@ def parallel_specs(
             seed=draw(SEEDS),
         )
 
-    return specs()
+    return specs().map(lambda spec: _of_few_rows(spec, device))

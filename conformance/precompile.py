@@ -20,7 +20,7 @@ from .guarded import CallError
 from .selection import SELECTION
 from .session import Session, current_session
 from .spec import BatchedSpec, ExpertsSpec, RoutingSpec
-from .strategies import compiled_dtypes, is_declared, pinned_quantizers, pools_of
+from .strategies import compiled_dtypes, is_declared, pinned_quantizers, pinned_routings, pools_of, routing_dtypes
 from .subject import Capabilities
 
 
@@ -40,7 +40,7 @@ def warm_up_specs(device: str, capabilities: Capabilities) -> Iterator[ExpertsSp
         for hidden, intermediate, block_n, block_k in pools.shapes_of(scheme):
             size = {"H": hidden, "I": intermediate, "block_n": block_n, "block_k": block_k}
             base = ExpertsSpec(M=8, **size, E=1, top_k=1, dtype=dtype, scheme=scheme)
-            yield from (replace(base, M=tokens) for tokens in (8, 16, 32))
+            yield from (replace(base, M=most) for _, most in pools.scaled_rows)
             yield replace(base, M=1, E=pools.many_experts[0])
     yield from once(pinned_experts(device, capabilities))
 
@@ -62,16 +62,14 @@ def warm_up_slabs(device: str, capabilities: Capabilities) -> Iterator[BatchedSp
 def warm_up_routings(device: str, capabilities: Capabilities) -> Iterator[RoutingSpec]:
     """Specs that between them need the routing kernels of every declared dtype, E and way of grouping of the pools."""
     pools = pools_of(device, capabilities)
-    for dtype in capabilities.dtypes:
-        for num_experts in pools.routing_experts:
+    for num_experts in pools.routing_experts:
+        for dtype in routing_dtypes(device, capabilities, num_experts):
             yield RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype)
-        scorings = [scoring for scoring in capabilities.scorings if scoring not in ("softmax", "custom")]
-        for num_experts in pools.scored_experts if scorings else ():
+    scorings = [scoring for scoring in capabilities.scorings if scoring not in ("softmax", "custom")]
+    for num_experts in pools.scored_experts if scorings else ():
+        for dtype in routing_dtypes(device, capabilities, num_experts):
             yield RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype, scoring=scorings[0])
-        for num_experts, groups in product(pools.grouped_experts, capabilities.groups):
-            spec = RoutingSpec(M=1, E=num_experts, top_k=1, dtype=dtype, groups=groups)
-            if groups != "none" and "max" in capabilities.group_rankings and spec.most_choices():
-                yield spec
+    yield from pinned_routings(device, capabilities)
 
 
 def main(subject: str, part: int, parts: int) -> None:

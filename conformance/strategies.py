@@ -189,6 +189,8 @@ def pools_of(device: str, capabilities: Capabilities) -> Pools:
 
 
 SEEDS = st.integers(0, 255)
+# Up to so many mean rows of an expert implementations have one size of blocks, their smallest.
+MEAN_ROWS = 8
 # Around here implementations change from one launch to several.
 MANY_PAIRS = 4096
 
@@ -235,7 +237,7 @@ def routing_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
             method,
             M=draw(st.integers(0 if capabilities.empty else 1, 9)),
             top_k=draw(st.integers(1, min(method.most_choices(), pools.routing_top_k))),
-            dtype=draw(st.sampled_from(capabilities.dtypes)),
+            dtype=draw(st.sampled_from(routing_dtypes(device, capabilities, method.E))),
             logits=draw(st.sampled_from(capabilities.logits)),
             renormalize=draw(st.booleans()),
             padded_rows=draw(st.booleans()) if capabilities.padded_rows else False,
@@ -245,6 +247,18 @@ def routing_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
         )
 
     return specs()
+
+
+def routing_dtypes(device: str, capabilities: Capabilities, num_experts: int) -> tuple[str, ...]:
+    """Dtypes of routings that are drawn of E experts.
+
+    Where kernels are compiled, an E that the pinned routings do not have, with every dtype, has one alone.
+    """
+    pools = pools_of(device, capabilities)
+    if not pools.is_compiled or num_experts in pools.grouped_experts:
+        return capabilities.dtypes
+    sizes = sorted({*pools.routing_experts, *pools.scored_experts})
+    return (capabilities.dtypes[sizes.index(num_experts) % len(capabilities.dtypes)],)
 
 
 def routing_features(device: str, capabilities: Capabilities) -> dict[str, tuple[Any, ...]]:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from hypothesis.stateful import run_state_machine_as_test
 
 from moegate.conformance.lora_cases import LoraSpec, build_lora, lora_specs, pinned_lora
-from moegate.conformance.lora_history import SPEC, history_of
+from moegate.conformance.lora_history import history_of, spec_of
 from moegate.conformance.oracle import OracleSpec
 from moegate.conformance.profiles import profile, seeded
 from moegate.conformance.properties.hygiene import poisoned_allocations
@@ -27,7 +28,6 @@ from moegate.conformance.properties.lora import (
 )
 from moegate.conformance.properties.lora_api import BAD_ADAPTERS, BAD_IDS, judge_bad_adapter, judge_bad_ids
 from moegate.conformance.selection import SELECTION
-from moegate.conformance.spec import parse_spec
 
 EXAMPLES, RUNS = 18, 8
 PARTS = 4
@@ -103,11 +103,12 @@ def test_any_history_of_a_table_ends_in_a_fresh_ones_bits(moegate_session, moega
     session, variant = moegate_session, moegate_variant
     if SELECTION.spec is not None:
         pytest.skip("a history is no single case")
-    case = build_lora(SPEC, session.device)
+    spec = spec_of(session.device)
+    case = build_lora(spec, session.device)
 
     def settle(verdicts):
         session.ledger.executions[variant] += 2
-        session.settle(verdicts, SPEC, session.command())
+        session.settle(verdicts, spec, session.command())
 
     machine = seeded(history_of(case, partial(session.subject.lora, variant=variant), settle), "lora history")
     # Steps of a history are drawn one by one: no database keeps them, no blob replays them.
@@ -118,17 +119,19 @@ def test_any_history_of_a_table_ends_in_a_fresh_ones_bits(moegate_session, moega
 @pytest.mark.parametrize("bad", BAD_ADAPTERS, ids=str)
 def test_a_bad_adapter_is_refused_and_the_table_is_as_it_was(moegate_session, moegate_variant, bad):
     session, variant = moegate_session, moegate_variant
-    case = build_lora(SPEC, session.device)
+    spec = spec_of(session.device)
+    case = build_lora(spec, session.device)
     verdicts = judge_bad_adapter(bad, case, partial(session.subject.lora, variant=variant))
-    session.settle(verdicts, SPEC, f"{session.command()} --select '{bad}'")
+    session.settle(verdicts, spec, f"{session.command()} --select '{bad}'")
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
 def test_an_id_that_is_no_slot_is_refused(moegate_session, moegate_variant, bad):
     session, variant = moegate_session, moegate_variant
-    case = build_lora(SPEC, session.device)
+    spec = spec_of(session.device)
+    case = build_lora(spec, session.device)
     verdicts = judge_bad_ids(bad, case, partial(session.subject.lora, variant=variant))
-    session.settle(verdicts, SPEC, session.command())
+    session.settle(verdicts, spec, session.command())
 
 
 @pytest.mark.moegate_facets("lora", "oracle")
@@ -152,7 +155,8 @@ def test_a_graph_replayed_with_other_adapters_equals_the_eager_call(moegate_sess
     session, variant = moegate_session, moegate_variant
     if session.device not in REPLAYED.devices:
         pytest.skip("graphs are captured on a GPU")
-    for spec in (SPEC, parse_spec(repr(SPEC).replace("is_batched=False", "is_batched=True"))):
+    for is_batched in (False, True):
+        spec = replace(spec_of(session.device), is_batched=is_batched)
         case = build_lora(spec, session.device)
         make = partial(session.subject.lora, variant=variant)
         layer, ids = loaded(make, case), case.lora_ids.clone()

@@ -2,9 +2,10 @@
 
 The suite runs as on a GPU, with its pools and its draws, but operands lie on the CPU, Triton's launcher notes what it
 would compile, and nothing is computed or judged. Counted are distinct kernels with their constants, options and what
-Triton specialises arguments on. What needs streams or CUDA graphs ends where those begin; its cases have run before.
+Triton specialises arguments on. Streams and CUDA graphs are stand-ins that do at once what they are given. What ends a
+case before its end is counted and printed, and is a failure of this tool.
 
-Options: `--list FILE` writes every variant, with the test that first asked for it; all else goes to pytest.
+Options: `--list FILE` writes every variant, with the tests that asked for it; all else goes to pytest.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import json
 import os
 import pkgutil
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -38,7 +41,7 @@ from moegate.conformance.budget import Budget
 from moegate.conformance.judge import Ledger
 from moegate.conformance.operands import ExpertsOperands
 from moegate.conformance.statistics import Statistics
-from moegate.impl import path
+from moegate.impl import layer, path
 from moegate.impl.parallel import all_to_all, wire
 from moegate.impl.platform import Platform
 from moegate.reference.experts import Trace, to_local_ids
@@ -63,10 +66,10 @@ class ImaginedGpu(str):
 
 
 class Variants:
-    """What would be compiled, and for which test first."""
+    """What would be compiled, and for which tests, in their order."""
 
     def __init__(self) -> None:
-        self.found: dict[str, str] = {}
+        self.found: dict[str, list[str]] = {}
         self.test = ""
         self._backend = make_backend(GPUTarget("cuda", 90, 32))
         self._binders: dict[Any, Callable[..., Any]] = {}
@@ -83,7 +86,9 @@ class Variants:
         options = sorted((name, value) for name, value in meta.items() if name not in kernel.signature.parameters)
         named = zip(kernel.signature.parameters, specialization, strict=True)
         key = f"{kernel.__name__} {dict(named)} {options}"
-        self.found.setdefault(key, self.test)
+        tests = self.found.setdefault(key, [self.test])
+        if tests[-1] != self.test:
+            tests.append(self.test)
 
 
 _on_host: ContextVar[bool] = ContextVar("on_host", default=False)
@@ -109,15 +114,53 @@ def _noted_and_done(function: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
+# Exceptions that ended a case before its end, by what they say and where: what it would have compiled after that is not
+# counted, so that none of them is right.
+_ended: Counter[str] = Counter()
+
+
 def _nothing_judged(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def judge(*arguments: Any, **options: Any) -> Any:
         try:
             return function(*arguments, **options)
-        except Exception:
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            said = (str(error).splitlines() or [""])[0][:80]
+            _ended[f"{type(error).__name__}: {said} ({Path(last.filename).name}:{last.lineno})"] += 1
             return []
 
     return judge
+
+
+class ImaginedStream:
+    """A stream, event, graph or capture that does at once what it is given, and whatever else it is asked, nothing."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        del arguments, options
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *arguments: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def _imagined_cuda() -> ExitStack:
+    """What the suite takes from `torch.cuda`: work is done where it is enqueued, and a capture is a call."""
+    stack = ExitStack()
+    for name in ("Stream", "Event", "CUDAGraph", "graph", "stream", "current_stream"):
+        stack.enter_context(mock.patch.object(torch.cuda, name, ImaginedStream))
+    for name in ("synchronize", "_sleep"):
+        stack.enter_context(mock.patch.object(torch.cuda, name, return_value=None))
+    stack.enter_context(mock.patch.object(torch.Tensor, "record_stream"))
+    stream = ImaginedStream()
+    stack.enter_context(mock.patch.object(layer, "auxiliary_stream", return_value=stream))
+    stack.enter_context(mock.patch.object(layer, "expect_stream", return_value=stream))
+    return stack
 
 
 def _empty_trace(call: ExpertsOperands) -> Trace:
@@ -129,11 +172,13 @@ def _empty_trace(call: ExpertsOperands) -> Trace:
 
 def _empty_budget(trace: Trace, *arguments: Any) -> Budget:
     del arguments
-    wide = {name: torch.ones_like(trace.output) for name in ("sigma", "last", "independent", "independent_floor")}
-    deep = {f.name: torch.ones_like(trace.hidden) for f in fields(Budget) if f.name.startswith("hidden")}
+    made: dict[str, Any] = {"columns_of_a_scale": trace.hidden.shape[2], "is_quantized": False}
+    for field in fields(Budget):
+        if field.name not in made:
+            made[field.name] = torch.ones_like(trace.hidden if field.name.startswith("hidden") else trace.output)
     none = trace.hidden.new_zeros(*trace.hidden.shape[:2], 0, trace.hidden.shape[2])
     few = {"common_of_runs": none, "common": none, "weight_error": torch.zeros_like(trace.output_weights)}
-    return Budget(**wide, **deep, **few, columns_of_a_scale=trace.hidden.shape[2], is_quantized=False)
+    return Budget(**made | few)
 
 
 def _no_statistics(output: torch.Tensor, trace: Trace, *arguments: Any) -> Statistics:
@@ -157,12 +202,13 @@ def _place(place: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def placed(self: Any, name: str, values: torch.Tensor, *, row_padding: int = 0, fixed: bool = True) -> torch.Tensor:
         if values.numel() <= FEW or not values.dtype.is_floating_point:
             return place(self, name, values, row_padding=row_padding, fixed=fixed)
-        # Kernels are compiled for strides, whatever is there.
+        # Kernels are compiled for strides, whatever is there; but scales are looked at, and are positive.
         strides = [1, values.shape[-1] + row_padding]
         for size in reversed(values.shape[1:-1]):
             strides.append(strides[-1] * (size + arena.MATRIX_PADDING * (row_padding > 0)))
         span = values.shape[0] * strides[values.ndim - 1]
-        return torch.zeros(span, dtype=values.dtype).as_strided(values.shape, strides[: values.ndim][::-1])
+        make = torch.ones if name.endswith("scale") else torch.zeros
+        return make(span, dtype=values.dtype).as_strided(values.shape, strides[: values.ndim][::-1])
 
     return placed
 
@@ -204,7 +250,8 @@ def imagined(variants: Variants) -> Iterator[None]:
     _replace_everywhere(budget.experts_budget, _empty_budget)
     _replace_everywhere(statistics.statistics, _no_statistics)
     _replace_everywhere(hygiene.poisoned_allocations, nullcontext)
-    _replace_everywhere(evidence.evidence_of, lambda *arguments, **options: None)
+    nothing = evidence.Evidence(0, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0, None)
+    _replace_everywhere(evidence.evidence_of, lambda *arguments, **options: nothing)
     _replace_everywhere(reference_of_slabs.batched_experts, lambda x, *arguments, **options: torch.zeros(x.shape))
     stored._numbers = _stored(stored._numbers)
     for module in (cases, stored):
@@ -232,7 +279,11 @@ def imagined(variants: Variants) -> Iterator[None]:
         self.explore = explored
 
     session.Session.__init__ = imagine
-    with mock.patch.object(path, "launch", variants.launch), mock.patch.object(Platform, "of", side_effect=_platform):
+    with (
+        mock.patch.object(path, "launch", variants.launch),
+        mock.patch.object(Platform, "of", side_effect=_platform),
+        _imagined_cuda(),
+    ):
         yield
 
 
@@ -253,7 +304,11 @@ class Plugin:
 
 
 def main(arguments: list[str]) -> None:
-    """Count, and print the variants of each kernel and of each test that brought them."""
+    """Count, and print the variants of each kernel, and those that one test alone brings.
+
+    Raises:
+        SystemExit: cases ended before their end.
+    """
     written = None
     if "--list" in arguments:
         at = arguments.index("--list")
@@ -270,7 +325,7 @@ def main(arguments: list[str]) -> None:
                 importlib.import_module("moegate.conformance.precompile").main("moegate", 0, 1)
     for title, counted in (
         ("kernel", Counter(key.split()[0] for key in variants.found)),
-        ("test", Counter(variants.found.values())),
+        ("test that alone asks for it", Counter(tests[0] for tests in variants.found.values() if len(tests) == 1)),
     ):
         print(f"\nby {title}:")
         for name, count in counted.most_common():
@@ -279,6 +334,11 @@ def main(arguments: list[str]) -> None:
     if written is not None:
         with open(written, "w") as file:
             json.dump(variants.found, file, indent=0)
+    if _ended:
+        print("\ntoo few, for these ended cases before their end:")
+        for said, count in _ended.most_common():
+            print(f"{count:5}  {said}")
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from moegate.conformance.loading import load_subject
 from moegate.conformance.parallel_cases import build_parallel, is_possible, parallel_specs, pinned_parallel
 from moegate.conformance.properties.ep import judge_base, judge_shared, judge_travel, judge_values
 from moegate.conformance.simulated_ranks import run_simulated
+from moegate.conformance.strategies import MEAN_ROWS
 from moegate.conformance.subjects import moegate_parallel
 from moegate.conformance.subjects.null import NULL_KERNELS
 from moegate.impl.lora.table import AdapterTable
@@ -173,3 +174,15 @@ def test_cases_are_drawn_for_any_number_of_ranks(drawn):
     size, spec = drawn
     assert spec.world_size == size
     assert is_possible(spec)
+
+
+def test_adapters_on_ranks_meet_one_size_of_blocks_on_a_gpu_and_no_mesh_placement_or_split_is_lost():
+    def of(device):
+        return [s for s in pinned_parallel(device, SUBJECT.capabilities, batched=True) if s.adapters != "none"]
+
+    on_gpu = of("cuda")
+    for spec in on_gpu:
+        assert spec.M <= 1 or spec.dp * spec.max_tokens * spec.top_k <= MEAN_ROWS * spec.E, spec
+    for name in ("exchange", "placement", "split", "adapted", "tokens", "fully_sharded"):
+        assert {getattr(spec, name) for spec in on_gpu} == {getattr(spec, name) for spec in of("cpu")}, name
+    assert {(s.tp, s.dp, s.ep) for s in on_gpu} == {(s.tp, s.dp, s.ep) for s in of("cpu")}

@@ -29,6 +29,7 @@ from moegate.conformance.strategies import (
     pinned_aligns,
     pinned_routings,
     quantize_specs,
+    routing_dtypes,
     routing_features,
     routing_specs,
 )
@@ -431,3 +432,12 @@ def test_the_path_that_was_asked_for_is_drawn(few):
     for spec in drawn(experts_specs("cpu", ANY, low_latency=few), f"path/{few}", 100):
         is_naive = spec.expert_map == "none" and spec.M * spec.top_k * 4 <= spec.E
         assert is_naive or not few
+
+
+def test_every_dtype_of_a_routing_is_met_on_a_gpu_though_a_rare_size_has_one_alone():
+    capabilities, pools = ANY, POOLS["cuda"]
+    sizes = {*pools.routing_experts, *pools.scored_experts, *pools.grouped_experts}
+    drawn = {size: routing_dtypes("cuda", capabilities, size) for size in sizes}
+    assert {size for size, dtypes in drawn.items() if len(dtypes) > 1} == set(pools.grouped_experts)
+    pinned = {(spec.E, spec.dtype) for spec in pinned_routings("cuda", capabilities)}
+    assert pinned >= set(product(pools.grouped_experts, capabilities.dtypes))

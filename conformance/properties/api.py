@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..judge import Verdict, declare
-from .api_quantization import BAD_EXPERTS_CALLS, QUANTIZED, quantized_arguments
+from .api_quantization import BAD_EXPERTS_CALLS, QUANTIZED, SMALL, Sizes, quantized_arguments
 from .api_routing import BAD_ROUTING
 from .bad_input import (
     Arguments,
@@ -63,13 +63,14 @@ class BadCall:
         return f"{self.function}{base}-{Bad(self.argument, self.what, self.change)}"
 
 
-def good_arguments(function: str, device: str, base: str = "") -> Arguments:
-    """Arguments that the function accepts; `quant` as the fields of an `ExpertsQuantization`."""
+def good_arguments(function: str, device: str, base: str = "", sizes: Sizes = SMALL) -> Arguments:
+    """Arguments that the function accepts, of these sizes; `quant` as the fields of an `ExpertsQuantization`."""
     if base == "groups":
         return good_arguments(function, device) | {"num_expert_group": 2, "topk_group": 1, "group_ranking": "max"}
     if base:
-        return good_arguments(function, device) | quantized_arguments(base, device)
-    m, h, i, e, k = 4, 32, 16, 4, 2
+        return good_arguments(function, device, "", sizes) | quantized_arguments(base, device, sizes)
+    m, e, k = 4, 4, 2
+    h, i, _, _ = sizes
 
     def full(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.full(shape, 0.125, dtype=dtype, device=device)

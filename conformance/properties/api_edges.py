@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..judge import Verdict, declare
+from ..strategies import POOLS
 from .api import KINDS, good_arguments, with_scales
-from .api_quantization import BASES, QUANTIZED
+from .api_quantization import BASES, QUANTIZED, SMALL, Sizes
 from .bad_input import Arguments, Change, mapped, put
 
 TAKEN = declare("API-03", "a call at the edge of what is allowed raises nothing, in debug mode too", "api")
@@ -86,9 +87,22 @@ EDGE_CALLS: tuple[EdgeCall, ...] = (
 )
 
 
+def _sizes(device: str, base: str) -> Sizes:
+    """Sizes of a good call; where kernels are compiled, those of other cases with such weights."""
+    pools = POOLS[device]
+    if not pools.is_compiled:
+        return SMALL
+    if base not in QUANTIZED:
+        return (*pools.shapes[0], 0, 0)
+    blocks, groups = pools.block_shapes, pools.group_shapes
+    return {"fp8_block": blocks, "int8_group": groups, "int4": groups, "int4_zeros": groups}.get(
+        base, ((*pools.scaled_shapes[0], 0, 0),)
+    )[0]
+
+
 def judge_edge_call(call: EdgeCall, functions: dict[str, Any], device: str) -> list[Verdict]:
     """API-03 on one call."""
-    arguments = call.change(good_arguments(call.function, device, call.base))
+    arguments = call.change(good_arguments(call.function, device, call.base, _sizes(device, call.base)))
     try:
         with functions["debug_checks"]():
             functions[call.function](**with_scales(arguments, functions))

@@ -17,26 +17,34 @@ from .bad_input import Change, mapped, on_meta, put
 Call = tuple[str, str, str, Change, bool, str]
 
 H, I, E = 32, 16, 4
+# H, I, and a block's rows and columns, or (with groups) a group's columns.
+Sizes = tuple[int, int, int, int]
+SMALL: Sizes = (H, I, 16, 16)
 FP8 = torch.float8_e4m3fn
 
 
-def quantized_arguments(base: str, device: str) -> dict[str, Any]:
-    """The arguments of a good call that belong to its weights: w13 `[4, 32, 32]`, w2 `[4, 32, 16]`, scales, biases."""
+def quantized_arguments(base: str, device: str, sizes: Sizes = SMALL) -> dict[str, Any]:
+    """The arguments of a good call that belong to its weights: w13 `[4, 2I, H]`, w2 `[4, H, I]`, scales, biases."""
+    h, i, block_n, block_k = sizes
 
     def scale(*shape: int, value: float = 0.125, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)
 
     def weights(dtype: torch.dtype, packed: int = 1) -> dict[str, torch.Tensor]:
         return {
-            "w13": torch.ones(E, 2 * I, H // packed, device=device).to(dtype),
-            "w2": torch.ones(E, H, I // packed, device=device).to(dtype),
+            "w13": torch.ones(E, 2 * i, h // packed, device=device).to(dtype),
+            "w2": torch.ones(E, h, i // packed, device=device).to(dtype),
         }
 
     def stored(dtype: torch.dtype, scheme: str, w13: tuple[int, ...], w2: tuple[int, ...], **fields: Any) -> Any:
         quant = {"scheme": scheme, "w13_scale": scale(E, *w13), "w2_scale": scale(E, *w2)} | fields
         return weights(dtype, 2 if dtype == torch.uint8 else 1) | {"quant": quant}
 
-    channel, group = ((2 * I,), (H,)), ((2 * I, H // 16), (H, I // 16))
+    def runs(size: int, of: int) -> int:
+        return -(-size // max(1, of))
+
+    channel, group = ((2 * i,), (h,)), ((2 * i, runs(h, block_k)), (h, runs(i, block_k)))
+    blocks = (2 * runs(i, block_n), runs(h, block_k)), (runs(h, block_n), runs(i, block_k))
     match base:
         case "fp8_tensor":
             return stored(FP8, "fp8_w8a8", (), ())
@@ -45,31 +53,31 @@ def quantized_arguments(base: str, device: str) -> dict[str, Any]:
         case "fp8_channel":
             return stored(FP8, "fp8_w8a8", *channel, per_act_token_quant=True)
         case "fp8_block":
-            return stored(FP8, "fp8_w8a8", (2, 2), (2, 1), block_shape=(16, 16))
+            return stored(FP8, "fp8_w8a8", *blocks, block_shape=(block_n, block_k))
         case "int8_w8a8":
             return stored(torch.int8, "int8_w8a8", *channel, per_act_token_quant=True)
         case "int8_channel":
             return stored(torch.int8, "int8_w8a16", *channel)
         case "int8_group":
-            return stored(torch.int8, "int8_w8a16", *group, block_shape=(0, 16))
+            return stored(torch.int8, "int8_w8a16", *group, block_shape=(0, block_k))
         case "int4":
-            return stored(torch.uint8, "int4_w4a16", *group, block_shape=(0, 16))
+            return stored(torch.uint8, "int4_w4a16", *group, block_shape=(0, block_k))
         case "int4_zeros":
             zeros = {
-                "w13_zero_point": torch.full((E, I, H // 16), 0x88, dtype=torch.uint8, device=device),
-                "w2_zero_point": torch.full((E, H // 2, I // 16), 0x88, dtype=torch.uint8, device=device),
+                "w13_zero_point": torch.full((E, i, group[0][1]), 0x88, dtype=torch.uint8, device=device),
+                "w2_zero_point": torch.full((E, h // 2, group[1][1]), 0x88, dtype=torch.uint8, device=device),
             }
-            return stored(torch.uint8, "int4_w4a16", *group, block_shape=(0, 16), **zeros)
+            return stored(torch.uint8, "int4_w4a16", *group, block_shape=(0, block_k), **zeros)
         case "bias":
-            return {"w13_bias": scale(E, 2 * I, dtype=torch.bfloat16), "w2_bias": scale(E, H)}
+            return {"w13_bias": scale(E, 2 * i, dtype=torch.bfloat16), "w2_bias": scale(E, h)}
         case "optional":
             expert_map = torch.arange(E, dtype=torch.int32, device=device)
-            out = torch.zeros(4, H, dtype=torch.bfloat16, device=device)
-            return {"expert_map": expert_map, "out": out} | quantized_arguments("bias", device)
+            out = torch.zeros(4, h, dtype=torch.bfloat16, device=device)
+            return {"expert_map": expert_map, "out": out} | quantized_arguments("bias", device, sizes)
         case "swigluoai":
             return {"activation": "swigluoai", "swiglu_alpha": 1.5, "swiglu_limit": 6.0, "interleaved": True}
         case "relu2":
-            return {"activation": "relu2_no_mul", "w13": scale(E, I, H, dtype=torch.bfloat16)}
+            return {"activation": "relu2_no_mul", "w13": scale(E, i, h, dtype=torch.bfloat16)}
     raise ValueError(f"base: expected one of {BASES}, got {base!r}")
 
 

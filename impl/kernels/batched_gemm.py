@@ -13,7 +13,7 @@ from .lora_rows import adapters_of_block
 from .lora_shrink import Shrunk
 from .sizes import cdiv
 from .slabs import tokens_of_slab
-from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
+from .tile import GemmOperands, bias_arguments, bias_of, product_of_tile, tile_of_program, tile_options
 
 
 @triton.jit(
@@ -171,8 +171,8 @@ def batched_gemm_kernel(
             )
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if has_bias:
-        bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns
-        acc += tl.load(bias_ptrs, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        bias_at = expert.to(tl.int64) * stride_bias + columns
+        acc += bias_of(bias_ptr, has_bias, bias_at, columns < N)[None, :]
     c_ptrs = c_ptr + expert.to(tl.int64) * stride_ce + (rows * stride_cm)[:, None] + columns[None, :]
     c_mask = real[:, None] if EVEN_N else real[:, None] & (columns < N)[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=c_mask)
@@ -202,6 +202,7 @@ def batched_gemm(
     b, bias = operands.b, operands.bias
     max_tokens = a.shape[1]
     config = tile_with_adapters(config, shrunk)
+    bias_ptr, has_bias = bias_arguments(bias, c)
     path.launch(
         batched_gemm_kernel,
         (cdiv(max_tokens, config.block_size_m) * cdiv(operands.n, config.block_size_n), b.shape[0]),
@@ -211,7 +212,7 @@ def batched_gemm(
         operands.a_scale,
         operands.b_scale,
         operands.b_zero,
-        c if bias is None else bias,  # a pointer of some kind: without one the kernel would be another variant
+        bias_ptr,
         expert_num_tokens,
         max_tokens,
         operands.n,
@@ -224,7 +225,7 @@ def batched_gemm(
         c.stride(0),
         c.stride(1),
         *operands.numbers,
-        int(bias is not None),
+        has_bias,
         *adapter_arguments(shrunk, config),
         **tile_options(operands, config, allow_tf32),
         **adapter_options(shrunk, config),

@@ -12,7 +12,7 @@ from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_
 from .lora_rows import adapters_of_block, known_slot
 from .lora_shrink import Shrunk
 from .sizes import cdiv
-from .tile import GemmOperands, product_of_tile, tile_of_program, tile_options
+from .tile import GemmOperands, bias_arguments, bias_of, product_of_tile, tile_of_program, tile_options
 
 # When the routing weight multiplies; 0 where it does not.
 ON_INPUT, ON_OUTPUT = tl.constexpr(1), tl.constexpr(2)
@@ -39,7 +39,7 @@ ON_INPUT, ON_OUTPUT = tl.constexpr(1), tl.constexpr(2)
         "lora_first_row",
         "lora_b_rows",
     ],
-    do_not_specialize_on_alignment=["topk_weights_ptr"],
+    do_not_specialize_on_alignment=["topk_weights_ptr", "lora_slots_ptr"],
 )
 def grouped_gemm_kernel(
     a_ptr,
@@ -205,8 +205,8 @@ def grouped_gemm_kernel(
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if has_bias:
-        bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns
-        acc += tl.load(bias_ptrs, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        bias_at = expert.to(tl.int64) * stride_bias + columns
+        acc += bias_of(bias_ptr, has_bias, bias_at, columns < N)[None, :]
     if mul_weight == ON_OUTPUT:
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     c_ptrs = c_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
@@ -251,6 +251,7 @@ def grouped_gemm(
     b, n, bias = operands.b, operands.n, operands.bias
     num_m_blocks = num_pairs if expert_ids is None else expert_ids.shape[0]
     config = tile_with_adapters(config, shrunk)
+    bias_ptr, has_bias = bias_arguments(bias, c)
     path.launch(
         grouped_gemm_kernel,
         (num_m_blocks * cdiv(n, config.block_size_n),),
@@ -260,7 +261,7 @@ def grouped_gemm(
         operands.a_scale,
         operands.b_scale,
         operands.b_zero,
-        c if bias is None else bias,  # a pointer of some kind: without one the kernel would be another variant
+        bias_ptr,
         topk_weights,
         sorted_token_ids,
         topk_ids if expert_ids is None else expert_ids,
@@ -278,7 +279,7 @@ def grouped_gemm(
         top_k if a_row_is_token else 1,
         top_k,
         (1 if a_row_is_token else 2) * mul_weight,
-        int(bias is not None),
+        has_bias,
         *adapter_arguments(shrunk, config),
         NAIVE=sorted_token_ids is None,
         **tile_options(operands, config, allow_tf32),

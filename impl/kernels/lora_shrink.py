@@ -38,7 +38,8 @@ from .slabs import tokens_of_slab
         "top_k",
         "num_sharers",
         "blocks_of_a_run",
-    ]
+    ],
+    do_not_specialize_on_alignment=["lora_ids_ptr"],
 )
 def lora_shrink_kernel(
     x_ptr,

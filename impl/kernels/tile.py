@@ -210,6 +210,29 @@ def product_of_tile(
     return tl.trans(result) if SWAP_AB else result
 
 
+# What lies behind the pointer to a bias: nothing that is read (0), the output's dtype, or float32.
+_OF_OUTPUT, _WIDE = 1, 2
+
+
+@triton.jit
+def bias_of(bias_ptr, has_bias, offsets, inside):
+    """Elements of a bias in float32; the pointer is of the output's dtype, whatever lies there."""
+    if has_bias == 2:  # a number of this module would make a kernel's key depend on who was compiled before
+        bias = tl.load(bias_ptr.to(tl.pointer_type(tl.float32)) + offsets, mask=inside, other=0.0)
+    else:
+        bias = tl.load(bias_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    return bias
+
+
+def bias_arguments(bias: torch.Tensor | None, c: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`bias_ptr` and `has_bias` of a launch; the pointer is of one type, so that no bias makes another variant."""
+    if bias is None:
+        return c, 0
+    if bias.dtype == c.dtype:
+        return bias, _OF_OUTPUT
+    return bias.view(c.dtype), _WIDE
+
+
 @dataclass(frozen=True)
 class GemmOperands:
     """The operands of one grouped GEMM, but for the rows' routing.

@@ -177,7 +177,7 @@ ONE = 0x3F800000
 # Pairs that a program of the plan looks at together: few enough for the shared memory of every GPU.
 _PAIRS = 4096
 # Blocks of words, choices and ranks are no smaller: idle lanes cost nothing, and each size is a kernel to compile.
-_WORDS, _CHOICES, _RANKS = 16, 8, 8
+_WORDS, _CHOICES, _RANKS, _COLUMNS = 16, 8, 8, 512
 # Rows are moved as numbers of their elements' size, whatever they are.
 _MOVED = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -238,6 +238,7 @@ def pack_rows(
     hidden_size, num_words = rows.shape[1], words.shape[1]
     on_cpu = Platform.of(topk_ids.device).vendor is Vendor.CPU
     num_ranks = 1 if places is None else len(places)
+    block_h = next_power_of_2(hidden_size)
     moved = _MOVED[rows.element_size()]
     with current_device(topk_ids):
         path.launch(
@@ -271,7 +272,7 @@ def pack_rows(
             HAS_LORA=lora_ids is not None,
             HAS_SCALES=scales is not None,
             BLOCK_RANKS=1 if places is None else max(_RANKS, next_power_of_2(num_ranks)),
-            BLOCK_H=min(256 if on_cpu else 2048, next_power_of_2(hidden_size)),
+            BLOCK_H=min(256, block_h) if on_cpu else max(_COLUMNS, min(2048, block_h)),
             BLOCK_WORDS=max(_WORDS, next_power_of_2(num_words)),
             num_warps=4,
         )
@@ -281,7 +282,8 @@ def sum_ranks(out: torch.Tensor, back: torch.Tensor, places: torch.Tensor, count
     """Launch the kernel: `back [S, H]`, by rank and in each by `places`, into `out [M, H]`; both dense."""
     num_tokens, hidden_size = out.shape
     on_cpu = Platform.of(out.device).vendor is Vendor.CPU
-    block_h = min(256 if on_cpu else 1024, next_power_of_2(hidden_size))
+    block_h = next_power_of_2(hidden_size)
+    block_h = min(256, block_h) if on_cpu else max(_COLUMNS, min(1024, block_h))
     with current_device(out):
         path.launch(
             sum_ranks_kernel,
