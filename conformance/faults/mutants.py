@@ -7,7 +7,7 @@ seed. A mutant is a fault like any other: an edit of whole lines that occurs onc
 from __future__ import annotations
 
 import ast
-import random
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 
 from .fault import Edit, Fault, folder_of
+from .survivors import mark_of
 
 PACKAGE = "moegate.impl"
+MOEGATE, KERNEL_FORMS = "moegate", "moegate:kernel_forms"
 # Below the package: what reads checkpoints and other engines' libraries is judged by tests of its own, not by the
 # suite; the rest of what no property of the suite runs on a CPU stands here too, each with what judges it.
 LEFT_OUT = (
@@ -74,6 +76,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "config.py": (*_ORACLE, *_EXPERTS),
     "": (*_EXPERTS, "test_large.py", *_BATCHED),
 }
+# Kernels that the subject `moegate` does not run are judged where they run.
+_FORMS = (
+    *("kernels/gated_gemm.py", "kernels/sorted_gemm.py", "kernels/stream_rows.py", "kernels/descriptors.py"),
+    *("experts/triton_forms.py", "experts/kernel_form.py"),
+)
 _CPU_VARIANT = ("experts/cpu.py", "parallel/", "lora/eager.py", "quantize.py")
 _BOTH_VARIANTS = ("routing.py", "parallel/slabs.py")  # in torch and in Triton; slabs are Triton's
 
@@ -261,11 +268,12 @@ def candidates(package: str = PACKAGE) -> list[Fault]:
 
 
 def sample(count: int, seed: int, package: str = PACKAGE) -> list[Fault]:
-    """So many of them, the same ones for the same seed and source; all of them where there are no more."""
-    every = candidates(package)
-    if count >= len(every):
-        return every
-    return sorted(random.Random(seed).sample(every, count), key=lambda fault: fault.id)
+    """So many of them, by a draw for each edit that nothing else has a part in; all of them where there are no more.
+
+    A change of the source takes out of a sample what it edits, and puts in few others.
+    """
+    drawn = sorted(candidates(package), key=lambda mutant: hashlib.sha256(f"{seed} {mark_of(mutant)}".encode()).digest())
+    return sorted(drawn[:count], key=lambda mutant: mutant.id)
 
 
 def _of_file(name: str, path: Path, package: str) -> Iterator[Fault]:
@@ -295,6 +303,7 @@ def _of_file(name: str, path: Path, package: str) -> Iterator[Fault]:
             tests=_by_prefix(name),
             variants=_variants(name),
             package=package,
+            subject=KERNEL_FORMS if name in _FORMS else MOEGATE,
             note=f"{change.rule}: {shown} becomes {' '.join(change.new.split())}",
         )
 
