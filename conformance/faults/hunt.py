@@ -36,7 +36,7 @@ FEW = 3
 EVERYTHING = (
     *(
         f"test_{name}.py"
-        for name in ("route", "align", "quant", "experts", "large", "subject", "batched", "meta", "api")
+        for name in ("route", "align", "quant", "experts", "large", "subject", "batched", "meta", "api", "public")
     ),
     *("test_lora.py::row_has_its_own", "test_lora.py::every_kind", "test_lora.py::history", "test_lora.py::bad"),
     *("test_shared.py::beside_the_routed", "test_shared.py::two_streams", "test_shared.py::two_callers"),

@@ -43,37 +43,41 @@ LEFT_OUT = (
 _EXPERTS = ("test_experts.py::every_pair", "test_experts.py::stay_within")
 _BATCHED = ("test_batched.py::every_pair", "test_batched.py::each_token")
 _ORACLE = ("questions.py::test_oracle",)
+_PUBLIC = ("test_public.py",)
 # Which of the suite's files run a module, the nearest first.
 TESTS: dict[str, tuple[str, ...]] = {
     "kernels/topk_routing.py": ("test_route.py",),
-    "routing.py": ("test_route.py", "test_api.py::select_experts"),
+    "routing.py": (*_PUBLIC, "test_route.py", "test_api.py::select_experts"),
     "kernels/align.py": ("test_align.py", *_EXPERTS),
-    "align.py": (*_EXPERTS, "test_align.py", "test_api.py::moe_align"),
+    "align.py": ("test_api.py::moe_align", "test_align.py", *_EXPERTS),
     "kernels/quantize.py": ("test_quant.py", *_EXPERTS, *_BATCHED),
-    "quantize.py": ("test_quant.py", "test_experts.py::every_pair", "test_ep.py::simulated"),
-    "quantization.py": ("test_api.py::quant", *_EXPERTS),
+    "quantize.py": (*_PUBLIC, "test_quant.py", "test_experts.py::every_pair", "test_ep.py::simulated"),
+    "quantization.py": (*_PUBLIC, "test_api.py::quant", *_EXPERTS),
     "kernels/batched_gemm.py": (*_BATCHED, "test_lora.py::every_kind"),
     "kernels/slabs.py": _BATCHED,
     "experts/batched_triton.py": (*_BATCHED, *_ORACLE),
-    "batched.py": (*_BATCHED, "test_api.py::batched_experts"),
+    "batched.py": ("test_api.py::batched_experts", *_BATCHED),
     "kernels/lora_": ("test_lora.py",),
-    "lora/": ("test_lora.py",),
-    "parallel/": ("test_ep.py::simulated",),
+    "lora/": (*_PUBLIC, "test_lora.py", "test_ep.py::simulated"),
+    "parallel/": (*_PUBLIC, "test_ep.py::simulated", "test_ep.py::raises"),
     "kernels/travel.py": ("test_ep.py::simulated",),
-    "oracle/": _ORACLE,
-    "platform.py": ("questions.py", "test_configs.py"),
-    "shared_experts.py": ("questions.py::test_order",),
-    "layer.py": ("test_shared.py::beside", "test_graph.py::operands_changed", "test_ep.py::simulated"),
-    "experts_module.py": ("test_shared.py::beside", "test_ep.py::simulated"),
-    "tuning/": ("test_configs.py",),
-    "json_file.py": ("test_configs.py",),
-    "checks.py": ("test_api.py", *_EXPERTS),
-    "weights.py": ("test_api.py", *_EXPERTS),
-    "fused_moe.py": (*_EXPERTS, "test_api.py::fused_experts", "test_large.py"),
+    "oracle/": (*_PUBLIC, *_ORACLE),
+    "platform.py": (*_PUBLIC, "questions.py", "test_configs.py"),
+    "shared_experts.py": (
+        *_PUBLIC,
+        "questions.py::test_order",
+    ),
+    "layer.py": (*_PUBLIC, "test_shared.py::beside", "test_graph.py::operands_changed", "test_ep.py::simulated"),
+    "experts_module.py": (*_PUBLIC, "test_shared.py::beside", "test_ep.py::simulated"),
+    "tuning/": (*_PUBLIC, "test_configs.py"),
+    "json_file.py": (*_PUBLIC, "test_configs.py"),
+    "checks.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
+    "weights.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
+    "fused_moe.py": (*_PUBLIC, "test_api.py::fused_experts", *_EXPERTS, "test_lora.py::every_kind", "test_large.py"),
     "experts/cpu.py": (*_EXPERTS, "test_lora.py::every_kind"),
     "experts/": (*_ORACLE, *_EXPERTS),
     "kernels/activation.py": (*_EXPERTS, *_BATCHED),
-    "config.py": (*_ORACLE, *_EXPERTS),
+    "config.py": (*_PUBLIC, *_ORACLE, *_EXPERTS),
     "": (*_EXPERTS, "test_large.py", *_BATCHED),
 }
 # Kernels that the subject `moegate` does not run are judged where they run.
@@ -272,7 +276,9 @@ def sample(count: int, seed: int, package: str = PACKAGE) -> list[Fault]:
 
     A change of the source takes out of a sample what it edits, and puts in few others.
     """
-    drawn = sorted(candidates(package), key=lambda mutant: hashlib.sha256(f"{seed} {mark_of(mutant)}".encode()).digest())
+    drawn = sorted(
+        candidates(package), key=lambda mutant: hashlib.sha256(f"{seed} {mark_of(mutant)}".encode()).digest()
+    )
     return sorted(drawn[:count], key=lambda mutant: mutant.id)
 
 
