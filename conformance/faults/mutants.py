@@ -42,6 +42,7 @@ LEFT_OUT = (
 # The pairs of features come first: no other cases differ from each other as much.
 _EXPERTS = ("test_experts.py::every_pair", "test_experts.py::stay_within")
 _BATCHED = ("test_batched.py::every_pair", "test_batched.py::each_token")
+_BOTH_FORMATS = (_EXPERTS[0], _BATCHED[0], _EXPERTS[1], _BATCHED[1])
 _ORACLE = ("questions.py::test_oracle",)
 _PUBLIC = ("test_public.py",)
 # Which of the suite's files run a module, the nearest first.
@@ -50,14 +51,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "routing.py": (*_PUBLIC, "test_route.py", "test_api.py::select_experts"),
     "kernels/align.py": ("test_align.py", *_EXPERTS),
     "align.py": ("test_api.py::moe_align", "test_align.py", *_EXPERTS),
-    "kernels/quantize.py": ("test_quant.py", *_EXPERTS, *_BATCHED),
+    "kernels/quantize.py": ("test_quant.py", *_BOTH_FORMATS),
     "quantize.py": (*_PUBLIC, "test_quant.py", "test_experts.py::every_pair", "test_ep.py::simulated"),
     "quantization.py": (*_PUBLIC, "test_api.py::quant", *_EXPERTS),
     "kernels/batched_gemm.py": (*_BATCHED, "test_lora.py::every_kind"),
     "kernels/slabs.py": _BATCHED,
     "experts/batched_triton.py": (*_BATCHED, *_ORACLE),
     "batched.py": ("test_api.py::batched_experts", *_BATCHED),
-    "kernels/lora_": ("test_lora.py",),
+    "kernels/lora_": ("test_lora.py::every_kind", "test_ep.py::simulated", "test_lora.py"),
     "lora/": (*_PUBLIC, "test_lora.py", "test_ep.py::simulated"),
     "parallel/": (*_PUBLIC, "test_ep.py::simulated", "test_ep.py::raises"),
     "kernels/travel.py": ("test_ep.py::simulated",),
@@ -74,11 +75,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "checks.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
     "weights.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
     "fused_moe.py": (*_PUBLIC, "test_api.py::fused_experts", *_EXPERTS, "test_lora.py::every_kind", "test_large.py"),
-    "experts/cpu.py": (*_EXPERTS, "test_lora.py::every_kind"),
+    "experts/cpu.py": (*_EXPERTS, "test_ep.py::simulated", "test_lora.py::every_kind"),
     "experts/": (*_ORACLE, *_EXPERTS),
-    "kernels/activation.py": (*_EXPERTS, *_BATCHED),
+    "kernels/activation.py": _BOTH_FORMATS,
     "config.py": (*_PUBLIC, *_ORACLE, *_EXPERTS),
-    "": (*_EXPERTS, "test_large.py", *_BATCHED),
+    "kernels/grouped_gemm.py": (*_EXPERTS, "test_lora.py::every_kind"),
+    "": (*_BOTH_FORMATS, "test_lora.py::every_kind", "test_large.py"),
 }
 # Kernels that the subject `moegate` does not run are judged where they run.
 _FORMS = (

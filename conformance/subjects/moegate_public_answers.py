@@ -630,6 +630,12 @@ def _layer_calls() -> list[PublicCall]:
                 ),
                 Bad("setting", "lets nobody dispatch shared experts", _dispatching),
                 Bad(
+                    "experts",
+                    "are fewer than the placement's",
+                    put(**beside, experts=RoutedExperts(full(E - 1, 2 * I, H), full(E - 1, H, I))),
+                ),
+                Bad("placement", "is of fewer experts than the gate", put(**beside, gate=Gate(full(E + 1, H)))),
+                Bad(
                     "adapters",
                     "are fully sharded without ranks",
                     put(adapters=AdapterTable(**_sizes(fully_sharded_over=Alone()))),
