@@ -205,8 +205,8 @@ def hunt(fault: Fault, orders: Orders, say: Callable[[str, str | None], None]) -
     try:
         _select(fault, orders)
         plant(fault.package, fault.sources())
-        session = _HuntersSession(hunter, orders.device)
         try:
+            session = _session(hunter, orders.device)
             _run_witness(hunter, session)
             if orders.search and not (outcome.killed and outcome.expected):
                 outcome.cases = 0
@@ -222,6 +222,19 @@ def hunt(fault: Fault, orders: Orders, say: Callable[[str, str | None], None]) -
             outcome.broken += f" ({where[0].filename}:{where[0].lineno})" if where else ""
     outcome.seconds = round(time.monotonic() - started, 2)
     return outcome
+
+
+def _session(hunter: _Hunter, device: str) -> _HuntersSession:
+    """With the subject loaded; one that cannot even be imported is killed by the error, as a call would be.
+
+    Raises:
+        _Killed: it raises, and nothing else can be asked.
+    """
+    try:
+        return _HuntersSession(hunter, device)
+    except Exception as error:
+        hunter.raised(error, None)
+        raise _Killed from error
 
 
 def _run_witness(hunter: _Hunter, session: Session) -> None:
