@@ -45,6 +45,8 @@ _BATCHED = ("test_batched.py::every_pair", "test_batched.py::each_token")
 _BOTH_FORMATS = (_EXPERTS[0], _BATCHED[0], _EXPERTS[1], _BATCHED[1])
 _ORACLE = ("questions.py::test_oracle",)
 _PUBLIC = ("test_public.py",)
+# The few cases in which a rank raises come first.
+_RANKS = ("test_ep.py::simulated_rank_raises", "test_ep.py::simulated_ranks_make")
 # Which of the suite's files run a module, the nearest first.
 TESTS: dict[str, tuple[str, ...]] = {
     "kernels/topk_routing.py": ("test_route.py",),
@@ -52,30 +54,31 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/align.py": ("test_align.py", *_EXPERTS),
     "align.py": ("test_api.py::moe_align", "test_align.py", *_EXPERTS),
     "kernels/quantize.py": ("test_quant.py", *_BOTH_FORMATS),
-    "quantize.py": (*_PUBLIC, "test_quant.py", "test_experts.py::every_pair", "test_ep.py::simulated"),
+    "quantize.py": (*_PUBLIC, "test_quant.py", "test_experts.py::every_pair", *_RANKS),
     "quantization.py": (*_PUBLIC, "test_api.py::quant", *_EXPERTS),
     "kernels/batched_gemm.py": (*_BATCHED, "test_lora.py::every_kind"),
     "kernels/slabs.py": _BATCHED,
     "experts/batched_triton.py": (*_BATCHED, *_ORACLE),
     "batched.py": ("test_api.py::batched_experts", *_BATCHED),
-    "kernels/lora_": ("test_lora.py::every_kind", "test_ep.py::simulated", "test_lora.py"),
-    "lora/": (*_PUBLIC, "test_lora.py", "test_ep.py::simulated"),
-    "parallel/": (*_PUBLIC, "test_ep.py::simulated", "test_ep.py::raises"),
-    "kernels/travel.py": ("test_ep.py::simulated",),
+    "kernels/lora_": ("test_lora.py::every_kind", *_RANKS, "test_lora.py"),
+    "lora/sharded.py": (*_PUBLIC, *_RANKS),
+    "lora/": (*_PUBLIC, "test_lora.py::every_kind", *_RANKS, "test_lora.py"),
+    "parallel/": (*_PUBLIC, *_RANKS),
+    "kernels/travel.py": (*_RANKS,),
     "oracle/": (*_PUBLIC, *_ORACLE),
     "platform.py": (*_PUBLIC, "questions.py", "test_configs.py"),
     "shared_experts.py": (
         *_PUBLIC,
         "questions.py::test_order",
     ),
-    "layer.py": (*_PUBLIC, "test_shared.py::beside", "test_graph.py::operands_changed", "test_ep.py::simulated"),
-    "experts_module.py": (*_PUBLIC, "test_shared.py::beside", "test_ep.py::simulated"),
+    "layer.py": (*_PUBLIC, "test_shared.py::beside", "test_graph.py::operands_changed", *_RANKS),
+    "experts_module.py": (*_PUBLIC, "test_shared.py::beside", *_RANKS),
     "tuning/": (*_PUBLIC, "test_configs.py"),
     "json_file.py": (*_PUBLIC, "test_configs.py"),
     "checks.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
     "weights.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
     "fused_moe.py": (*_PUBLIC, "test_api.py::fused_experts", *_EXPERTS, "test_lora.py::every_kind", "test_large.py"),
-    "experts/cpu.py": (*_EXPERTS, "test_ep.py::simulated", "test_lora.py::every_kind"),
+    "experts/cpu.py": (*_EXPERTS, *_RANKS, "test_lora.py::every_kind"),
     "experts/": (*_ORACLE, *_EXPERTS),
     "kernels/activation.py": _BOTH_FORMATS,
     "config.py": (*_PUBLIC, *_ORACLE, *_EXPERTS),

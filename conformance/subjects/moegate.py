@@ -214,12 +214,18 @@ class MoegateSubject(Subject):
     def public(self) -> Sequence[PublicCall]:
         """All that `moegate.impl` has; its other names stand in `tests/test_bad_input.py`, each with a reason."""
         # Loaded when it is asked for: it imports what the other facets have no use for.
+        from .moegate_public_adapters import ADAPTER_CALLS
         from .moegate_public_answers import ANSWER_CALLS
         from .moegate_public_files import FILE_CALLS
         from .moegate_public_layers import LAYER_CALLS
+        from .moegate_public_ranks import RANK_CALLS
         from .moegate_public_values import VALUE_CALLS
+        from .moegate_public_weights import WEIGHT_CALLS
 
-        return (*LAYER_CALLS, *VALUE_CALLS, *FILE_CALLS, *ANSWER_CALLS)
+        return (
+            *(*LAYER_CALLS, *VALUE_CALLS, *FILE_CALLS),
+            *(*ANSWER_CALLS, *RANK_CALLS, *ADAPTER_CALLS, *WEIGHT_CALLS),
+        )
 
     def api(self) -> dict[str, Any]:
         """The public functions."""

@@ -6,6 +6,7 @@ say what its arguments may be and what it must answer; `properties/public.py` ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -68,3 +69,45 @@ def adapter() -> Adapter:
 def config(**changes: Any) -> MoEConfig:
     """A small layer's."""
     return MoEConfig(**{"num_experts": 8, "top_k": 2, "hidden_size": 64, "intermediate_size": 32} | changes)
+
+
+def uneven(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Numbers of which no two rows are equal."""
+    count = torch.Size(shape).numel()
+    return (torch.arange(count).view(shape) * 37 % 101 / 101 - 0.5).to(dtype)
+
+
+def equals(expected: Any) -> Callable[[Any], str]:
+    """The answer is this."""
+    return lambda found: "" if found == expected else f"expected {expected}, got {found}"
+
+
+def has(**expected: Any) -> Callable[[Any], str]:
+    """The answer has these fields."""
+
+    def wrong(found: Any) -> str:
+        own = {name: getattr(found, name) for name in expected}
+        return "" if own == expected else f"expected {expected}, got {own}"
+
+    return wrong
+
+
+def lists(expected: Any) -> Callable[[torch.Tensor], str]:
+    """The answer is an int32 tensor of these numbers."""
+
+    def wrong(found: torch.Tensor) -> str:
+        right = found.dtype == torch.int32 and found.tolist() == expected
+        return "" if right else f"expected {expected} in int32, got {found}"
+
+    return wrong
+
+
+def same_rows(make: Callable[[], torch.Tensor]) -> Callable[[torch.Tensor], str]:
+    """The answer has the bits of what another call gives, which is made when it is needed."""
+
+    def wrong(found: torch.Tensor) -> str:
+        expected = make()
+        same = found.shape == expected.shape and torch.equal(found, expected)
+        return "" if same else f"expected {list(expected.shape)} {expected.flatten()[:4]}, got {list(found.shape)}"
+
+    return wrong

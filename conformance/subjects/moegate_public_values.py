@@ -271,7 +271,7 @@ VALUE_CALLS: tuple[PublicCall, ...] = (
         "parallel.placement.balanced_placement",
         placement.balanced_placement,
         lambda: {"load": [1.0, 2.0, 3.0, 4.0], "num_ranks": 2, "slots_per_rank": 3},
-        {"load": SequenceKind(), "num_ranks": IntKind(1), "slots_per_rank": IntKind(1, 4)},
+        {"load": SequenceKind(), "num_ranks": IntKind(1, 1 << 16), "slots_per_rank": IntKind(1, 4)},
         (
             Bad("load", "is negative", put(load=[1.0, -1.0, 1.0, 1.0])),
             Bad("load", "is NaN", put(load=[1.0, float("nan"), 1.0, 1.0])),
