@@ -20,7 +20,9 @@ from ...impl.lora.table import AdapterTable
 from ...impl.parallel import placement
 from ...impl.parallel.experts import ParallelExperts
 from ...impl.path import record_path
-from ..properties.bad_input import Arguments, Bad, put
+from ...impl.quantization import ExpertsQuantization
+from ..properties.api import good_arguments
+from ..properties.bad_input import Arguments, Bad, Change, put
 from ..properties.public import Answer, PublicCall
 from .moegate_public import (
     E,
@@ -276,6 +278,28 @@ def _order_of(self: MoELayer, hidden_states: torch.Tensor) -> str:
     return record.last("shared_experts_order")
 
 
+# The shape of the scales of hidden states that come in few bits, by what shares one.
+_SCALES_OF_INPUT = {"fp8_static": (1,), "fp8_channel": (M, 1), "fp8_block": (M, 2)}
+
+
+def _in_few_bits(base: str, shape: tuple[int, ...] | None = None) -> Change:
+    """A call with hidden states that are quantised already, and scales of a shape (None: the right one)."""
+
+    def change(good: Arguments) -> Arguments:
+        given = good_arguments("fused_experts", "cpu", base)
+        x = given["hidden_states"]
+        dtype = torch.int8 if base.startswith("int8") else torch.float8_e4m3fn
+        scale = torch.ones(_SCALES_OF_INPUT[base] if shape is None else shape)
+        quant = {"quant": ExpertsQuantization(**given["quant"])}
+        return good | given | quant | {"hidden_states": x.to(dtype), "input_scale": scale, "out": x.clone()}
+
+    return change
+
+
+def _without_out(good: Arguments) -> Arguments:
+    return _in_few_bits("fp8_static")(good) | {"out": None}
+
+
 def _layer_calls() -> list[PublicCall]:
     x = uneven(M, H)
     loaded = AdapterTable(**_sizes())
@@ -386,8 +410,21 @@ def _layer_calls() -> list[PublicCall]:
             (
                 Bad("MOEGATE_BACKEND", "is unknown where the backend is auto", put(environment="fastest")),
                 Bad("input_scale", "stands without a scheme", put(input_scale=torch.ones(M, 1))),
+                Bad("input_scale", "stands beside weights alone in few bits", _in_few_bits("int8_channel", (M, 1))),
+                *(
+                    Bad("input_scale", f"is {list(shape)} for {base}", _in_few_bits(base, shape))
+                    for base, own in _SCALES_OF_INPUT.items()
+                    for shape in ((1,), (2,), (M, 1), (M, 2), (M, 3), (M + 1, 1))
+                    if shape != own
+                ),
+                Bad(
+                    "out",
+                    "is missing beside input_scale",
+                    lambda good: _in_few_bits("fp8_static")(good) | {"out": None},
+                ),
             ),
             edges=[
+                *((f"hidden states in few bits, {base}", _in_few_bits(base)) for base in _SCALES_OF_INPUT),
                 ("a backend that is named", put(environment="fastest", backend="cpu")),
                 ("one choice on the input", lambda good: one(good) | {"apply_router_weight_on_input": True}),
             ],
