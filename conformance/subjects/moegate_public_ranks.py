@@ -94,6 +94,7 @@ def _placement_calls() -> list[PublicCall]:
         turns.append(Answer(f"{experts} on {ranks}", has(experts_of_rank=by_turns), asked))
     loads = (
         ([4.0, 1.0, 1.0, 1.0], 2, 3), ([1.0, 2.0, 3.0, 4.0], 2, 2), ([0.0, 0.0, 0.0], 3, 2), ([9, 1, 5, 5, 2, 7], 3, 4),
+        ([9.0, 3.0, 5.0, 3.0, 2.0], 4, 3),
         ([1.0], 2, 1), ([8.0, 1.0, 1.0, 1.0, 1.0, 1.0], 4, 2), ([3.0, 3.0, 3.0], 3, 3), ([5.0, 4.0, 3.0, 2.0], 1, 4),
     )  # fmt: skip
     shared = placement.ExpertPlacement(4, ((0, 2), (1, 2), (), (3, 0)))
