@@ -80,7 +80,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "fused_moe.py": (*_PUBLIC, "test_api.py::fused_experts", *_EXPERTS, *_RANKS, "test_lora.py::every_kind"),
     "experts/cpu.py": (*_EXPERTS, *_RANKS, "test_lora.py::every_kind"),
     "experts/": (*_ORACLE, *_EXPERTS),
-    "kernels/activation.py": _BOTH_FORMATS,
+    "kernels/activation.py": (*_BOTH_FORMATS[:2], "test_lora.py::every_kind", *_BOTH_FORMATS[2:]),
     "config.py": (*_PUBLIC, *_ORACLE, *_EXPERTS),
     "kernels/tile.py": (_EXPERTS[0], "test_configs.py::no_tuned_file", *_BOTH_FORMATS[1:], "test_lora.py::every_kind"),
     "kernels/grouped_gemm.py": (*_EXPERTS, "test_lora.py::every_kind"),

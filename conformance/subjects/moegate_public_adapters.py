@@ -19,6 +19,8 @@ from ...impl.lora.adapter import Adapter, LowRank, lora_scaling
 from ...impl.lora.table import AdapterTable
 from ...impl.parallel import placement
 from ...impl.parallel.experts import ParallelExperts
+from ...impl.parallel.mesh import Mesh
+from ...impl.parallel.ranks import Ranks
 from ...impl.path import record_path
 from ...impl.quantization import ExpertsQuantization
 from ..properties.api import good_arguments
@@ -296,6 +298,14 @@ def _in_few_bits(base: str, shape: tuple[int, ...] | None = None) -> Change:
     return change
 
 
+def _fully_sharded(good: Arguments) -> Arguments:
+    """A layer whose adapters are cut over a group of one rank."""
+    group = Alone()
+    ranks = Ranks(Mesh(), group, None, None, group)
+    parallel = ParallelExperts(ranks, placement.linear_placement(E, 1), max_tokens=8)
+    return good | {"parallel": parallel, "adapters": AdapterTable(**_sizes(fully_sharded_over=group))}
+
+
 def _without_out(good: Arguments) -> Arguments:
     return _in_few_bits("fp8_static")(good) | {"out": None}
 
@@ -349,6 +359,14 @@ def _layer_calls() -> list[PublicCall]:
             edges=[
                 ("one captured token", put(max_captured_tokens=1)),
                 ("a map of all", put(expert_map=torch.arange(E, dtype=torch.int32))),
+            ],
+            answers=[
+                Answer(
+                    "fully sharded adapters are part of its setting",
+                    lambda found: equals(True)(found.setting.fully_sharded_lora),
+                    _fully_sharded,
+                ),
+                Answer("others are not", lambda found: equals(False)(found.setting.fully_sharded_lora)),
             ],
         ),
         PublicCall(
