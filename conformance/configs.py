@@ -247,21 +247,18 @@ def _same(tile: Tile | None, expected: Tile) -> bool:
 
 
 def _misfit(question: ConfigSpec, found: Found) -> str:
-    """Why the tiles found cannot run; empty where they can. Counts no more memory than the kernel surely needs."""
+    """Why the tiles found cannot run; empty where they can."""
     _, limit, warp = DEVICES[question.device]
     w13, w2 = found.w13, found.w2
     if w13 is None or w2 is None:
         return f"no tiles: {found.error}"
     if w13["BLOCK_SIZE_M"] != w2["BLOCK_SIZE_M"]:
         return f"the GEMMs share an alignment, but not BLOCK_SIZE_M: {w13}, {w2}"
-    weight = _WEIGHT_BYTES.get(question.scheme, _BYTES[question.dtype])
-    activation = 1 if question.scheme in _SCALED_ACTIVATIONS else _BYTES[question.dtype]
     for tile in (w13, w2):
         sizes = [tile[name] for name in (*BLOCKS, "num_warps")]
         if any(size < 1 or size & (size - 1) for size in sizes):
             return f"not powers of two: {tile}"
-        rows, columns, step = (tile[name] for name in BLOCKS)
-        needed = step * (rows * activation + columns * weight) * max(1, tile["num_stages"] - 1)
+        step, needed = tile["BLOCK_SIZE_K"], in_flight(question, tile)
         if limit and needed > limit:
             return f"needs {needed} bytes of the device's {limit}: {tile}"
         if tile["num_warps"] * warp > 1024:

@@ -251,7 +251,7 @@ INDEPENDENT = declare("ORACLE-19", "taking away a kernel that was not chosen cha
 
 PUBLISHED = declare(
     "ORACLE-20",
-    "the predicate of each backend in line accepts what its kernels are published for, and nothing else",
+    "each predicate in line, and the CPU's, accepts what its kernels are published for, and nothing else",
     "oracle",
 )
 
@@ -524,7 +524,7 @@ def published(backend: str, question: OracleSpec) -> bool:
 def _published(point: Point) -> str | None:
     if point.own_experts:
         return None
-    for backend in point.line:
+    for backend in dict.fromkeys((*point.line, "cpu")):
         refusal = point.facet.refusal(backend, point.question)
         if (refusal is None) != published(backend, point.question):
             return f"{backend} is published for this layer, and refuses: {refusal}" if refusal else f"{backend} accepts"

@@ -6,12 +6,14 @@ Each rule stands here a second time, as it is documented.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 
+from ...impl import platform
 from ...impl.experts_module import RoutedExperts
 from ...impl.fused_moe import fused_experts
 from ...impl.layer import Gate, MoELayer, RoutingMethod
@@ -23,6 +25,7 @@ from ...impl.parallel.mesh import Mesh
 from ...impl.parallel.ranks import Ranks
 from ...impl.path import record_path
 from ...impl.quantization import ExpertsQuantization
+from ...impl.routing import select_experts
 from ..properties.api import good_arguments
 from ..properties.bad_input import Arguments, Bad, Change, put
 from ..properties.public import Answer, PublicCall
@@ -306,6 +309,14 @@ def _fully_sharded(good: Arguments) -> Arguments:
     return good | {"parallel": parallel, "adapters": AdapterTable(**_sizes(fully_sharded_over=group))}
 
 
+def _on_a_cpu(interpreted: bool | None, function: Callable[..., Any], **arguments: Any) -> Any:
+    """A call on a CPU that does or does not run Triton's kernels; None: as this one does."""
+    here = platform._cpu()
+    there = here if interpreted is None else replace(here, interpreted=interpreted)
+    with mock.patch.object(platform, "_cpu", return_value=there):
+        return function(**arguments)
+
+
 def _without_out(good: Arguments) -> Arguments:
     return _in_few_bits("fp8_static")(good) | {"out": None}
 
@@ -419,6 +430,14 @@ def _layer_calls() -> list[PublicCall]:
                     put(self=layer(adapters=table())),
                 ),
             ],
+        ),
+        PublicCall(
+            "routing.select_experts",
+            lambda interpreted=None, **a: _on_a_cpu(interpreted, select_experts, **a),
+            lambda: {"router_logits": full(M, E, dtype=torch.float32), "top_k": K},
+            {},
+            (Bad("backend", "is one that does not run here", put(backend="triton", interpreted=False)),),
+            edges=[("no backend, where Triton does not run", put(interpreted=False))],
         ),
         PublicCall(
             "fused_moe.fused_experts",
