@@ -360,6 +360,19 @@ def _layer_calls() -> list[PublicCall]:
                     put(**beside, experts=RoutedExperts(full(E - 1, 2 * I, H), full(E - 1, H, I))),
                 ),
                 Bad("placement", "is of fewer experts than the gate", put(**beside, gate=Gate(full(E + 1, H)))),
+                *(
+                    Bad(
+                        "adapters",
+                        f"beside parallel have {what}",
+                        put(**beside, adapters=AdapterTable(**_sizes(**own))),
+                    )
+                    for what, own in (
+                        ("more experts", {"num_experts": E + 1}),
+                        ("experts in another order", {"expert_map": [3, 2, 1, 0]}),
+                        ("other ranks", {"fully_sharded_over": Alone()}),
+                        ("another I", {"intermediate_size": 2 * I}),
+                    )
+                ),
                 Bad(
                     "adapters",
                     "are fully sharded without ranks",
