@@ -78,7 +78,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "checks.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
     "weights.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
     "fused_moe.py": (*_PUBLIC, "test_api.py::fused_experts", *_EXPERTS, *_RANKS, "test_lora.py::every_kind"),
-    "experts/cpu.py": (*_EXPERTS, *_RANKS, "test_lora.py::every_kind"),
+    "experts/cpu.py": (*_EXPERTS, *_RANKS, "test_lora.py::every_kind", *_ORACLE),
     "experts/": (*_ORACLE, *_EXPERTS),
     "kernels/activation.py": (*_BOTH_FORMATS[:2], "test_lora.py::every_kind", *_BOTH_FORMATS[2:]),
     "config.py": (*_PUBLIC, *_ORACLE, *_EXPERTS),

@@ -47,7 +47,7 @@ from .moegate_public import (
     uneven,
     weights,
 )
-from .moegate_public_values import Alone, alone
+from .moegate_public_values import Alone, Done, alone
 
 
 class Two(Alone):
@@ -56,6 +56,10 @@ class Two(Alone):
     def __init__(self) -> None:
         super().__init__()
         self.size = 2
+
+    def _all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Any:
+        out.view(2, -1).copy_(x.reshape(1, -1))  # the other has the same
+        return Done()
 
 
 def _sizes(**changes: Any) -> Arguments:
@@ -443,6 +447,20 @@ def _layer_calls() -> list[PublicCall]:
                     put(self=layer(adapters=table())),
                 ),
             ],
+        ),
+        PublicCall(
+            "parallel.experts.ParallelExperts",
+            ParallelExperts,
+            lambda: {"ranks": alone(), "placement": placement.linear_placement(E, 1), "max_tokens": 8},
+            {},
+            (
+                Bad(
+                    "exchange",
+                    "takes tokens to whole experts where ranks have parts of them",
+                    put(ranks=Ranks(Mesh(2, 2, 1), Two(), None, None, None), exchange="all_to_all"),
+                ),
+            ),
+            edges=[("the other exchange", put(exchange="all_to_all")), ("one token", put(max_tokens=1))],
         ),
         PublicCall(
             "routing.select_experts",
