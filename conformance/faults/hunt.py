@@ -225,7 +225,9 @@ def hunt(fault: Fault, orders: Orders, say: Callable[[str, str | None], None]) -
 
 
 def _session(hunter: _Hunter, device: str) -> _HuntersSession:
-    """With the subject loaded; one that cannot even be imported is killed by the error, as a call would be.
+    """With the subject loaded.
+
+    A mutant that cannot even be imported is killed by the error; in a catalogue such an edit is a mistake.
 
     Raises:
         _Killed: it raises, and nothing else can be asked.
@@ -233,6 +235,8 @@ def _session(hunter: _Hunter, device: str) -> _HuntersSession:
     try:
         return _HuntersSession(hunter, device)
     except Exception as error:
+        if not hunter.orders.any_kill:
+            raise
         hunter.raised(error, None)
         raise _Killed from error
 

@@ -230,10 +230,7 @@ def _tile_calls() -> list[PublicCall]:
             lookup.find_kernel_configs,
             lambda: lookup.forget() or dict(looked),
             {},
-            (
-                Bad("num_local_experts", "is negative", put(num_local_experts=-1)),
-                Bad("is_gated", "is an int", put(is_gated=1)),
-            ),
+            (Bad("num_local_experts", "is negative", put(num_local_experts=-1)),),
             edges=[
                 ("one of each", put(num_tokens=1, top_k=1, num_experts=1)),
                 ("a rank without experts", put(num_local_experts=0)),
