@@ -6,8 +6,9 @@ access is compared with the memory of the launch's tensor arguments first (`inte
 
 What counts as allowed is the whole storage of each argument, not the part that a view shows: a kernel is given a
 pointer and strides, and may rightly start in one part and go on in another (both halves of `w13`, rows of an expanded
-tensor, elements far apart). An access that stays in the storage and yet is wrong is what the margins of NaN are for
-(`arena.py`), and so is one that lands in another argument's storage.
+tensor, elements far apart). Of an operand that the suite made it is what lies between its margins (`arena.py`), so that
+also a read of them that changes no number is seen. An access that stays in the storage and yet is wrong is what poison
+is for, and so is one that lands in another argument's storage.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 _OWN = Path(__file__).parent
 CHECKED: Counter[str] = Counter()
 """Launches of this process, by kernel, whose accesses are all compared."""
+
+WITHOUT_MARGINS: dict[int, tuple[int, int, int]] = {}
+"""By the address of a storage that has margins: its bytes, and the first and the last address between them."""
 
 
 class OutOfBoundsError(RuntimeError):
@@ -78,7 +82,11 @@ class Memory:
         storage = tensor.untyped_storage()
         # A tensor without elements may have a null pointer, whatever its storage has.
         start = storage.data_ptr() if storage.nbytes() else tensor.data_ptr()
-        self._named.append((start, start + storage.nbytes(), name))
+        size, first, last = WITHOUT_MARGINS.get(start, (0, 0, 0))
+        if size == storage.nbytes() > 0:
+            self._named.append((first, last, name))
+        else:
+            self._named.append((start, start + storage.nbytes(), name))
 
     def check(self, does: str, pointers: np.ndarray, mask: np.ndarray | None, size: int) -> None:
         """Compare an access with the memory.

@@ -247,21 +247,18 @@ def _same(tile: Tile | None, expected: Tile) -> bool:
 
 
 def _misfit(question: ConfigSpec, found: Found) -> str:
-    """Why the tiles found cannot run; empty where they can. Counts no more memory than the kernel surely needs."""
+    """Why the tiles found cannot run; empty where they can."""
     _, limit, warp = DEVICES[question.device]
     w13, w2 = found.w13, found.w2
     if w13 is None or w2 is None:
         return f"no tiles: {found.error}"
     if w13["BLOCK_SIZE_M"] != w2["BLOCK_SIZE_M"]:
         return f"the GEMMs share an alignment, but not BLOCK_SIZE_M: {w13}, {w2}"
-    weight = _WEIGHT_BYTES.get(question.scheme, _BYTES[question.dtype])
-    activation = 1 if question.scheme in _SCALED_ACTIVATIONS else _BYTES[question.dtype]
     for tile in (w13, w2):
         sizes = [tile[name] for name in (*BLOCKS, "num_warps")]
         if any(size < 1 or size & (size - 1) for size in sizes):
             return f"not powers of two: {tile}"
-        rows, columns, step = (tile[name] for name in BLOCKS)
-        needed = step * (rows * activation + columns * weight) * max(1, tile["num_stages"] - 1)
+        step, needed = tile["BLOCK_SIZE_K"], in_flight(question, tile)
         if limit and needed > limit:
             return f"needs {needed} bytes of the device's {limit}: {tile}"
         if tile["num_warps"] * warp > 1024:
@@ -270,6 +267,39 @@ def _misfit(question: ConfigSpec, found: Found) -> str:
         if k and k % step:
             return f"a step of {step} does not divide the scale block's {k}"
     return ""
+
+
+def in_flight(question: ConfigSpec, tile: Tile) -> float:
+    """Bytes of shared memory that Triton gives a tile's operands.
+
+    A step's operands lie there for each step in flight but one; for that one too where warp-group or tensor-memory
+    instructions read them there (NVIDIA's families 9, 10 and 11, rows in 64s, no float32).
+    """
+    rows, columns, step = (tile[name] for name in BLOCKS)
+    weight = _WEIGHT_BYTES.get(question.scheme, _BYTES[question.dtype])
+    activation = 1 if question.scheme in _SCALED_ACTIVATIONS else _BYTES[question.dtype]
+    family = DEVICES[question.device][0].partition(".")[0]
+    plain_float32 = question.scheme == "none" and question.dtype == "float32"
+    in_place = family in ("cuda:9", "cuda:10", "cuda:11") and rows >= 64 and not plain_float32
+    steps = tile["num_stages"] if in_place else max(1, tile["num_stages"] - 1)
+    return step * (rows * activation + columns * weight) * steps
+
+
+def _about(limit: int, question: ConfigSpec) -> tuple[list[Tile], list[Tile]]:
+    """Tiles that just fit a device and that just do not: on either side of the limit the nearest, by their rows."""
+    fits: list[Tile] = []
+    too_large: list[Tile] = []
+    for rows in (16, 64, 128):
+        sizes = product((16, 32, 64, 128, 256), (16, 32, 64, 128, 256), range(1, 9))
+        tiles = [
+            small_tile() | dict(zip((*BLOCKS, "num_stages"), (rows, columns, step, stages), strict=True))
+            for columns, step, stages in sizes
+        ]
+        tiles.sort(key=lambda tile: in_flight(question, tile))
+        under = [tile for tile in tiles if in_flight(question, tile) <= limit]
+        fits += under[-1:]
+        too_large += tiles[len(under) :][:1]
+    return fits, too_large
 
 
 def judge_lookup(facet: ConfigsFacet, question: ConfigSpec, folder: Path) -> list[Verdict]:
@@ -422,11 +452,11 @@ def judge_broken(facet: ConfigsFacet, what: str, question: ConfigSpec, folder: P
     return [BROKEN.verdict(holds, f"{what}: expected an error that names {file.name} and {key!r}, got {error!r}")]
 
 
-def judge_validation(facet: ConfigsFacet, device: str, scheme: str, block_shape: Any, folder: Path) -> list[Verdict]:
-    """Steps that are too long, and tiles that are too large; `folder` is empty."""
+def judge_validation(facet: ConfigsFacet, question: ConfigSpec, folder: Path) -> list[Verdict]:
+    """Steps that are too long, and tiles that are too large; `folder` is empty, and no shipped file fits the layer."""
     verdicts = []
-    # A width that no shipped file serves: what is found without the user's file is the default.
-    question = ConfigSpec(device=device, scheme=scheme, block_shape=block_shape, M=16, N=704)
+    question = replace(question, M=16)
+    device, scheme, block_shape = question.device, question.scheme, question.block_shape
     default = facet.find(question, folder)
     k = (block_shape or (0, 0))[1]
     for step in (16, 32, 64, 128, 256):
@@ -440,16 +470,23 @@ def judge_validation(facet: ConfigsFacet, device: str, scheme: str, block_shape:
             holds = runs == step and found.file == file
         verdicts.append(CLAMPED.verdict(holds, f"{scheme} {block_shape}, BLOCK_SIZE_K {step}: runs as {runs}, {found}"))
         file.unlink()
-    _, limit, _ = DEVICES[device]
+    _, limit, warp = DEVICES[device]
     large = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 128, "num_stages": 8}
-    cases = [("num_warps", small_tile() | {"num_warps": 64})]
+    cases = [("num_warps", small_tile() | {"num_warps": 64}), ("num_warps", small_tile() | {"num_warps": 2048 // warp})]
     cases += [("shared memory", small_tile() | large)] if limit and not k else []
+    fits, too_large = _about(limit, question) if limit and not k else ([], [])
+    cases += [("shared memory", tile) for tile in too_large]
     for what, tile in cases:
         file = put_public(folder, question, {16: tile})
         found = facet.find(question, folder)
         is_default = (found.w13, found.w2) == (default.w13, default.w2) and found.file is None
         holds = is_default and file.name in " ".join(found.reasons) and what in " ".join(found.reasons)
         verdicts.append(TOO_LARGE.verdict(holds, f"{device}: {tile}: {found}"))
+        file.unlink()
+    for tile in (*fits, small_tile() | {"num_warps": min(16, 1024 // warp)}):
+        file = put_public(folder, question, {16: tile})
+        found = facet.find(question, folder)
+        verdicts.append(TOO_LARGE.verdict(found.file == file, f"{device}: {tile} fits, and was refused: {found}"))
         file.unlink()
     ignored = ("SPLIT_K", "num_ctas", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
     file = put_public(folder, question, {16: small_tile() | dict.fromkeys(ignored, 1)}, triton_version="3.4.0")

@@ -42,6 +42,13 @@ WEIGHTS = (
     ("float16", "int4_w4a16", (0, 128)),
 )
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "silu_no_mul", "gelu_no_mul", "relu2_no_mul")
+# Where fp8 e4m3 is a type: NVIDIA's devices from 8.9, AMD's from gfx942; a CPU emulates it.
+FP8 = (*CUDA[CUDA.index("cuda:8.9") :], *ROCM[1:], *CPUS)
+# Where a Triton kernel with bfloat16 products runs.
+TRITON = (*CUDA[CUDA.index("cuda:8.0") :], *ROCM, "xpu", "cpu:interpreted")
+# FlashInfer builds its CUTLASS module for these (its dispatch has no 10.1), and ships TensorRT-LLM's for two.
+CUTLASS = ("cuda:8.9", "cuda:9.0", "cuda:10.0", "cuda:10.3", "cuda:11.0", "cuda:12.0", "cuda:12.1")
+TRTLLM = ("cuda:10.0", "cuda:10.3")
 TRITON_FAMILY = ("triton", "batched_triton")
 FLASHINFER = ("flashinfer_trtllm", "flashinfer_cutlass")
 KERNELS = (*FLASHINFER, "aiter", *TRITON_FAMILY, "cpu", "xpu")
@@ -241,6 +248,12 @@ IRRELEVANT = declare(
     "ORACLE-18", "what should not matter does not: ranks, names, sizes, how many data-parallel ranks", "oracle"
 )
 INDEPENDENT = declare("ORACLE-19", "taking away a kernel that was not chosen changes no decision", "oracle")
+
+PUBLISHED = declare(
+    "ORACLE-20",
+    "each predicate in line, and the CPU's, accepts what its kernels are published for, and nothing else",
+    "oracle",
+)
 
 
 class Point:
@@ -449,17 +462,16 @@ def _truth(point: Point) -> str | None:
     if backend is None or point.own_experts:
         return None
     platform = question.platform
-    has_fp8 = platform in CPUS or platform in CUDA[CUDA.index("cuda:8.9") :] or platform in ROCM[1:]
     is_declared = backend not in (*TRITON_FAMILY, "cpu")
     false = [
-        (question.scheme == "fp8_w8a8" and not has_fp8, "fp8 e4m3 where the device has none"),
+        (question.scheme == "fp8_w8a8" and platform not in FP8, "fp8 e4m3 where the device has none"),
         (backend == "triton" and question.is_batched, "the standard format's kernel for the batched format"),
         (backend == "batched_triton" and not question.is_batched, "the batched format's kernel for the standard one"),
         (is_declared and question.is_lora_enabled, "LoRA"),
         (is_declared and question.is_batched, "the batched format"),
         (backend in FLASHINFER and platform not in CUDA, "another vendor's platform"),
         (
-            backend == "flashinfer_trtllm" and platform not in ("cuda:10.0", "cuda:10.3"),
+            backend == "flashinfer_trtllm" and platform not in TRTLLM,
             "another capability than 10.0, 10.3",
         ),
         (backend in FLASHINFER and question.intermediate_size % 128 != 0, "an unaligned intermediate size"),
@@ -480,6 +492,45 @@ def _truth(point: Point) -> str | None:
     return next((f"{backend} for {what}" for is_false, what in false if is_false), "")
 
 
+def published(backend: str, question: OracleSpec) -> bool:
+    """Whether a backend's kernels are for such a layer: Triton's by our README, the others by their libraries."""
+    platform, scheme, activation = question.platform, question.scheme, question.activation
+    if backend in (*TRITON_FAMILY, "cpu"):
+        devices = CPUS if backend == "cpu" else TRITON
+        schemes = ("none", "fp8_w8a8") if backend == "batched_triton" else (scheme,)
+        takes_fp8 = backend == "cpu" or scheme != "fp8_w8a8" or platform in FP8
+        return platform in devices and scheme in schemes and takes_fp8 and question.is_batched == ("batched" in backend)
+    if question.is_lora_enabled or question.is_batched or question.weight_on_input or question.dtype == "float32":
+        return False
+    blocks = question.block_shape
+    match backend:
+        case "aiter":
+            weights = scheme == "none" or (scheme == "fp8_w8a8" and blocks in (None, (128, 128)))
+            return platform in ROCM[1:] and weights and activation in ("silu", "gelu")
+        case "xpu":
+            return (
+                platform == "xpu" and scheme in ("none", "int4_w4a16") and activation in ("silu", "gelu", "swigluoai")
+            )
+        case "flashinfer_cutlass":
+            return platform in CUTLASS and scheme == "none" and question.intermediate_size % 128 == 0
+        case "flashinfer_trtllm":
+            plain = scheme == "none" and activation in ("silu", "swigluoai", "relu2_no_mul")
+            scaled = scheme == "fp8_w8a8" and blocks == (128, 128) and activation == "silu"
+            sizes = question.intermediate_size % 128 == 0 and question.dtype == "bfloat16"
+            return platform in TRTLLM and (plain or scaled) and sizes
+    return False
+
+
+def _published(point: Point) -> str | None:
+    if point.own_experts:
+        return None
+    for backend in dict.fromkeys((*point.line, "cpu")):
+        refusal = point.facet.refusal(backend, point.question)
+        if (refusal is None) != published(backend, point.question):
+            return f"{backend} is published for this layer, and refuses: {refusal}" if refusal else f"{backend} accepts"
+    return ""
+
+
 JUDGEMENTS: tuple[tuple[Property, Judgement], ...] = (
     (TOTAL, _total),
     (SUPPORTED, _supported),
@@ -496,6 +547,7 @@ JUDGEMENTS: tuple[tuple[Property, Judgement], ...] = (
     (CPU_AUTO, _cpu_auto),
     (NAMES, _names),
     (TRUTH, _truth),
+    (PUBLISHED, _published),
 )
 
 

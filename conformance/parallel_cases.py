@@ -392,7 +392,7 @@ def pinned_parallel(device: str, capabilities: Capabilities, *, batched: bool) -
 def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
     hidden, intermediate, _, _ = _sizes(device, "none", 4)[0]
     dtype = capabilities.dtypes[0]
-    adapter_ranks = ranks_of(device)
+    adapter_ranks, compiled = ranks_of(device), POOLS[device].is_compiled
     plain = ParallelSpec(M=13, H=hidden, I=intermediate, E=5, top_k=3, dtype=dtype)
     for exchange in EXCHANGES:
         for number, (tp, dp, ep) in enumerate(MESHES):
@@ -412,13 +412,17 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
         for scheme in PARALLEL_SCHEMES[1:]:
             h, i, block_n, block_k = POOLS[device].shapes_of(scheme)[0]
             scaled = replace(spread, scheme=scheme, H=h, I=i, block_n=block_n, block_k=block_k, split="uneven")
-            yield replace(scaled, dtype="bfloat16", slack=1)
+            yield from (replace(scaled, dtype="bfloat16", slack=1, seed=seed) for seed in range(1 if compiled else 2))
         for number, other in enumerate(capabilities.dtypes[1:]):
             if EXCHANGES[number % 2] == exchange:
                 yield replace(spread, dtype=other, seed=4)
         yield replace(spread, routing="all_invalid")
         yield replace(spread, routing="some_invalid", split="one_empty")
         yield replace(spread, M=0)
+        yield replace(spread, M=0, seed=1)
+        # Of many choices: more words beside each row than the least block of them.
+        yield from (replace(spread, E=12, top_k=9, slack=1, seed=seed) for seed in range(2))
+        yield replace(plain, exchange=exchange, tp=1, dp=1, ep=1)
         yield replace(spread, top_k=1, weight_on_input=True)
         for number, adapted in enumerate(ADAPTED):
             tp, dp, ep = MESHES[number % len(MESHES)] if exchange == "all_gather" else (1, *MESHES[number % 3][1:])

@@ -6,7 +6,7 @@ has; a facet that it does not define is skipped with that reason, and can never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,11 +37,12 @@ if TYPE_CHECKING:
     from .parallel_cases import ParallelCase
     from .properties.ep import RankResult
     from .properties.lora import LoraLayer
+    from .properties.public import PublicCall
     from .shared_cases import SharedCase
 
 FACETS = (
     *("route", "align", "experts", "batched", "quantize", "trace", "launches"),
-    *("api", "oracle", "configs", "shared_order", "shared", "capture", "lora", "parallel"),
+    *("api", "public", "oracle", "configs", "shared_order", "shared", "capture", "lora", "parallel"),
 )
 
 
@@ -213,6 +214,10 @@ class Subject:
 
     def api(self) -> dict[str, Any]:
         """The public functions whose handling of bad input is checked, by name."""
+        raise NotImplementedError
+
+    def public(self) -> Sequence[PublicCall]:
+        """Every public function and class, each with a call that is right and what its arguments may be."""
         raise NotImplementedError
 
     def oracle(self) -> Any:

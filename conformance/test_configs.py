@@ -27,6 +27,13 @@ from moegate.conformance.spec import ExpertsSpec
 from moegate.conformance.strategies import POOLS, experts_specs
 
 EXAMPLES = 40
+# Of the suite's schemes, by the names in files: those that share no scale along K but a row's.
+FILE_SCHEMES = {
+    "none": "none",
+    "fp8_channel_token": "fp8_w8a8",
+    "int8_channel_token": "int8_w8a8",
+    "int8_w8a16_channel": "int8_w8a16",
+}
 
 
 @pytest.fixture
@@ -59,9 +66,10 @@ def test_a_broken_file_is_an_error_that_names_it(moegate_session, configs, what,
 @pytest.mark.moegate_facets("configs")
 @pytest.mark.parametrize("device", DEVICES)
 def test_values_are_checked_against_kernel_and_device(moegate_session, configs, device, tmp_path):
-    for _, scheme, block_shape in WEIGHTS:
-        spec = ConfigSpec(device=device, scheme=scheme, block_shape=block_shape)
-        verdicts = judge_validation(configs, device, scheme, block_shape, tmp_path)
+    for dtype, scheme, block_shape in WEIGHTS:
+        # A width that no shipped file serves: what is found without the user's file is the default.
+        spec = ConfigSpec(device=device, dtype=dtype, scheme=scheme, block_shape=block_shape, N=704)
+        verdicts = judge_validation(configs, spec, tmp_path)
         moegate_session.settle(verdicts, spec, moegate_session.replay(spec))
 
 
@@ -97,9 +105,8 @@ def run_with(session, variant, configs, spec, folder, tiles):
 
 def put_tiles(configs, device, spec, local_experts, tiles, folder):
     """A file in `folder` that gives a layer of the device these tiles."""
-    question = ConfigSpec(
-        device=device, M=spec.M, E=local_experts, N=spec.I, H=spec.H, top_k=spec.top_k, dtype=spec.dtype
-    )
+    sizes = {"M": spec.M, "E": local_experts, "N": spec.I, "H": spec.H, "top_k": spec.top_k}
+    question = ConfigSpec(device=device, dtype=spec.dtype, scheme=FILE_SCHEMES[spec.scheme], **sizes)
     if tiles[0] == tiles[1] and "SWAP_AB" not in tiles[0]:
         put_public(folder, question, {spec.M: tiles[0]})
     else:
@@ -122,8 +129,10 @@ def test_no_tuned_file_changes_a_result_beyond_the_budget(moegate_session, moega
             put_tiles(configs, device, spec, local_experts, tiles, Path(name))
             return run_with(session, variant, configs, spec, Path(name), tiles)
 
-    # Tiles of unquantised layers alone: on a GPU each tile of each scheme is a kernel to compile.
-    plain = replace(subject.capabilities, schemes=("none",), activations=("silu",), biases=("none",))
+    # Without blocks and groups, which clamp a step; on a GPU each tile of each scheme is a kernel to compile.
+    known = tuple(FILE_SCHEMES)[: 1 if session.device == "cuda" else None]
+    schemes = tuple(scheme for scheme in known if scheme in subject.capabilities.schemes)
+    plain = replace(subject.capabilities, schemes=schemes, activations=("silu",), biases=("none",))
     drawn = experts_specs(session.device, plain, dtypes=subject.capabilities.dtypes[:1])
     session.explore(
         drawn.filter(lambda spec: spec.M > 0 and spec.expert_map != "owns_nothing").map(

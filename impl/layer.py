@@ -190,7 +190,7 @@ class MoELayer(nn.Module):
                     ("num_fused_shared_experts", num_fused_shared_experts > 0),
                 ):
                     if is_given:
-                        raise ValueError(f"{name}: expected none beside parallel, which says who holds and adds what")
+                        raise ValueError(f"{name}: expected none beside parallel, which says who adds what, got one")
             if max_captured_tokens is not None:
                 expect_int("max_captured_tokens", max_captured_tokens, low=1)
             if aux_stream is not None:

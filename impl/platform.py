@@ -87,7 +87,7 @@ class Platform:
         if self.vendor is Vendor.AMD and self.capability not in known_amd:
             raise ValueError(f"capability: expected one of {known_amd} for rocm, got {self.capability!r}")
         if self.vendor not in (Vendor.NVIDIA, Vendor.AMD) and self.capability is not None:
-            raise ValueError(f"capability: {self.vendor} has none, got {self.capability!r}")
+            raise ValueError(f"capability: expected None for {self.vendor}, got {self.capability!r}")
 
     @property
     def family(self) -> int | None:
@@ -156,7 +156,7 @@ class Platform:
             capability, shared_memory = _AMD_ARCHITECTURES[rest]
             return Platform(vendor, capability, shared_memory=shared_memory)
         if rest:
-            raise ValueError(f"platform: {vendor} takes nothing after a colon, got {text!r}")
+            raise ValueError(f"platform: expected nothing after {vendor}, got {text!a:.80}")
         return Platform(vendor)
 
     @staticmethod

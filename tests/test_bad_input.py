@@ -1,32 +1,30 @@
-"""Bad input of everything public in `moegate.impl`: refused by name, before anything runs, with inputs as they were.
+"""Everything public in `moegate.impl` is among the public calls that the suite judges, or says why it is not.
 
-`python -m pytest tests/test_bad_input.py -q` ends with how many distinct bad inputs each function was given; `-v`
-lists them. The functions that a subject shares with others are judged by `conformance/test_api.py` from the same
-generator.
+What a public call may be given stands in `conformance/subjects/moegate_public_*.py`; the functions that a subject
+shares with others are judged by `conformance/test_api.py` from the same generator.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import pkgutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from public_calls import PublicCall
-from public_files import FILE_CALLS
-from public_layers import LAYER_CALLS
-from public_values import VALUE_CALLS
 
 import moegate.impl
+from moegate.conformance.loading import load_subject
 from moegate.conformance.properties.api import BAD_CALLS
-from moegate.conformance.properties.bad_input import Bad, Contents, refusal_of, time_limit
-from moegate.impl.path import record_path
+from moegate.conformance.properties.bad_input import IntKind, refusal_of, time_limit
+from moegate.conformance.properties.public import Answer, PublicCall, judge_public_call
+from moegate.impl.path import PathRecord, record_path
 
-CALLS = (*LAYER_CALLS, *VALUE_CALLS, *FILE_CALLS)
+CALLS = load_subject("moegate").public()
 # Judged with every subject: `conformance/properties/api.py`.
 OF_SUBJECTS = {
     "fused_moe.fused_experts",
@@ -132,37 +130,10 @@ def _is_behind(name: str) -> bool:
     return any(".".join(parts[:count]) in BEHIND for count in range(1, len(parts) + 1))
 
 
-def _cases() -> list[Any]:
-    return [pytest.param(call, bad, id=f"{call.name}-{bad}") for call in CALLS for bad in call.bad]
-
-
-@pytest.fixture(autouse=True)
-def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.mark.parametrize(("call", "bad"), _cases())
-def test_bad_input_is_refused_by_name_before_anything_happens(call: PublicCall, bad: Bad, tmp_path: Path) -> None:
-    arguments = bad.change(call.good())
-    contents = Contents(arguments)
-    with record_path() as record:
-        wrong = refusal_of(lambda: call.call(**arguments), bad.argument)
-    assert not wrong
-    assert contents.changed() == []
-    assert dict(record.launches) == {}
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("call", [call for call in CALLS if not call.needs], ids=lambda call: call.name)
-def test_what_the_bad_calls_start_from_is_accepted(call: PublicCall) -> None:
-    with time_limit():
-        call.call(**call.good())
-
-
 def test_every_public_function_has_an_entry() -> None:
     there = {call.name for call in CALLS} | OF_SUBJECTS
     missing = [name for name in public_names() if name not in there and not _is_behind(name)]
-    assert missing == [], "give each a call in tests/public_*.py, or a reason in BEHIND"
+    assert missing == [], "give each a call in conformance/subjects/moegate_public_*.py, or a reason in BEHIND"
 
 
 def test_no_entry_is_of_a_function_that_is_gone() -> None:
@@ -215,3 +186,50 @@ def test_a_call_that_hangs_is_a_finding() -> None:
 
     with pytest.raises(TimeoutError, match="still running"), time_limit(0.05):
         forever()
+
+
+def expect_low(x: Any, low: int = 1) -> int:
+    """What refuses as it should."""
+    if type(x) is not int or x < low:
+        raise ValueError(f"x: expected an int of at least {low}, got {x!r}")
+    return x
+
+
+def violated(call: Any, trace: Any = record_path, **more: Any) -> set[str]:
+    """What a public call with one argument, an int of at least 1, violates."""
+    public = PublicCall("f", call, lambda: {"x": 1}, {"x": IntKind(1)}, **more)
+    return {verdict.property.id for verdict in judge_public_call(public, trace) if not verdict.holds}
+
+
+def test_a_public_call_that_refuses_by_name_and_answers_right_holds() -> None:
+    answer = Answer("two", lambda found: "" if found == 2 else f"got {found}", lambda good: {"x": 2})
+    assert violated(expect_low, answers=[answer], edges=[("a large number", lambda good: {"x": 2**70})]) == set()
+
+
+def test_a_public_call_that_refuses_too_little_is_a_finding() -> None:
+    assert violated(lambda x: expect_low(x, low=0)) == {"API-04"}
+
+
+def test_a_public_call_that_refuses_too_much_is_a_finding() -> None:
+    assert violated(lambda x: expect_low(x, low=2)) == {"API-06"}
+
+
+def test_a_public_call_that_does_something_before_it_refuses_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def writes(x: Any) -> int:
+        (tmp_path / repr(x)[:9]).touch()
+        return expect_low(x)
+
+    @contextmanager
+    def launched() -> Iterator[PathRecord]:
+        yield PathRecord(launches=Counter(["a_kernel"]))
+
+    assert violated(writes) == violated(expect_low, launched) == {"API-05"}
+
+
+def test_a_public_call_that_answers_wrong_is_a_finding() -> None:
+    answer = Answer("itself", lambda found: f"got {found}")
+    assert violated(expect_low, answers=[answer]) == {"API-07"}

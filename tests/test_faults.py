@@ -319,6 +319,11 @@ def test_a_sample_of_mutants_is_the_same_for_the_same_seed_and_fits_the_source()
         assert mutant.sources()
 
 
+def test_a_smaller_sample_of_mutants_is_part_of_a_larger_one():
+    smaller, larger = (sample(count, 3, "moegate.impl.tuning") for count in (20, 50))
+    assert {mutant.id for mutant in smaller} < {mutant.id for mutant in larger}
+
+
 def test_mutants_are_many_of_every_kind_and_have_names_of_their_own():
     every = candidates()
     assert len({mutant.id for mutant in every}) == len(every) > 3000
@@ -345,6 +350,11 @@ def test_verdicts_on_survivors_stay_with_their_edit_and_new_ones_are_open(tmp_pa
     again = report_of([moved[0], *moved[2:]], moved[2].id) | {"not_hunted": [{"id": moved[1].id}]}
     second = summary(again, moved, 4, 1, path)
     assert [row["verdict"] for row in second["survivors"]] == ["open", "equivalent", "open"]
+    # Outside of a smaller sample a verdict stays as long as the source has what it is of.
+    fewer = sample(2, 1, "moegate.impl.tuning")
+    smaller = summary(report_of(fewer), fewer, 2, 1, path, every=mutants)
+    kept = {row["mark"] for name in ("survivors", "others") for row in smaller[name]}
+    assert kept >= {row["mark"] for row in first["survivors"]}
     with pytest.raises(ValueError, match="report: expected the 4 mutants of count 4 and seed 1, got others"):
         summary(report_of(mutants[1:]), mutants, 4, 1, path)
     first["survivors"][0]["verdict"] = "harmless"

@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from public_calls import E, H, I
-from public_files import ADAPTER, ADAPTER_PREFIX, KEY, QWEN3, TILE, adapter_entries, state_dict, write_adapter
 from rich.table import Table
 from safetensors.torch import save, save_file
 
@@ -26,6 +24,17 @@ from moegate.conformance.console import PlainConsole, printable
 from moegate.conformance.loading import load_subject
 from moegate.conformance.properties.bad_input import time_limit
 from moegate.conformance.spec import parse_spec
+from moegate.conformance.subjects.moegate_public import E, H, I
+from moegate.conformance.subjects.moegate_public_files import (
+    ADAPTER,
+    ADAPTER_PREFIX,
+    KEY,
+    QWEN3,
+    TILE,
+    adapter_entries,
+    state_dict,
+    write_adapter,
+)
 from moegate.impl.checkpoint import load_layer
 from moegate.impl.json_file import MAX_BYTES
 from moegate.impl.lora.peft import CONFIG, WEIGHTS, load_peft

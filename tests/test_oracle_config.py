@@ -119,7 +119,7 @@ def test_a_configuration_can_be_a_key_however_its_block_shape_came():
     "text", ["cuda:9.1", "cuda:13.0", "cuda", "cuda:9", "rocm:gfx1100", "rocm", "cpu:1", "npu", ""]
 )
 def test_a_device_that_does_not_exist_is_refused_by_name(text):
-    with pytest.raises(ValueError, match=r"platform: expected|capability: expected|takes nothing after"):
+    with pytest.raises(ValueError, match=r"platform: expected|capability: expected"):
         Platform.parse(text)
 
 

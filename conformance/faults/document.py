@@ -16,7 +16,7 @@ from typing import Any
 from ..catalogue import PROPERTIES
 from .fault import Fault, load_catalogue
 from .record import Killed, read_witnesses
-from .survivors import MUTANTS, read_survivors
+from .survivors import MUTANTS
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 MATRIX = Path(__file__).parent / "matrix.json"
@@ -114,7 +114,8 @@ def _mutants() -> Iterator[str]:
     if not MUTANTS.exists():
         yield "No run is checked in."
         return
-    data, survivors = json.loads(MUTANTS.read_text()), list(read_survivors().values())
+    data = json.loads(MUTANTS.read_text())
+    survivors = data["survivors"]
     total, killed = data["mutants"], data["killed"]
     by = Counter(survivor["verdict"] for survivor in survivors)
     real = total - by["equivalent"]
@@ -122,15 +123,16 @@ def _mutants() -> Iterator[str]:
     yield (
         f"`moegate faults --mutate {data['count']} --seed {data['seed']}`: the suite killed {killed} of {total} "
         f"({_percent(killed, total)}), {data['by_error']} of them by an error that the call raised or a signal, and no "
-        f"property. Of the {len(survivors)} survivors {by['equivalent']} are equivalent, {by['later']} are killed "
-        f"since by what was added, {by['elsewhere']} by the project's tests, which are not part of the suite, and "
-        f"{by['open']} are open. Of the {real} that are not equivalent the suite kills {now} ({_percent(now, real)}), "
-        f"and with the tests {anywhere} ({_percent(anywhere, real)}).\n"
+        f"property. Of the {len(survivors)} others {by['equivalent']} are equivalent, {by['later']} are killed by what "
+        f"was added since or by a longer hunt, {by['elsewhere']} by the project's tests, which are not part of the "
+        f"suite, {by['unjudged']} change what the suite is right not to judge, and {by['open']} are open. Of the "
+        f"{real} that are not equivalent the suite kills {now} ({_percent(now, real)}), and with the tests {anywhere} "
+        f"({_percent(anywhere, real)}).\n"
     )
     yield from _table(
-        ("module", "mutants", "killed at first"),
+        ("module", "mutants", "killed in the run"),
         [(area, *numbers) for area, numbers in sorted(data["areas"].items())],
-        ("mutants", "killed at first"),
+        ("mutants", "killed in the run"),
     )
     yield ""
     rows = [(s["id"], s["change"], s["verdict"], s["why"]) for s in survivors]

@@ -36,7 +36,7 @@ FEW = 3
 EVERYTHING = (
     *(
         f"test_{name}.py"
-        for name in ("route", "align", "quant", "experts", "large", "subject", "batched", "meta", "api")
+        for name in ("route", "align", "quant", "experts", "large", "subject", "batched", "meta", "api", "public")
     ),
     *("test_lora.py::row_has_its_own", "test_lora.py::every_kind", "test_lora.py::history", "test_lora.py::bad"),
     *("test_shared.py::beside_the_routed", "test_shared.py::two_streams", "test_shared.py::two_callers"),
@@ -205,8 +205,8 @@ def hunt(fault: Fault, orders: Orders, say: Callable[[str, str | None], None]) -
     try:
         _select(fault, orders)
         plant(fault.package, fault.sources())
-        session = _HuntersSession(hunter, orders.device)
         try:
+            session = _session(hunter, orders.device)
             _run_witness(hunter, session)
             if orders.search and not (outcome.killed and outcome.expected):
                 outcome.cases = 0
@@ -222,6 +222,23 @@ def hunt(fault: Fault, orders: Orders, say: Callable[[str, str | None], None]) -
             outcome.broken += f" ({where[0].filename}:{where[0].lineno})" if where else ""
     outcome.seconds = round(time.monotonic() - started, 2)
     return outcome
+
+
+def _session(hunter: _Hunter, device: str) -> _HuntersSession:
+    """With the subject loaded.
+
+    A mutant that cannot even be imported is killed by the error; in a catalogue such an edit is a mistake.
+
+    Raises:
+        _Killed: it raises, and nothing else can be asked.
+    """
+    try:
+        return _HuntersSession(hunter, device)
+    except Exception as error:
+        if not hunter.orders.any_kill:
+            raise
+        hunter.raised(error, None)
+        raise _Killed from error
 
 
 def _run_witness(hunter: _Hunter, session: Session) -> None:

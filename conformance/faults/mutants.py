@@ -7,7 +7,7 @@ seed. A mutant is a fault like any other: an edit of whole lines that occurs onc
 from __future__ import annotations
 
 import ast
-import random
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 
 from .fault import Edit, Fault, folder_of
+from .survivors import mark_of
 
 PACKAGE = "moegate.impl"
+MOEGATE, KERNEL_FORMS = "moegate", "moegate:kernel_forms"
 # Below the package: what reads checkpoints and other engines' libraries is judged by tests of its own, not by the
 # suite; the rest of what no property of the suite runs on a CPU stands here too, each with what judges it.
 LEFT_OUT = (
@@ -40,40 +42,55 @@ LEFT_OUT = (
 # The pairs of features come first: no other cases differ from each other as much.
 _EXPERTS = ("test_experts.py::every_pair", "test_experts.py::stay_within")
 _BATCHED = ("test_batched.py::every_pair", "test_batched.py::each_token")
+_BOTH_FORMATS = (_EXPERTS[0], _BATCHED[0], _EXPERTS[1], _BATCHED[1])
 _ORACLE = ("questions.py::test_oracle",)
+_PUBLIC = ("test_public.py",)
+# The few cases in which a rank raises come first.
+_RANKS = ("test_ep.py::simulated_rank_raises", "test_ep.py::simulated_ranks_make")
 # Which of the suite's files run a module, the nearest first.
 TESTS: dict[str, tuple[str, ...]] = {
     "kernels/topk_routing.py": ("test_route.py",),
-    "routing.py": ("test_route.py", "test_api.py::select_experts"),
+    "routing.py": (*_PUBLIC, "test_route.py", "test_api.py::select_experts"),
     "kernels/align.py": ("test_align.py", *_EXPERTS),
-    "align.py": (*_EXPERTS, "test_align.py", "test_api.py::moe_align"),
-    "kernels/quantize.py": ("test_quant.py", *_EXPERTS, *_BATCHED),
-    "quantize.py": ("test_quant.py", "test_experts.py::every_pair", "test_ep.py::simulated"),
-    "quantization.py": ("test_api.py::quant", *_EXPERTS),
+    "align.py": ("test_api.py::moe_align", "test_align.py", *_EXPERTS),
+    "kernels/quantize.py": ("test_quant.py", _BATCHED[0], *_BOTH_FORMATS),
+    "quantize.py": (*_PUBLIC, "test_quant.py", "test_experts.py::every_pair", *_RANKS),
+    "quantization.py": (*_PUBLIC, "test_api.py::quant", *_EXPERTS),
     "kernels/batched_gemm.py": (*_BATCHED, "test_lora.py::every_kind"),
     "kernels/slabs.py": _BATCHED,
     "experts/batched_triton.py": (*_BATCHED, *_ORACLE),
-    "batched.py": (*_BATCHED, "test_api.py::batched_experts"),
-    "kernels/lora_": ("test_lora.py",),
-    "lora/": ("test_lora.py",),
-    "parallel/": ("test_ep.py::simulated",),
-    "kernels/travel.py": ("test_ep.py::simulated",),
-    "oracle/": _ORACLE,
-    "platform.py": ("questions.py", "test_configs.py"),
-    "shared_experts.py": ("questions.py::test_order",),
-    "layer.py": ("test_shared.py::beside", "test_graph.py::operands_changed", "test_ep.py::simulated"),
-    "experts_module.py": ("test_shared.py::beside", "test_ep.py::simulated"),
-    "tuning/": ("test_configs.py",),
-    "json_file.py": ("test_configs.py",),
-    "checks.py": ("test_api.py", *_EXPERTS),
-    "weights.py": ("test_api.py", *_EXPERTS),
-    "fused_moe.py": (*_EXPERTS, "test_api.py::fused_experts", "test_large.py"),
-    "experts/cpu.py": (*_EXPERTS, "test_lora.py::every_kind"),
+    "batched.py": ("test_api.py::batched_experts", *_BATCHED),
+    "kernels/lora_": ("test_lora.py::every_kind", *_RANKS, "test_lora.py"),
+    "lora/sharded.py": (*_PUBLIC, *_RANKS),
+    "lora/": (*_PUBLIC, "test_lora.py::every_kind", *_RANKS, "test_lora.py"),
+    "parallel/": (*_PUBLIC, *_RANKS),
+    "kernels/travel.py": (*_RANKS,),
+    "oracle/": (*_PUBLIC, *_ORACLE),
+    "platform.py": (*_PUBLIC, "questions.py", "test_configs.py"),
+    "shared_experts.py": (
+        *_PUBLIC,
+        "questions.py::test_order",
+    ),
+    "layer.py": (*_PUBLIC, "test_shared.py::beside", "test_graph.py::operands_changed", *_RANKS),
+    "experts_module.py": (*_PUBLIC, "test_shared.py::beside", *_RANKS),
+    "tuning/": (*_PUBLIC, "test_configs.py"),
+    "json_file.py": (*_PUBLIC, "test_configs.py"),
+    "checks.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
+    "weights.py": (*_PUBLIC, "test_api.py", *_EXPERTS),
+    "fused_moe.py": (*_PUBLIC, "test_api.py::fused_experts", *_EXPERTS, *_RANKS, "test_lora.py::every_kind"),
+    "experts/cpu.py": (*_EXPERTS, *_RANKS, "test_lora.py::every_kind", *_ORACLE),
     "experts/": (*_ORACLE, *_EXPERTS),
-    "kernels/activation.py": (*_EXPERTS, *_BATCHED),
-    "config.py": (*_ORACLE, *_EXPERTS),
-    "": (*_EXPERTS, "test_large.py", *_BATCHED),
+    "kernels/activation.py": (*_BOTH_FORMATS[:2], "test_lora.py::every_kind", *_BOTH_FORMATS[2:]),
+    "config.py": (*_PUBLIC, *_ORACLE, *_EXPERTS),
+    "kernels/tile.py": (_EXPERTS[0], "test_configs.py::no_tuned_file", *_BOTH_FORMATS[1:], "test_lora.py::every_kind"),
+    "kernels/grouped_gemm.py": (*_EXPERTS, "test_lora.py::every_kind"),
+    "": (*_BOTH_FORMATS, "test_lora.py::every_kind", "test_large.py"),
 }
+# Kernels that the subject `moegate` does not run are judged where they run.
+_FORMS = (
+    *("kernels/gated_gemm.py", "kernels/sorted_gemm.py", "kernels/stream_rows.py", "kernels/descriptors.py"),
+    *("experts/triton_forms.py", "experts/kernel_form.py"),
+)
 _CPU_VARIANT = ("experts/cpu.py", "parallel/", "lora/eager.py", "quantize.py")
 _BOTH_VARIANTS = ("routing.py", "parallel/slabs.py")  # in torch and in Triton; slabs are Triton's
 
@@ -261,11 +278,14 @@ def candidates(package: str = PACKAGE) -> list[Fault]:
 
 
 def sample(count: int, seed: int, package: str = PACKAGE) -> list[Fault]:
-    """So many of them, the same ones for the same seed and source; all of them where there are no more."""
-    every = candidates(package)
-    if count >= len(every):
-        return every
-    return sorted(random.Random(seed).sample(every, count), key=lambda fault: fault.id)
+    """So many of them, by a draw for each edit that nothing else has a part in; all of them where there are no more.
+
+    A change of the source takes out of a sample what it edits, and puts in few others.
+    """
+    drawn = sorted(
+        candidates(package), key=lambda mutant: hashlib.sha256(f"{seed} {mark_of(mutant)}".encode()).digest()
+    )
+    return sorted(drawn[:count], key=lambda mutant: mutant.id)
 
 
 def _of_file(name: str, path: Path, package: str) -> Iterator[Fault]:
@@ -295,6 +315,7 @@ def _of_file(name: str, path: Path, package: str) -> Iterator[Fault]:
             tests=_by_prefix(name),
             variants=_variants(name),
             package=package,
+            subject=KERNEL_FORMS if name in _FORMS else MOEGATE,
             note=f"{change.rule}: {shown} becomes {' '.join(change.new.split())}",
         )
 

@@ -4,7 +4,8 @@
     python -m moegate.conformance.faults.survivors run.json --count 300 --seed 0
 
 writes `mutants.json`: the counts of that run, and a row for each survivor. Verdicts that are there stay with their
-mutant, by its edit, wherever the lines have moved; one that is new is open, until somebody has looked at it.
+mutant, by its edit, wherever the lines have moved; one that is new is open, until somebody has looked at it. Those of
+mutants outside of the sample are kept apart, as long as the source still has what they edit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ VERDICTS = {
     "equivalent": "nobody can tell it from the original, and it is hunted no more",
     "later": "the suite kills it since, by what was added",
     "elsewhere": "tests that are not part of the suite kill it",
+    "unjudged": "it changes what the suite is right not to judge, such as the words of a message",
     "open": "nothing kills it",
 }
 
@@ -45,10 +47,11 @@ def read_survivors(path: Path = MUTANTS) -> dict[str, dict[str, str]]:
     data = json.loads(path.read_text())
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path}: expected schema {SCHEMA}, got {data.get('schema')!r}")
-    for row in data["survivors"]:
+    rows = [*data["survivors"], *data.get("others", ())]
+    for row in rows:
         if row["verdict"] not in VERDICTS:
             raise ValueError(f"{path}: {row['id']}: expected a verdict of {sorted(VERDICTS)}, got {row['verdict']!r}")
-    return {row["mark"]: row for row in data["survivors"]}
+    return {row["mark"]: row for row in rows}
 
 
 def without_equivalents(mutants: Sequence[Fault], path: Path = MUTANTS) -> list[Fault]:
@@ -59,7 +62,12 @@ def without_equivalents(mutants: Sequence[Fault], path: Path = MUTANTS) -> list[
 
 
 def summary(
-    report: dict[str, Any], mutants: Sequence[Fault], count: int, seed: int, path: Path = MUTANTS
+    report: dict[str, Any],
+    mutants: Sequence[Fault],
+    count: int,
+    seed: int,
+    path: Path = MUTANTS,
+    every: Sequence[Fault] = (),
 ) -> dict[str, Any]:
     """The contents of `mutants.json`.
 
@@ -69,6 +77,7 @@ def summary(
         count: of the sample.
         seed: of the sample.
         path: of the verdicts that are there.
+        every: mutant of the source, of which those outside the sample keep their verdicts.
 
     Raises:
         ValueError: a report of other mutants.
@@ -90,6 +99,12 @@ def summary(
         if not is_killed or row["verdict"] != "open":
             own = {"id": mutant.id, "mark": mark, "change": mutant.note}
             survivors.append(own | {name: row[name] for name in ("verdict", "why")})
+    sampled = {mark_of(mutant) for mutant in mutants}
+    others = [
+        {**known[mark], "id": mutant.id}
+        for mutant in every
+        if (mark := mark_of(mutant)) in known and mark not in sampled
+    ]
     by = [row["by"] for row in outcomes.values() if row["killed"]]
     return {
         "schema": SCHEMA,
@@ -100,12 +115,13 @@ def summary(
         "by_error": sum(not any("-" in id and ":" not in id for id in ids) for ids in by),
         "areas": areas,
         "survivors": survivors,
+        "others": others,
     }
 
 
 def main() -> None:
     """Write `mutants.json` from a run's report."""
-    from .mutants import sample
+    from .mutants import candidates, sample
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
@@ -113,10 +129,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     arguments = parser.parse_args()
     mutants = sample(arguments.count, arguments.seed)
-    found = summary(json.loads(arguments.report.read_text()), mutants, arguments.count, arguments.seed)
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in found.pop("survivors"))
+    report = json.loads(arguments.report.read_text())
+    found = summary(report, mutants, arguments.count, arguments.seed, every=candidates())
+    lists = []
+    for name in ("survivors", "others"):
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in found.pop(name))
+        lists.append(f'"{name}": [\n{rows}\n]')
     head = json.dumps(found)[:-1]
-    MUTANTS.write_text(f'{head}, "survivors": [\n{rows}\n]}}\n')
+    MUTANTS.write_text(", ".join([head, *lists]) + "}\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ..session import Session
 # In the suite's folder; `oracle` and `order` ask the same rules as their tests do, one question after the other.
 MODULES = (
     *("route", "align", "experts", "large", "subject", "batched", "meta", "quant"),
-    *("lora", "shared", "graph", "ep", "configs", "oracle", "api"),
+    *("lora", "shared", "graph", "ep", "configs", "oracle", "api", "public"),
 )
 OWN = {"questions.py": "moegate.conformance.faults.questions"}
 

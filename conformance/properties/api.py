@@ -238,6 +238,8 @@ BAD_CALLS: tuple[BadCall, ...] = (
     BadCall("moe_align_block_size", "block_size", "is no power of two", put(block_size=24)),
     BadCall("moe_align_block_size", "topk_ids", "has an id of E", mapped("topk_ids", lambda t: t + 3), debug=True),
     BadCall("moe_align_block_size", "expert_map", "has the wrong length", _expert_map(0, 1, 2)),
+    BadCall("moe_align_block_size", "expert_map", "uses a local id twice", _expert_map(0, 1, 1, 2), debug=True),
+    BadCall("moe_align_block_size", "topk_ids", "has top_k of 0", mapped("topk_ids", lambda t: t[:, :0])),
     BadCall(
         "fused_experts",
         "topk_weights",

@@ -18,7 +18,7 @@ from ..cases import BatchedCase, ExpertsCase
 from ..judge import Verdict, declare
 from ..numerics import Numerics
 from .num import budget_of, judge_values, reference_of
-from .path import BACKEND, Launches
+from .path import BACKEND, Launches, judge_tiles
 
 BEHIND = declare(
     "BATCHED-01", "rows behind an expert's count stay as they were, and so does the memory around the result", "batched"
@@ -123,7 +123,8 @@ def judge_path(case: BatchedCase, record: Any, variant: str, launches: Launches 
         return verdicts
     launched = dict(record.launches)
     expected = table["batched"] if case.hidden_states.numel() else ({},)
-    return [*verdicts, LAUNCHES.verdict(launched in expected, f"expected {expected}, launched {launched}")]
+    verdicts.append(LAUNCHES.verdict(launched in expected, f"expected {expected}, launched {launched}"))
+    return verdicts + judge_tiles(record)
 
 
 def _counts(case: BatchedCase) -> list[int]:

@@ -27,6 +27,29 @@ LAUNCHES = declare(
 )
 NOTHING = declare("PATH-04", "without tokens nothing is launched", "experts", "trace", needs=lambda can: can.empty)
 
+TILES = declare(
+    "PATH-05",
+    "where tiles are recorded, both are: every size of each, where they come from, and rows in common",
+    "trace",
+    "launches",
+)
+TILE = ("block_size_m", "block_size_n", "block_size_k", "group_size_m", "num_warps", "num_stages")
+
+
+def judge_tiles(record: Any) -> list[Verdict]:
+    """PATH-05 on the record of a call; nothing where it speaks of no tile."""
+    tiles = [record.last(name) for name in ("config", "config_w2")]
+    if tiles == [None, None]:
+        return []
+    said = all(
+        isinstance(tile, Mapping)
+        and all(type(tile.get(name)) is int and tile[name] > 0 for name in TILE)
+        and isinstance(tile.get("source"), str)
+        for tile in tiles
+    )
+    holds = said and tiles[0]["block_size_m"] == tiles[1]["block_size_m"]
+    return [TILES.verdict(holds, f"expected {', '.join(TILE)} and source of two tiles, got {tiles}")]
+
 
 def expects_naive_blocks(case: ExpertsCase) -> bool:
     """vLLM PR 39016's condition: fp8 and int8 w8a8 reach the low-latency path exactly as bf16 does."""
@@ -62,4 +85,4 @@ def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches 
         )
     )
     verdicts.append(LAUNCHES.verdict(launched in table[expected], f"expected {table[expected]}, launched {launched}"))
-    return verdicts
+    return verdicts + judge_tiles(record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from ..numerics import Numerics
 from ..parallel_cases import ParallelCase
 from ..properties.ep import RankResult
 from ..properties.path import Launches
+from ..properties.public import PublicCall
 from ..shared_cases import SharedCase
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
 from ..subject import ROUTING_METHODS, Capabilities, Subject
@@ -209,6 +210,22 @@ class MoegateSubject(Subject):
     def shared_order(self) -> MoegateSharedOrder:
         """`shared_experts_order`, asked in the suite's words."""
         return MoegateSharedOrder()
+
+    def public(self) -> Sequence[PublicCall]:
+        """All that `moegate.impl` has; its other names stand in `tests/test_bad_input.py`, each with a reason."""
+        # Loaded when it is asked for: it imports what the other facets have no use for.
+        from .moegate_public_adapters import ADAPTER_CALLS
+        from .moegate_public_answers import ANSWER_CALLS
+        from .moegate_public_files import FILE_CALLS
+        from .moegate_public_layers import LAYER_CALLS
+        from .moegate_public_ranks import RANK_CALLS
+        from .moegate_public_values import VALUE_CALLS
+        from .moegate_public_weights import WEIGHT_CALLS
+
+        return (
+            *(*LAYER_CALLS, *VALUE_CALLS, *FILE_CALLS),
+            *(*ANSWER_CALLS, *RANK_CALLS, *ADAPTER_CALLS, *WEIGHT_CALLS),
+        )
 
     def api(self) -> dict[str, Any]:
         """The public functions."""

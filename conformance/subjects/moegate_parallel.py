@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...impl import platform
 from ...impl.checks import debug_checks
 from ...impl.config import ActivationFormat
 from ...impl.experts_module import RoutedExperts, SharedExperts
@@ -29,6 +31,7 @@ from ..properties.ep import RankResult, Slice
 from .moegate_lora import as_adapter
 
 Arguments = Callable[[Any], dict[str, Any]]
+_CPU = platform._cpu
 # Set-up and calls beyond the agreed number of tokens: more rows than a call needs.
 _SPARE = 5
 
@@ -115,6 +118,26 @@ class _Observed(ParallelExperts):
             lora_ids=None if adapters is None or tokens.lora_ids is None else tokens.lora_ids.clone(),
         )
         return partial
+
+
+_ranks_without_triton = 0
+_lock = threading.Lock()
+
+
+@contextmanager
+def _without_triton() -> Iterator[None]:
+    """Inside, for all ranks that are threads of this process, the CPU is one on which no Triton kernel runs."""
+    global _ranks_without_triton
+    with _lock:
+        _ranks_without_triton += 1
+        platform._cpu = lambda: replace(_CPU(), interpreted=False)
+    try:
+        yield
+    finally:
+        with _lock:
+            _ranks_without_triton -= 1
+            if not _ranks_without_triton:
+                platform._cpu = _CPU
 
 
 def ranks_of(mesh: Mesh, links: Any, device: str = "cpu") -> Ranks:
@@ -214,7 +237,10 @@ def run_rank(
     )
     # No routing of ours gives every id that experts take: -1, or one twice.
     layer._select = select
-    with debug_checks() if spec.seed % 2 or fails is not None else nullcontext():
+    # Where no Triton runs, what travels is planned, packed and summed in torch.
+    plain = variant == "cpu" and spec.seed % 2 == 1
+    debug = debug_checks() if spec.seed % 2 or fails is not None else nullcontext()
+    with debug, _without_triton() if plain else nullcontext():
         output = layer(x, case.lora_ids(rank), padded_tokens=spec.max_tokens)
     place_of = output.untyped_storage().data_ptr() if output.numel() else None
     operands = [t for part in (case.routed, case.shared) if part is not None for t in part.tensors().values()]

@@ -191,7 +191,7 @@ def balanced_placement(load: Sequence[float], num_ranks: int, slots_per_rank: in
 
     Args:
         load: of each logical expert, its pairs in some past, say.
-        num_ranks: of the expert parallelism.
+        num_ranks: of the expert parallelism, at most 65,536.
         slots_per_rank: experts that each rank holds.
 
     Raises:

@@ -7,9 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from public_calls import E, K, M, PublicCall, config
 
-from moegate.conformance.properties.bad_input import (
+from ...impl import overlap, platform, quantization, shared_experts
+from ...impl.config import MoEConfig, ParallelConfig, QuantScheme, expect_block_shape
+from ...impl.oracle import available, backends, choose, select
+from ...impl.parallel import placement
+from ...impl.parallel.collectives import Group
+from ...impl.parallel.experts import ParallelExperts
+from ...impl.parallel.mesh import Mesh
+from ...impl.parallel.ranks import Ranks, connect
+from ...impl.platform import Platform
+from ..properties.bad_input import (
     Bad,
     BoolKind,
     ChoiceKind,
@@ -22,22 +30,15 @@ from moegate.conformance.properties.bad_input import (
     TextKind,
     put,
 )
-from moegate.impl import overlap, platform, quantization, shared_experts
-from moegate.impl.config import MoEConfig, ParallelConfig, QuantScheme, expect_block_shape
-from moegate.impl.oracle import available, backends, choose, select
-from moegate.impl.parallel import placement
-from moegate.impl.parallel.collectives import Group
-from moegate.impl.parallel.experts import ParallelExperts
-from moegate.impl.parallel.mesh import Mesh
-from moegate.impl.parallel.ranks import Ranks, connect
-from moegate.impl.platform import Platform
+from ..properties.public import PublicCall
+from .moegate_public import E, K, M, config
 
 
 class Done:
     """Work that nobody needs to wait for."""
 
     def wait(self) -> None:
-        pass
+        """It is done."""
 
 
 class Alone(Group):
@@ -62,6 +63,7 @@ class Alone(Group):
 
 
 def alone() -> Ranks:
+    """Ranks of one."""
     return Ranks(Mesh(), Alone(), None, None, None)
 
 
@@ -269,7 +271,7 @@ VALUE_CALLS: tuple[PublicCall, ...] = (
         "parallel.placement.balanced_placement",
         placement.balanced_placement,
         lambda: {"load": [1.0, 2.0, 3.0, 4.0], "num_ranks": 2, "slots_per_rank": 3},
-        {"load": SequenceKind(), "num_ranks": IntKind(1), "slots_per_rank": IntKind(1, 4)},
+        {"load": SequenceKind(), "num_ranks": IntKind(1, 1 << 16), "slots_per_rank": IntKind(1, 4)},
         (
             Bad("load", "is negative", put(load=[1.0, -1.0, 1.0, 1.0])),
             Bad("load", "is NaN", put(load=[1.0, float("nan"), 1.0, 1.0])),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
-from public_calls import E, H, I, K, PublicCall, entered, full
 from safetensors.torch import save_file
 
-from moegate.conformance.properties.bad_input import (
+from ...impl import checkpoint
+from ...impl.config import QuantScheme
+from ...impl.lora.peft import load_peft
+from ...impl.platform import Platform
+from ...impl.tuning import kernel_config, lookup, names, writer
+from ...impl.tuning.kernel_config import KernelConfig
+from ..properties.bad_input import (
     Arguments,
     Bad,
     BoolKind,
@@ -25,12 +28,8 @@ from moegate.conformance.properties.bad_input import (
     TextKind,
     put,
 )
-from moegate.impl import checkpoint
-from moegate.impl.config import QuantScheme
-from moegate.impl.lora.peft import load_peft
-from moegate.impl.platform import Platform
-from moegate.impl.tuning import kernel_config, lookup, names, writer
-from moegate.impl.tuning.kernel_config import KernelConfig
+from ..properties.public import PublicCall
+from .moegate_public import E, H, I, K, entered, full
 
 H200 = replace(Platform.parse("cuda:9.0"), name="NVIDIA H200")
 SIZES = {"num_tokens": 4, "top_k": 2, "num_experts": 8, "hidden_size": 64, "intermediate_size": 32}
@@ -63,6 +62,7 @@ QWEN3 = {
 
 
 def state_dict() -> dict[str, torch.Tensor]:
+    """A small layer's entries."""
     entries = {"gate.weight": full(E, H)}
     for expert in range(E):
         entries |= {
@@ -73,6 +73,7 @@ def state_dict() -> dict[str, torch.Tensor]:
 
 
 def checkpoint_arguments() -> Arguments:
+    """Of `load_layer`."""
     return {"checkpoint": state_dict(), "config": dict(QWEN3), "prefix": "", "prepare": False}
 
 
@@ -81,19 +82,25 @@ ADAPTER_PREFIX = "base_model.model.model.layers.0.mlp.experts."
 
 
 def adapter_entries() -> dict[str, torch.Tensor]:
+    """An adapter's tensors by PEFT's names."""
     name = f"{ADAPTER_PREFIX}0.gate_proj.lora_"
     return {f"{name}A.weight": full(2, H), f"{name}B.weight": full(I, 2)}
 
 
 def write_adapter(folder: Path, config: object = ADAPTER, entries: dict[str, torch.Tensor] | None = None) -> Path:
+    """An adapter in a folder, as PEFT saves it."""
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(adapter_entries() if entries is None else entries, folder / "adapter_model.safetensors")
     return folder
 
 
-@cache
 def adapter_folder() -> Path:
-    return write_adapter(Path(tempfile.mkdtemp(prefix="moegate-adapter-")))
+    """The same in a folder below the working directory."""
+    folder = Path("adapter")
+    if not folder.exists():
+        folder.mkdir()
+        write_adapter(folder)
+    return folder
 
 
 FILE_CALLS: tuple[PublicCall, ...] = (

@@ -6,10 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from public_calls import E, H, I, K, M, PublicCall, adapter, entered, full, layer, low_rank, routed, table, weights
-from public_values import Alone
 
-from moegate.conformance.properties.bad_input import (
+from ...impl import fused_shared, mxfp4, quantize, shared_experts
+from ...impl.checks import debug_checks
+from ...impl.experts_module import RoutedExperts, SharedExperts
+from ...impl.layer import Gate, MoELayer, RoutingMethod
+from ...impl.lora.adapter import Adapter, LowRank, lora_scaling
+from ...impl.lora.table import AdapterTable
+from ...impl.quantization import ActivationScale, WeightScale
+from ..properties.bad_input import (
     Arguments,
     Bad,
     BoolKind,
@@ -29,16 +34,13 @@ from moegate.conformance.properties.bad_input import (
     on_meta,
     put,
 )
-from moegate.impl import fused_shared, mxfp4, quantize, shared_experts
-from moegate.impl.checks import debug_checks
-from moegate.impl.experts_module import RoutedExperts, SharedExperts
-from moegate.impl.layer import Gate, MoELayer, RoutingMethod
-from moegate.impl.lora.adapter import Adapter, LowRank, lora_scaling
-from moegate.impl.lora.table import AdapterTable
-from moegate.impl.quantization import ActivationScale, WeightScale
+from ..properties.public import PublicCall
+from .moegate_public import E, H, I, K, M, adapter, entered, full, layer, low_rank, routed, table, weights
+from .moegate_public_values import Alone
 
 
 def quantizing(**changes: Any) -> Arguments:
+    """Arguments of the functions that quantise weights."""
     return {"scheme": "fp8_w8a8", "weight_scale": WeightScale.BLOCK, "block_shape": (16, 16)} | changes
 
 
