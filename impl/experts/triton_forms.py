@@ -71,10 +71,7 @@ def streamed_tiles(top_k: int, platform: Platform) -> tuple[StreamTile, StreamTi
     if platform.vendor is Vendor.CPU:
         # Under the interpreter small shapes should meet several steps and tiles, with tails.
         return StreamTile(16, 32), StreamTile(rows, 32)
-    # Three programs of so many registers fit a multiprocessor, and keep 48 KB of weights in flight.
-    registers = 168 if platform.vendor is Vendor.NVIDIA else None
-    # Addresses of more than 16 experts' rows take more.
-    return StreamTile(8, 512, registers=registers), StreamTile(rows, 256, registers=registers if rows > 1 else None)
+    return StreamTile(8, 512), StreamTile(rows, 256)
 
 
 def sorted_tiles(

@@ -10,7 +10,6 @@ token's experts side by side, and adds them up in registers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -35,8 +34,6 @@ from .sizes import cdiv, next_power_of_2
         "has_expert_map",
         "alpha",
         "limit",
-        "mul_weight",
-        "has_bias",
         "bias_step",
         "up_bias",
     ]
@@ -64,12 +61,12 @@ def gate_up_rows_kernel(
     top_k,
     alpha,
     limit,
-    mul_weight,
-    has_bias,
     bias_step,
     up_bias,
     PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    MUL_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -121,11 +118,12 @@ def gate_up_rows_kernel(
             up_acc += up.to(tl.float32) * x[None, :]
     gate = tl.sum(gate_acc, axis=1)
     up = tl.sum(up_acc, axis=1) if PARTS == 2 else gate
-    # Run-time values, which take a branch: as constants they would multiply the compiled variants.
-    if mul_weight != 0:
+    # Constants: the branch that a run-time value would take costs two registers, to save which the compiler once moved
+    # half of a step's loads behind the first products, and the kernel took 45 % more time.
+    if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + token.to(tl.int64) * stride_weights + pair % top_k)
         gate, up = gate * weight, up * weight
-    if has_bias != 0:
+    if HAS_BIAS:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns * bias_step
         gate += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)
         if PARTS == 2:
@@ -144,8 +142,6 @@ def gate_up_rows_kernel(
         "stride_weights",
         "stride_bias",
         "has_expert_map",
-        "mul_weight",
-        "has_bias",
     ]
 )
 def down_rows_kernel(
@@ -168,10 +164,10 @@ def down_rows_kernel(
     stride_topk_ids,
     stride_weights,
     stride_out,
-    mul_weight,
-    has_bias,
     TOP_K: tl.constexpr,
     BLOCK_TOP_K: tl.constexpr,
+    MUL_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -217,10 +213,10 @@ def down_rows_kernel(
             w = tl.load(w_ptrs + k, mask=w_mask[:, :, None] & rest[None, None, :], other=0.0)
         acc += w.to(tl.float32) * h.to(tl.float32)
     y = tl.sum(acc, axis=2)
-    if has_bias != 0:
+    if HAS_BIAS:
         bias_ptrs = bias_ptr + tl.where(chosen, expert, 0).to(tl.int64)[:, None] * stride_bias + columns[None, :]
         y += tl.load(bias_ptrs, mask=w_mask, other=0.0).to(tl.float32)
-    if mul_weight != 0:
+    if MUL_WEIGHT:
         weight_ptrs = topk_weights_ptr + token.to(tl.int64) * stride_weights + choices
         y *= tl.load(weight_ptrs, mask=chosen, other=0.0)[:, None]
     STORAGE: tl.constexpr = out_ptr.dtype.element_ty
@@ -237,22 +233,12 @@ class StreamTile:
         columns: of the inner dimension a step.
         stages: steps in flight in shared memory; 1: in registers.
         num_warps: warps a program.
-        registers: a thread at most where the inner dimension is whole steps; None leaves it to the compiler, which on
-            its own may wait for a part of a step's weights before it asks for the rest, to save a few.
     """
 
     rows: int
     columns: int
     stages: int = 1
     num_warps: int = 4
-    registers: int | None = None
-
-    def options(self, size: int, pdl: bool) -> dict[str, Any]:
-        """Of a launch over `size` inner columns; with `pdl` it may start before the kernel in front of it has ended."""
-        options: dict[str, Any] = {"num_warps": self.num_warps}
-        if self.registers is not None and size % self.columns == 0:
-            options["maxnreg"] = self.registers
-        return options | {"launch_pdl": True} if pdl else options
 
 
 def gate_up_rows(
@@ -304,19 +290,20 @@ def gate_up_rows(
         topk_ids.shape[1],
         function.alpha,
         function.limit,
-        int(mul_weight),
-        int(bias is not None),
         2 if interleaved else 1,
         1 if interleaved else size,
         PARTS=2 if gated else 1,
         ACTIVATION=str(function.kind),
+        MUL_WEIGHT=mul_weight,
+        HAS_BIAS=bias is not None,
         EVEN_I=size % tile.rows == 0,
         EVEN_K=k % tile.columns == 0,
         BLOCK_I=tile.rows,
         BLOCK_K=tile.columns,
         STAGES=tile.stages,
         PDL=pdl or triggers,
-        **tile.options(k, pdl),
+        num_warps=tile.num_warps,
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 
@@ -358,15 +345,16 @@ def down_rows(
         topk_ids.stride(0),
         topk_weights.stride(0),
         out.stride(0),
-        int(mul_weight),
-        int(bias is not None),
         TOP_K=top_k,
         BLOCK_TOP_K=next_power_of_2(top_k),
+        MUL_WEIGHT=mul_weight,
+        HAS_BIAS=bias is not None,
         EVEN_N=n % tile.rows == 0,
         EVEN_K=k % tile.columns == 0,
         BLOCK_N=tile.rows,
         BLOCK_K=tile.columns,
         STAGES=tile.stages,
         PDL=pdl,
-        **tile.options(k, pdl),
+        num_warps=tile.num_warps,
+        **({"launch_pdl": True} if pdl else {}),
     )
