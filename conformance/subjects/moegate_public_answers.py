@@ -19,10 +19,7 @@ from ..configs import DEVICES
 from ..oracle import CUDA, ROCM
 from ..properties.bad_input import Bad, Change, put
 from ..properties.public import Answer, PublicCall
-from .moegate_public import (
-    equals,
-    has,
-)
+from .moegate_public import equals, has
 from .moegate_public_files import H200, KEY, SIZES
 
 

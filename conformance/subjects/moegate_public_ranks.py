@@ -16,11 +16,7 @@ from ...impl.parallel import placement
 from ...impl.parallel.mesh import Mesh
 from ..properties.bad_input import Bad, mapped, put
 from ..properties.public import Answer, PublicCall
-from .moegate_public import (
-    equals,
-    has,
-    lists,
-)
+from .moegate_public import equals, has, lists
 
 
 def _mesh_calls() -> list[PublicCall]:

@@ -16,12 +16,7 @@ from ...impl.quantize import quantize_activations, quantize_experts, quantize_we
 from ...reference.quantization import nearest
 from ..properties.bad_input import Bad, Change, put
 from ..properties.public import Answer, PublicCall
-from .moegate_public import (
-    E,
-    H,
-    I,
-    uneven,
-)
+from .moegate_public import E, H, I, uneven
 
 _LARGEST = {"fp8_w8a8": 448.0, "int8_w8a8": 127.0, "int8_w8a16": 127.0}
 _VALUES = {"fp8_w8a8": torch.float8_e4m3fn, "int8_w8a8": torch.int8, "int8_w8a16": torch.int8}
