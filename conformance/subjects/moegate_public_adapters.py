@@ -26,6 +26,7 @@ from ...impl.parallel.ranks import Ranks
 from ...impl.path import record_path
 from ...impl.quantization import ExpertsQuantization
 from ...impl.routing import select_experts
+from ...impl.shared_experts import SharedExpertsSetting
 from ..properties.api import good_arguments
 from ..properties.bad_input import Arguments, Bad, Change, put
 from ..properties.public import Answer, PublicCall
@@ -485,11 +486,7 @@ def _layer_calls() -> list[PublicCall]:
                     for shape in ((1,), (2,), (M, 1), (M, 2), (M, 3), (M + 1, 1))
                     if shape != own
                 ),
-                Bad(
-                    "out",
-                    "is missing beside input_scale",
-                    lambda good: _in_few_bits("fp8_static")(good) | {"out": None},
-                ),
+                Bad("out", "is missing beside input_scale", _without_out),
             ),
             edges=[
                 *((f"hidden states in few bits, {base}", _in_few_bits(base)) for base in _SCALES_OF_INPUT),
@@ -501,8 +498,6 @@ def _layer_calls() -> list[PublicCall]:
 
 
 def _dispatching(good: Arguments) -> Arguments:
-    from ...impl.shared_experts import SharedExpertsSetting
-
     shared = torch.nn.Identity()
     return good | {"shared_experts": shared, "setting": SharedExpertsSetting(dispatch_runs_shared_experts=True)}
 

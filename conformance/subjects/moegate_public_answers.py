@@ -5,7 +5,7 @@ Each rule stands here a second time, as it is documented.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -121,16 +121,17 @@ def _platform_calls() -> list[PublicCall]:
     ]
 
 
+def _reasons_say(text: str) -> Callable[[Any], str]:
+    """The reasons for the tiles found hold this."""
+    return lambda found: "" if text in " ".join(found.reasons) else f"expected {text} in {found.reasons}"
+
+
 def _tile_calls() -> list[PublicCall]:
     smallest, largest = (16, 16, 16, 1, 1, 1), (256, 512, 512, 256, 16, 8)
     fields = ("block_size_m", "block_size_n", "block_size_k", "group_size_m", "num_warps", "num_stages")
-    tile = KernelConfig(32, 64, 16, 4, 8, 3)
 
     def tile_is(sizes: Sequence[int]) -> Change:
         return lambda good: dict(zip(fields, sizes, strict=True))
-
-    def memory(dtype: torch.dtype, tile: KernelConfig = tile) -> int:
-        return tile.shared_memory(dtype)
 
     keys = [
         KEY,
@@ -185,7 +186,7 @@ def _tile_calls() -> list[PublicCall]:
             lambda: dict(zip(fields, smallest, strict=True)),
             {},
             (
-                *(Bad(name, "is no power of two", put(**{name: 17})) for name in ("block_size_k",)),
+                Bad("block_size_k", "is no power of two", put(block_size_k=17)),
                 Bad("num_warps", "is no power of two", put(num_warps=6)),
             ),
             edges=[("the largest", tile_is(largest)), ("stages of any number", put(num_stages=3, group_size_m=5))],
@@ -200,17 +201,17 @@ def _tile_calls() -> list[PublicCall]:
                 # Its operands in flight, or the tile on its way out in float32.
                 Answer(
                     "memory of operands",
-                    lambda found: equals((32 + 64) * 16 * 2 * 3)(memory(torch.bfloat16, found)),
+                    lambda found: equals((32 + 64) * 16 * 2 * 3)(found.shared_memory(torch.bfloat16)),
                     tile_is((32, 64, 16, 4, 8, 3)),
                 ),
                 Answer(
                     "memory of a tile",
-                    lambda found: equals(32 * 64 * 4)(memory(torch.int8, found)),
+                    lambda found: equals(32 * 64 * 4)(found.shared_memory(torch.int8)),
                     tile_is((32, 64, 16, 4, 8, 1)),
                 ),
                 Answer(
                     "memory of float32",
-                    lambda found: equals((32 + 64) * 16 * 4 * 3)(memory(torch.float32, found)),
+                    lambda found: equals((32 + 64) * 16 * 4 * 3)(found.shared_memory(torch.float32)),
                     tile_is((32, 64, 16, 4, 8, 3)),
                 ),
             ],
@@ -236,22 +237,13 @@ def _tile_calls() -> list[PublicCall]:
             answers=[
                 Answer(
                     "of this rank's experts",
-                    lambda found: (
-                        "" if "E=3,N=32" in " ".join(found.reasons) else f"looked for another layer: {found.reasons}"
-                    ),
+                    _reasons_say("E=3,N=32"),
                     put(num_local_experts=3),
                 ),
-                Answer(
-                    "of all experts",
-                    lambda found: (
-                        "" if "E=8,N=32" in " ".join(found.reasons) else f"looked for another layer: {found.reasons}"
-                    ),
-                ),
+                Answer("of all experts", _reasons_say("E=8,N=32")),
                 Answer(
                     "of no expert",
-                    lambda found: (
-                        "" if "no tuned file is looked for" in " ".join(found.reasons) else f"got {found.reasons}"
-                    ),
+                    _reasons_say("no tuned file is looked for"),
                     put(num_local_experts=0),
                 ),
             ],

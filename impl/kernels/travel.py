@@ -182,6 +182,14 @@ _WORDS, _CHOICES, _RANKS, _COLUMNS = 16, 8, 8, 512
 _MOVED = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
+def _columns_at_once(hidden_size: int, most: int, device: torch.device) -> int:
+    """Columns of a row that a program moves or adds at a time; under the interpreter small rows take several turns."""
+    columns = next_power_of_2(hidden_size)
+    if Platform.of(device).vendor is Vendor.CPU:
+        return min(256, columns)
+    return max(_COLUMNS, min(most, columns))
+
+
 def plan_travel(places: torch.Tensor, counts: torch.Tensor, topk_ids: torch.Tensor, rank_of: torch.Tensor) -> None:
     """Launch the kernel: `places [num_ranks, M]` and `counts [num_ranks]`, int32, of `topk_ids [M, top_k]` int32."""
     num_ranks, num_tokens = places.shape
@@ -236,9 +244,7 @@ def pack_rows(
     """
     num_tokens, top_k = topk_ids.shape
     hidden_size, num_words = rows.shape[1], words.shape[1]
-    on_cpu = Platform.of(topk_ids.device).vendor is Vendor.CPU
     num_ranks = 1 if places is None else len(places)
-    block_h = next_power_of_2(hidden_size)
     moved = _MOVED[rows.element_size()]
     with current_device(topk_ids):
         path.launch(
@@ -272,7 +278,7 @@ def pack_rows(
             HAS_LORA=lora_ids is not None,
             HAS_SCALES=scales is not None,
             BLOCK_RANKS=1 if places is None else max(_RANKS, next_power_of_2(num_ranks)),
-            BLOCK_H=min(256, block_h) if on_cpu else max(_COLUMNS, min(2048, block_h)),
+            BLOCK_H=_columns_at_once(hidden_size, 2048, topk_ids.device),
             BLOCK_WORDS=max(_WORDS, next_power_of_2(num_words)),
             num_warps=4,
         )
@@ -281,9 +287,7 @@ def pack_rows(
 def sum_ranks(out: torch.Tensor, back: torch.Tensor, places: torch.Tensor, counts: torch.Tensor) -> None:
     """Launch the kernel: `back [S, H]`, by rank and in each by `places`, into `out [M, H]`; both dense."""
     num_tokens, hidden_size = out.shape
-    on_cpu = Platform.of(out.device).vendor is Vendor.CPU
-    block_h = next_power_of_2(hidden_size)
-    block_h = min(256, block_h) if on_cpu else max(_COLUMNS, min(1024, block_h))
+    block_h = _columns_at_once(hidden_size, 1024, out.device)
     with current_device(out):
         path.launch(
             sum_ranks_kernel,
