@@ -1,19 +1,27 @@
-"""Calls on a GPU's streams under conditions in which a wait that is missing shows: delays, and a starved allocator.
+"""Calls on a GPU's streams under conditions in which a wait that is missing shows, or one that nobody asked for.
 
 Work is held up by a sleep on one stream at one hand-over. The input is written at the last moment and gone right after
 the call, and what is freed is given to others at once, who write NaN over it.
+
+For a wait too many, the default stream is held until the call has ended: no clock decides what is said of it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # About 2 ms at 2 GHz: several times what the host takes to enqueue a small layer. A shorter sleep is over before the
 # work that should have waited for it is there.
 DELAY_CYCLES = 4_000_000
+# How long a call may take that waits for nobody, and how often the held stream looks whether it is let go: some seconds
+# longer, and then it goes on by itself, so that a host which waits for it is not caught.
+_HELD_SECONDS, _HELD_LOOKS = 1.0, 1 << 23
 
 
 class Delays:
@@ -68,3 +76,44 @@ def late_and_gone(run: Callable[[], Tensor], x: Tensor, held: Tensor, delays: De
     for stream in {caller, delays.side or caller}:
         take_freed(stream, kept)
     return kept
+
+
+@triton.jit
+def _wait_kernel(released_ptr, most):
+    looks = 0
+    while (looks < most) & (tl.load(released_ptr, volatile=True) == 0):
+        looks += 1
+
+
+def ends_while_default_stream_is_held(run: Callable[[], Tensor]) -> bool:
+    """Whether a call on a stream of the caller's ends while the default stream cannot go on.
+
+    A call that gives the default stream some of its work, or waits for the whole device, does not.
+
+    Args:
+        run: the call. It is made twice: what is loaded and allocated at first may wait for the device.
+    """
+    caller, other = torch.cuda.Stream(), torch.cuda.Stream()
+    released = torch.ones(1, dtype=torch.int32, device=caller.device)
+    done, held = torch.cuda.Event(), torch.cuda.Event()
+    _wait_kernel[(1,)](released, _HELD_LOOKS)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(caller):
+        run()
+    released.fill_(0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.default_stream()):
+        _wait_kernel[(1,)](released, _HELD_LOOKS)
+        held.record()
+    try:
+        with torch.cuda.stream(caller):
+            run()
+            done.record()
+        until = time.monotonic() + _HELD_SECONDS
+        while not done.query() and time.monotonic() < until:
+            time.sleep(1e-4)
+        return done.query() and not held.query()
+    finally:
+        with torch.cuda.stream(other):
+            released.fill_(1)
+        torch.cuda.synchronize()

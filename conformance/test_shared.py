@@ -12,6 +12,7 @@ from moegate.conformance.properties.shared import (
     judge_again,
     judge_callers,
     judge_element,
+    judge_held,
     judge_memory,
     judge_overlap,
     judge_unscaled,
@@ -21,7 +22,7 @@ from moegate.conformance.selection import SELECTION
 from moegate.conformance.shared_cases import build_shared, pinned_shared, shared_specs
 from moegate.conformance.shared_order import enumerate_orders, orders, unreadable
 from moegate.conformance.spec import parse_spec
-from moegate.conformance.streams import Delays, late_and_gone
+from moegate.conformance.streams import Delays, ends_while_default_stream_is_held, late_and_gone
 
 
 @pytest.mark.moegate_facets("shared_order")
@@ -144,4 +145,28 @@ def test_two_callers_give_the_bits_of_one(moegate_session, moegate_variant):
         variant=variant,
         examples=EXAMPLES,
         runs=2 + TURNS,
+    )
+
+
+@pytest.mark.moegate_facets("shared")
+@pytest.mark.moegate_executions(EXAMPLES, 2)
+def test_two_streams_wait_for_no_third(moegate_session, moegate_variant):
+    session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
+    _skip_without_streams(session)
+
+    def judge(spec):
+        case = build_shared(spec, session.device)
+
+        def run():
+            return subject.shared(case, variant, overlapped=True, hold=None)
+
+        return [judge_held(ends_while_default_stream_is_held(run))]
+
+    session.explore(
+        shared_specs(session.device, subject.capabilities),
+        judge,
+        name=f"HELD/{variant}",
+        variant=variant,
+        examples=EXAMPLES,
+        runs=2,
     )

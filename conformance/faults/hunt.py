@@ -40,6 +40,7 @@ EVERYTHING = (
     ),
     *("test_lora.py::row_has_its_own", "test_lora.py::every_kind", "test_lora.py::history", "test_lora.py::bad"),
     *("test_shared.py::beside_the_routed", "test_shared.py::two_streams", "test_shared.py::two_callers"),
+    "test_shared.py::no_third",
     *("test_graph.py", "test_ep.py::simulated", "questions.py"),
     *("test_configs.py::found_by_name", "test_configs.py::broken", "test_configs.py::values_are_checked"),
     *("test_configs.py::shipped_file_is_reachable", "test_configs.py::no_tuned_file"),

@@ -44,6 +44,14 @@ CALLERS = declare(
     devices=("cuda",),
 )
 
+HELD = declare(
+    "SHARED-19",
+    "on a GPU, an overlapped call on a stream of the caller's ends while the default stream is held",
+    "shared",
+    needs=lambda can: can.overlap,
+    devices=("cuda",),
+)
+
 PLACES = ("before_fork", "before_shared", "after_shared", "before_routed", "after_routed")
 """Where a layer's streams may be held up: the input, the stream of the shared experts, and the caller's."""
 
@@ -152,3 +160,8 @@ def judge_callers(serial: Tensor, overlapped: Tensor, turn: int) -> Verdict:
     """SHARED-18."""
     differs = differing_bytes(serial, overlapped)
     return CALLERS.verdict(not differs, f"{differs} bytes differ in call {turn} of two streams in turn")
+
+
+def judge_held(ends: bool) -> Verdict:
+    """SHARED-19."""
+    return HELD.verdict(ends, "the call ends only after the default stream goes on: it waits for work that is not its own")
