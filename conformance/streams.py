@@ -85,34 +85,38 @@ def _wait_kernel(released_ptr, most):
         looks += 1
 
 
-def ends_while_default_stream_is_held(run: Callable[[], Tensor]) -> bool:
-    """Whether a call on a stream of the caller's ends while the default stream cannot go on.
+def while_default_stream_is_held(run: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+    """A copy of the output of a call on a stream of the caller's, and whether it ends while the default stream waits.
 
-    A call that gives the default stream some of its work, or waits for the whole device, does not.
+    A call that gives the default stream some of its work either waits for it, or has an output without it; one that
+    waits for the whole device does not end.
 
     Args:
         run: the call. It is made twice: what is loaded and allocated at first may wait for the device.
     """
-    caller, other = torch.cuda.Stream(), torch.cuda.Stream()
+    caller, other, default = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.default_stream()
     released = torch.ones(1, dtype=torch.int32, device=caller.device)
     done, held = torch.cuda.Event(), torch.cuda.Event()
     _wait_kernel[(1,)](released, _HELD_LOOKS)
     torch.cuda.synchronize()
     with torch.cuda.stream(caller):
-        run()
+        kept = run().clone()
+    # What the first call left behind is right, and would be taken for the second one's.
+    for stream in (caller, default):
+        take_freed(stream, kept)
     released.fill_(0)
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.default_stream()):
+    with torch.cuda.stream(default):
         _wait_kernel[(1,)](released, _HELD_LOOKS)
         held.record()
     try:
         with torch.cuda.stream(caller):
-            run()
+            kept = run().clone()
             done.record()
         until = time.monotonic() + _HELD_SECONDS
         while not done.query() and time.monotonic() < until:
             time.sleep(1e-4)
-        return done.query() and not held.query()
+        return kept, done.query() and not held.query()
     finally:
         with torch.cuda.stream(other):
             released.fill_(1)

@@ -22,7 +22,7 @@ from moegate.conformance.selection import SELECTION
 from moegate.conformance.shared_cases import build_shared, pinned_shared, shared_specs
 from moegate.conformance.shared_order import enumerate_orders, orders, unreadable
 from moegate.conformance.spec import parse_spec
-from moegate.conformance.streams import Delays, ends_while_default_stream_is_held, late_and_gone
+from moegate.conformance.streams import Delays, late_and_gone, while_default_stream_is_held
 
 
 @pytest.mark.moegate_facets("shared_order")
@@ -149,18 +149,19 @@ def test_two_callers_give_the_bits_of_one(moegate_session, moegate_variant):
 
 
 @pytest.mark.moegate_facets("shared")
-@pytest.mark.moegate_executions(EXAMPLES, 2)
+@pytest.mark.moegate_executions(EXAMPLES, 3)
 def test_two_streams_wait_for_no_third(moegate_session, moegate_variant):
     session, variant, subject = moegate_session, moegate_variant, moegate_session.subject
     _skip_without_streams(session)
 
     def judge(spec):
         case = build_shared(spec, session.device)
+        serial = subject.shared(case, variant, overlapped=False, hold=None)
 
         def run():
             return subject.shared(case, variant, overlapped=True, hold=None)
 
-        return [judge_held(ends_while_default_stream_is_held(run))]
+        return [judge_held(serial, *while_default_stream_is_held(run))]
 
     session.explore(
         shared_specs(session.device, subject.capabilities),
@@ -168,5 +169,5 @@ def test_two_streams_wait_for_no_third(moegate_session, moegate_variant):
         name=f"HELD/{variant}",
         variant=variant,
         examples=EXAMPLES,
-        runs=2,
+        runs=3,
     )

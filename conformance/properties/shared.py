@@ -46,7 +46,7 @@ CALLERS = declare(
 
 HELD = declare(
     "SHARED-19",
-    "on a GPU, an overlapped call on a stream of the caller's ends while the default stream is held",
+    "on a GPU, an overlapped call on a stream of the caller's ends while the default stream is held, with its bits",
     "shared",
     needs=lambda can: can.overlap,
     devices=("cuda",),
@@ -162,6 +162,8 @@ def judge_callers(serial: Tensor, overlapped: Tensor, turn: int) -> Verdict:
     return CALLERS.verdict(not differs, f"{differs} bytes differ in call {turn} of two streams in turn")
 
 
-def judge_held(ends: bool) -> Verdict:
+def judge_held(serial: Tensor, overlapped: Tensor, ends: bool) -> Verdict:
     """SHARED-19."""
-    return HELD.verdict(ends, "the call ends only after the default stream goes on: it waits for work that is not its own")
+    differs = differing_bytes(serial, overlapped)
+    late = "" if ends else "; the call ends only after the default stream goes on"
+    return HELD.verdict(ends and not differs, f"{differs} bytes differ{late}")
