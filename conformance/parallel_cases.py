@@ -71,6 +71,7 @@ class ParallelSpec(Spec):
         slack: rows of padding that even the rank with most tokens has.
         shared: what of the shared experts each rank holds.
         overlap: shared experts run while tokens travel.
+        own_first: a rank's experts work on its own tokens meanwhile, which then do not travel to it.
         batched: the experts get the batched activation format.
         adapters: the ranks of LoRA adapters of the routed experts, by a name of `lora_cases.RANKS`; `none` without.
         adapted: what they adapt, of `lora_cases.ADAPTED`.
@@ -102,6 +103,7 @@ class ParallelSpec(Spec):
     bias: str = "none"
     shared: str = "none"
     overlap: bool = False
+    own_first: bool = False
     batched: bool = False
     weight_on_input: bool = False
     adapters: str = "none"
@@ -346,6 +348,7 @@ def is_possible(spec: ParallelSpec) -> bool:
         and not (spec.tp > 1 and (quantized or spec.I % spec.tp))
         and not (quantized and spec.dtype == "float32")
         and not (spec.fully_sharded and (spec.tp == 1 or spec.adapters == "none" or spec.H % spec.tp))
+        and not (spec.own_first and (spec.batched or spec.fully_sharded))
         and not (spec.batched and (spec.weight_on_input or SCHEMES[spec.scheme].weight not in (None, "fp8")))
         and not (spec.weight_on_input and spec.top_k > 1)
     )
@@ -381,7 +384,7 @@ def pinned_parallel(device: str, capabilities: Capabilities, *, batched: bool) -
     """Every mesh with each exchange and part of shared experts; every placement, split and scheme."""
     specs = [_of_few_rows(spec, device) for spec in _pinned(device, capabilities)]
     if batched:
-        slabs = [replace(spec, batched=True) for spec in specs[:: len(specs) // 12]]
+        slabs = [replace(spec, batched=True, own_first=False) for spec in specs[:: len(specs) // 12]]
         if POOLS[device].is_compiled:  # of those with adapters one
             adapted = [spec for spec in slabs if spec.adapters != "none"]
             slabs = [spec for spec in slabs if spec not in adapted[1:]]
@@ -399,27 +402,38 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
             for shared in SHARED_PARTS:
                 placement = PLACEMENTS[(number + len(shared)) % len(PLACEMENTS)]
                 overlap = shared != "none" and bool(number % 2)
+                own_first = bool((number + len(shared)) % 2)
                 yield replace(
-                    plain, exchange=exchange, tp=tp, dp=dp, ep=ep, shared=shared, placement=placement, overlap=overlap
+                    plain,
+                    exchange=exchange,
+                    tp=tp,
+                    dp=dp,
+                    ep=ep,
+                    shared=shared,
+                    placement=placement,
+                    overlap=overlap,
+                    own_first=own_first,
                 )
         spread = replace(plain, exchange=exchange, dp=3, ep=3)
         for seed, placement in enumerate(PLACEMENTS):
             for split in SPLITS:
-                yield replace(spread, placement=placement, split=split, slack=seed % 3, seed=seed, shared="whole")
+                kept = {"slack": seed % 3, "seed": seed, "shared": "whole", "own_first": bool(seed % 2)}
+                yield replace(spread, placement=placement, split=split, **kept)
         # Replicas have the same tokens, and must send each pair to the same copy.
         yield replace(plain, dp=1, ep=2, placement="everywhere", seed=1)
         yield replace(plain, dp=2, ep=4, placement="everywhere", seed=2)
         for scheme in PARALLEL_SCHEMES[1:]:
             h, i, block_n, block_k = POOLS[device].shapes_of(scheme)[0]
             scaled = replace(spread, scheme=scheme, H=h, I=i, block_n=block_n, block_k=block_k, split="uneven")
-            yield from (replace(scaled, dtype="bfloat16", slack=1, seed=seed) for seed in range(1 if compiled else 2))
+            scaled = replace(scaled, dtype="bfloat16", slack=1)
+            yield from (replace(scaled, own_first=not seed, seed=seed) for seed in range(1 if compiled else 2))
         for number, other in enumerate(capabilities.dtypes[1:]):
             if EXCHANGES[number % 2] == exchange:
                 yield replace(spread, dtype=other, seed=4)
         yield replace(spread, routing="all_invalid")
         yield replace(spread, routing="some_invalid", split="one_empty")
         yield replace(spread, M=0)
-        yield replace(spread, M=0, seed=1)
+        yield replace(spread, M=0, own_first=True, seed=1)
         # Of many choices: more words beside each row than the least block of them.
         yield from (replace(spread, E=12, top_k=9, slack=1, seed=seed) for seed in range(2))
         yield replace(plain, exchange=exchange, tp=1, dp=1, ep=1)
@@ -437,6 +451,7 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
                 adapters=adapter_ranks[number % len(adapter_ranks)],
                 adapted=adapted,
                 tokens=ADAPTER_TOKENS[number // 2 % len(ADAPTER_TOKENS)],
+                own_first=bool(number % 2),
                 seed=number,
             )
         for scheme in ("fp8_block",) if POOLS[device].is_compiled else PARALLEL_SCHEMES[1:]:
@@ -503,6 +518,7 @@ def parallel_specs(
             shared, adapted = "none", False
         slabs = batched and SCHEMES[scheme].weight in (None, "fp8") and draw(st.integers(0, 3)) == 0
         slabs = slabs and not (adapted and pools.is_compiled)
+        fully_sharded = adapted and tp > 1 and hidden % tp == 0 and draw(st.booleans())
         return ParallelSpec(
             M=draw(st.integers(0 if capabilities.empty else 1, 20)),
             H=hidden,
@@ -525,12 +541,13 @@ def parallel_specs(
             bias=draw(st.sampled_from(biases)),
             shared=shared,
             overlap=shared != "none" and draw(st.booleans()),
+            own_first=not slabs and not fully_sharded and draw(st.booleans()),
             batched=slabs,
             weight_on_input=top_k == 1 and not slabs and capabilities.weight_on_input and draw(st.booleans()),
             adapters=draw(st.sampled_from(ranks)) if adapted else "none",
             adapted=draw(st.sampled_from(ADAPTED)) if adapted else "everything",
             tokens=draw(st.sampled_from(ADAPTER_TOKENS)) if adapted else "mixed",
-            fully_sharded=adapted and tp > 1 and hidden % tp == 0 and draw(st.booleans()),
+            fully_sharded=fully_sharded,
             seed=draw(SEEDS),
         )
 

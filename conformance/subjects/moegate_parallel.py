@@ -73,16 +73,21 @@ class _Numbered(Exchange):
     def __init__(self, exchange: Exchange, token_ids: Tensor) -> None:
         self._exchange, self._token_ids = exchange, token_ids
         self.arrived: Tensor | None = None
+        self.own: Received | None = None
 
-    def dispatch(self, tokens: Tokens, padded_tokens: int) -> Launched:
-        numbered = self._exchange.dispatch(replace(tokens, lora_ids=self._token_ids), padded_tokens)
-        if tokens.lora_ids is None:
-            return numbered
-        self.arrived = numbered.wait().tokens.lora_ids
-        return self._exchange.dispatch(tokens, padded_tokens)
+    def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
+        numbers = replace(tokens, lora_ids=self._token_ids)
+        launched = self._exchange.dispatch(numbers, padded_tokens, own_first=own_first)
+        if tokens.lora_ids is not None:
+            self.arrived = launched.wait().tokens.lora_ids
+            launched = self._exchange.dispatch(tokens, padded_tokens, own_first=own_first)
+        self.own = launched.own
+        return launched
 
-    def combine(self, partial: Tensor, received: Received, shared: Tensor | None = None) -> Tensor:
-        return self._exchange.combine(partial, received, shared)
+    def combine(
+        self, partial: Tensor, received: Received, shared: Tensor | None = None, own: Tensor | None = None
+    ) -> Tensor:
+        return self._exchange.combine(partial, received, shared, own)
 
 
 class _Observed(ParallelExperts):
@@ -90,6 +95,7 @@ class _Observed(ParallelExperts):
 
     token_ids: Tensor
     seen: RankResult
+    _own: RankResult | None = None
 
     def join(self, *arguments: Any) -> None:
         super().join(*arguments)
@@ -102,12 +108,13 @@ class _Observed(ParallelExperts):
     def partial_sums(self, received: Received, experts: RoutedExperts, adapters: AdapterTable | None = None) -> Tensor:
         partial = super().partial_sums(received, experts, adapters)
         tokens = received.tokens
-        token_ids = tokens.lora_ids if adapters is None else self._numbered.arrived
+        is_own = received is self._numbered.own
+        token_ids = self.token_ids if is_own else tokens.lora_ids if adapters is None else self._numbered.arrived
         ids = tokens.topk_ids.long()
         expert_map = (self._local_map if tokens.ids_are_local else self._expert_map).long()
         if token_ids is None:
             raise ValueError("lora_ids: expected them to arrive with their tokens, got None")
-        self.seen = RankResult(
+        seen = RankResult(
             output=partial,
             partial=partial.clone(),
             hidden_states=None if tokens.input_scale is not None else tokens.hidden_states.clone(),
@@ -117,7 +124,25 @@ class _Observed(ParallelExperts):
             experts=self.placement.experts_of_rank[self.ep_rank],
             lora_ids=None if adapters is None or tokens.lora_ids is None else tokens.lora_ids.clone(),
         )
+        if is_own:
+            # What has no expert here would not have come in an all-to-all, and is no finding where it only stays.
+            stays = self.exchange_name == "all_to_all"
+            self._own = _of_rows(seen, (seen.local_ids >= 0).any(dim=1)) if stays else seen
+            return partial
+        self.seen = seen if self._numbered.own is None else _joined(self._own, seen)
         return partial
+
+
+def _of_rows(result: RankResult, which: Tensor) -> RankResult:
+    return replace(result, **{name: t[which] for name, t in vars(result).items() if isinstance(t, Tensor)})
+
+
+def _joined(own: RankResult | None, others: RankResult) -> RankResult:
+    """What a rank worked on, in two calls, as if it had been one."""
+    if own is None:
+        raise ValueError("own: expected the experts' part of the tokens that stayed apart, got None")
+    parts = {name: (t, vars(others)[name]) for name, t in vars(own).items() if isinstance(t, Tensor)}
+    return replace(others, **{name: torch.cat(both) for name, both in parts.items()})
 
 
 _ranks_without_triton = 0
@@ -192,6 +217,7 @@ def run_rank(
         exchange=spec.exchange,
         shared_part="whole" if spec.shared == "none" else spec.shared,
         overlap=spec.overlap,
+        own_first=spec.own_first,
         activation_format=ActivationFormat.BATCHED if spec.batched else ActivationFormat.STANDARD,
     )
     parallel.token_ids = case.token_ids(rank)

@@ -300,6 +300,7 @@ VALUE_CALLS: tuple[PublicCall, ...] = (
             "exchange": ChoiceKind(),
             "shared_part": ChoiceKind(),
             "overlap": BoolKind(),
+            "own_first": BoolKind(),
             "activation_format": ChoiceKind(),
         },
         (

@@ -19,7 +19,7 @@ def _ranks_of(ids, rank_of_ptr, num_ids):
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_ids", "stride_topk_ids", "top_k"],
+    do_not_specialize=["num_tokens", "num_ids", "stride_topk_ids", "top_k", "stays"],
     do_not_specialize_on_alignment=["topk_ids_ptr"],
 )
 def plan_travel_kernel(
@@ -31,10 +31,14 @@ def plan_travel_kernel(
     num_ids,
     stride_topk_ids,
     top_k,
+    stays,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One rank's tokens, numbered in their order: a program walks all of them, as a number hangs on those before."""
+    """One rank's tokens, numbered in their order: a program walks all of them, as a number hangs on those before.
+
+    The rank `stays` gets none.
+    """
     rank = tl.program_id(0)
     lane = tl.arange(0, BLOCK_TOKENS)
     choice = tl.arange(0, BLOCK_K)
@@ -47,7 +51,7 @@ def plan_travel_kernel(
             mask=inside[:, None] & (choice < top_k)[None, :],
             other=-1,
         )
-        here = _ranks_of(ids, rank_of_ptr, num_ids) == rank
+        here = (_ranks_of(ids, rank_of_ptr, num_ids) == rank) & (rank != stays)
         goes = tl.max(here.to(tl.int32), axis=1)
         place = count + tl.cumsum(goes, 0) - 1
         tl.store(places_ptr + rank.to(tl.int64) * num_tokens + token, tl.where(goes > 0, place, -1), mask=inside)
@@ -147,18 +151,20 @@ def pack_rows_kernel(
         tl.store(rows_ptr + row * stride_rows + column, x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_ranks"])
+@triton.jit(do_not_specialize=["num_tokens", "num_ranks", "stays"])
 def sum_ranks_kernel(
     back_ptr,
+    own_ptr,
     out_ptr,
     places_ptr,
     counts_ptr,
     num_tokens,
     num_ranks,
+    stays,
     hidden_size,
     BLOCK_H: tl.constexpr,
 ):
-    """A token's rows added in the order of the ranks, in float32, and rounded once."""
+    """A token's rows added in the order of the ranks, in float32, and rounded once; those of `stays` are its own."""
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = column < hidden_size
@@ -168,6 +174,8 @@ def sum_ranks_kernel(
         place = tl.load(places_ptr + tl.cast(rank, tl.int64) * num_tokens + token)
         row = first + place
         total += tl.load(back_ptr + row * hidden_size + column, mask=inside & (place >= 0), other=0.0).to(tl.float32)
+        own_ptrs = own_ptr + token.to(tl.int64) * hidden_size + column
+        total += tl.load(own_ptrs, mask=inside & (rank == stays), other=0.0).to(tl.float32)
         first += tl.load(counts_ptr + rank)
     tl.store(out_ptr + token.to(tl.int64) * hidden_size + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -190,7 +198,13 @@ def _columns_at_once(hidden_size: int, most: int, device: torch.device) -> int:
     return max(_COLUMNS, min(most, columns))
 
 
-def plan_travel(places: torch.Tensor, counts: torch.Tensor, topk_ids: torch.Tensor, rank_of: torch.Tensor) -> None:
+def plan_travel(
+    places: torch.Tensor,
+    counts: torch.Tensor,
+    topk_ids: torch.Tensor,
+    rank_of: torch.Tensor,
+    stays: int | None = None,
+) -> None:
     """Launch the kernel: `places [num_ranks, M]` and `counts [num_ranks]`, int32, of `topk_ids [M, top_k]` int32."""
     num_ranks, num_tokens = places.shape
     top_k = topk_ids.shape[1]
@@ -208,6 +222,7 @@ def plan_travel(places: torch.Tensor, counts: torch.Tensor, topk_ids: torch.Tens
             len(rank_of),
             topk_ids.stride(0),
             top_k,
+            -1 if stays is None else stays,
             BLOCK_TOKENS=64 if on_cpu else max(64, _PAIRS // block_k),
             BLOCK_K=block_k,
             num_warps=16,
@@ -284,8 +299,18 @@ def pack_rows(
         )
 
 
-def sum_ranks(out: torch.Tensor, back: torch.Tensor, places: torch.Tensor, counts: torch.Tensor) -> None:
-    """Launch the kernel: `back [S, H]`, by rank and in each by `places`, into `out [M, H]`; both dense."""
+def sum_ranks(
+    out: torch.Tensor,
+    back: torch.Tensor,
+    places: torch.Tensor,
+    counts: torch.Tensor,
+    own: torch.Tensor | None = None,
+    stays: int | None = None,
+) -> None:
+    """Launch the kernel: `back [S, H]`, by rank and in each by `places`, into `out [M, H]`; all dense.
+
+    The rows of rank `stays` are `own [M, H]`, where there are any.
+    """
     num_tokens, hidden_size = out.shape
     block_h = _columns_at_once(hidden_size, 1024, out.device)
     with current_device(out):
@@ -293,11 +318,13 @@ def sum_ranks(out: torch.Tensor, back: torch.Tensor, places: torch.Tensor, count
             sum_ranks_kernel,
             (num_tokens, cdiv(hidden_size, block_h)),
             back,
+            back if own is None else own,
             out,
             places,
             counts,
             num_tokens,
             len(places),
+            -1 if own is None or stays is None else stays,
             hidden_size,
             BLOCK_H=block_h,
             num_warps=4,

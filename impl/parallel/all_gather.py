@@ -6,6 +6,7 @@ padded to the agreed number; padded tokens have no expert (their ids are -1) and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,13 @@ import torch
 from .collectives import Group
 from .exchange import Exchange, Launched, Received
 from .wire import Tokens, Wire
+
+
+@dataclass(frozen=True, eq=False)
+class _Ticket:
+    num_tokens: int
+    # Of all ranks' rows, where the experts have written everything there is.
+    sums: torch.Tensor | None = None
 
 
 class AllGather(Exchange):
@@ -31,32 +39,67 @@ class AllGather(Exchange):
     def __init__(self, peers: Group | None, replicas: Group | None, wire: Wire) -> None:
         self._peers, self._replicas, self._wire = peers, replicas, wire
 
-    def dispatch(self, tokens: Tokens, padded_tokens: int) -> Launched:
+    def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
         """One collective."""
-        peers, num_tokens = self._peers, tokens.num_tokens
+        peers, ticket = self._peers, _Ticket(tokens.num_tokens)
         if peers is None:
-            return Launched(lambda: Received(tokens, num_tokens))
+            return Launched(lambda: Received(tokens, ticket))
         sent = self._wire.quantized(tokens)
         packed = self._wire.pack(sent, padded_tokens)
         arrived = packed.new_empty((padded_tokens * peers.size, packed.shape[1]))
         work = peers.all_gather(arrived, packed)
+        if not own_first:
 
-        def finish() -> Received:
+            def finish() -> Received:
+                work.wait()
+                return Received(self._wire.tokens(arrived, sent, ids_are_local=False), ticket)
+
+            return Launched(finish)
+        first, end = peers.rank * padded_tokens, (peers.rank + 1) * padded_tokens
+        if 0 < first and end < len(arrived):
+
+            def finish_around() -> Received:
+                work.wait()
+                others = self._wire.tokens(arrived, sent, ids_are_local=False)
+                # The other ranks' rows lie on both sides: one call takes them all, with no expert in between.
+                others.topk_ids[first:end].fill_(-1)
+                if others.lora_ids is not None:
+                    others.lora_ids[first:end].fill_(-1)
+                return Received(others, ticket)
+
+            return Launched(finish_around, Received(sent))
+        sums = tokens.hidden_states.new_empty((len(arrived), tokens.hidden_states.shape[1]))
+        others = slice(0, first) if first else slice(end, len(arrived))
+
+        def finish_beside() -> Received:
             work.wait()
-            return Received(self._wire.tokens(arrived, sent, ids_are_local=False), num_tokens)
+            there = self._wire.tokens(arrived[others], sent, ids_are_local=False)
+            return Received(there, _Ticket(ticket.num_tokens, sums), sums[others])
 
-        return Launched(finish)
+        return Launched(finish_beside, Received(sent, sums=sums[first : first + ticket.num_tokens]))
 
-    def combine(self, partial: torch.Tensor, received: Received, shared: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(
+        self,
+        partial: torch.Tensor,
+        received: Received,
+        shared: torch.Tensor | None = None,
+        own: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The sum over the peers' experts, by parts; then, with what the shared experts add, over the replicas."""
-        num_tokens = received.ticket
-        own = partial
+        ticket: _Ticket = received.ticket
+        total = partial
         if self._peers is not None:
-            own = partial.new_empty((len(partial) // self._peers.size, partial.shape[1]))
-            self._peers.reduce_scatter(own, partial).wait()
-            own = own[:num_tokens]
+            if ticket.sums is not None:
+                partial = ticket.sums
+            rows = len(partial) // self._peers.size
+            if own is not None and ticket.sums is None:
+                first = self._peers.rank * rows
+                partial[first : first + ticket.num_tokens] = own
+            total = partial.new_empty((rows, partial.shape[1]))
+            self._peers.reduce_scatter(total, partial).wait()
+            total = total[: ticket.num_tokens]
         if shared is not None:
-            own = own.add_(shared)
+            total = total.add_(shared)
         if self._replicas is not None:
-            self._replicas.all_reduce(own).wait()
-        return own
+            self._replicas.all_reduce(total).wait()
+        return total

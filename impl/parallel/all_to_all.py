@@ -44,7 +44,7 @@ class AllToAll(Exchange):
     def __init__(self, peers: Group, homes: Homes, wire: Wire) -> None:
         self._peers, self._homes, self._wire = peers, homes, wire
 
-    def dispatch(self, tokens: Tokens, padded_tokens: int) -> Launched:
+    def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
         """Two collectives: the numbers of rows, for which the host waits, and the rows, which are packed meanwhile.
 
         Raises:
@@ -59,7 +59,7 @@ class AllToAll(Exchange):
         peers = self._peers
         num_tokens, top_k = tokens.topk_ids.shape
         counts = torch.empty((2, peers.size), dtype=torch.int32, device=tokens.topk_ids.device)
-        travel = plan_travel(tokens.topk_ids, self._homes, counts[0])
+        travel = plan_travel(tokens.topk_ids, self._homes, counts[0], stays=peers.rank if own_first else None)
         ones = [1] * peers.size
         work = peers.all_to_all(counts[1], counts[0], ones, ones)
         going = self._wire.quantized(tokens)
@@ -73,13 +73,19 @@ class AllToAll(Exchange):
             work.wait()
             return Received(self._wire.tokens(arrived, going, ids_are_local=True), _Ticket(travel, sent, received))
 
-        return Launched(finish)
+        return Launched(finish, Received(going) if own_first else None)
 
-    def combine(self, partial: torch.Tensor, received: Received, shared: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(
+        self,
+        partial: torch.Tensor,
+        received: Received,
+        shared: torch.Tensor | None = None,
+        own: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Each sum back to the rank that its token came from, and a token's sums added up in the order of the ranks."""
         if shared is not None:
             raise ValueError("shared: expected None, as no rank has another's tokens here, got a tensor")
         ticket: _Ticket = received.ticket
         back = partial.new_empty((sum(ticket.sent), partial.shape[1]))
         self._peers.all_to_all(back, partial.contiguous(), ticket.sent, ticket.received).wait()
-        return sum_over_ranks(back, ticket.travel)
+        return sum_over_ranks(back, ticket.travel, own)

@@ -19,20 +19,26 @@ class Received:
     Attributes:
         tokens: those that came here; a token whose ids are all -1 is padding.
         ticket: what the exchange's `combine` needs of its `dispatch`.
+        sums: `[rows, H]`, where the experts write their part of the sums; None: anywhere.
     """
 
     tokens: Tokens
     ticket: Any = None
+    sums: torch.Tensor | None = None
 
 
 class Launched:
-    """A dispatch under way; other work may be enqueued before `wait`."""
+    """A dispatch under way; other work may be enqueued before `wait`.
 
-    def __init__(self, finish: Callable[[], Received]) -> None:
-        self._finish = finish
+    Attributes:
+        own: the rank's own tokens, for its experts here; None where they come with the others.
+    """
+
+    def __init__(self, finish: Callable[[], Received], own: Received | None = None) -> None:
+        self._finish, self.own = finish, own
 
     def wait(self) -> Received:
-        """What arrived."""
+        """What arrived: everybody's tokens, or, with `own`, the other ranks'."""
         return self._finish()
 
 
@@ -46,22 +52,30 @@ class Exchange(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def dispatch(self, tokens: Tokens, padded_tokens: int) -> Launched:
+    def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
         """Send the rank's tokens to where their experts are.
 
         Args:
             tokens: with physical ids.
             padded_tokens: rows that each rank has with its padding, the same on every rank and at least M.
+            own_first: the rank's own tokens stay apart, so that its experts can work on them meanwhile.
         """
 
     @abstractmethod
-    def combine(self, partial: torch.Tensor, received: Received, shared: torch.Tensor | None = None) -> torch.Tensor:
+    def combine(
+        self,
+        partial: torch.Tensor,
+        received: Received,
+        shared: torch.Tensor | None = None,
+        own: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The sums of this rank's own tokens.
 
         Args:
             partial: `[rows, H]`, what the experts here make of what was received; it may be written into.
             received: from `dispatch`.
             shared: `[M, H]` of this rank's own tokens, a part of a sum over the replicas; or None.
+            own: `[M, H]`, what the experts here make of this rank's own tokens, where those stayed apart.
 
         Returns:
             `[M, H]`, of memory that is the caller's.

@@ -21,12 +21,16 @@ from .adapters import adapter_facts, expect_adapters_of_rank
 from .agreement import agree, together
 from .all_gather import AllGather
 from .all_to_all import AllToAll
-from .exchange import Exchange, Received
+from .exchange import Exchange, Launched, Received
 from .placement import ExpertPlacement, choose_copies
 from .ranks import Ranks
 from .slabs import batched_partial
 from .travel import Homes
 from .wire import Tokens, Wire
+
+# From so many rows of a rank's own tokens an expert on, two calls cost the experts less than the tokens' way takes: the
+# weights, which are read twice then, no longer are what their time goes into.
+_ROWS_OF_OWN = 64
 
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Shared = Callable[[torch.Tensor], torch.Tensor]
@@ -50,6 +54,9 @@ class ParallelExperts:
             all have tokens of their own and whole experts.
         shared_part: what of the shared experts each rank holds; `shard` needs replicas.
         overlap: shared experts run inside dispatch and combine: while the tokens travel.
+        own_first: while they travel, the rank's experts work on its own tokens, which then do not travel to it; None:
+            where there are enough of them for every expert. Not in the batched format, nor beside adapters that are
+            cut in both matrices, whose ranks meet within their experts.
         activation_format: in which the experts get what was received.
 
     Raises:
@@ -65,17 +72,19 @@ class ParallelExperts:
         exchange: str = AllGather.name,
         shared_part: SharedPart | str = SharedPart.WHOLE,
         overlap: bool = False,
+        own_first: bool | None = None,
         activation_format: ActivationFormat | str = ActivationFormat.STANDARD,
     ) -> None:
         expect_instance("ranks", ranks, Ranks)
         self.ranks, self.placement = ranks, placement
         self.mesh = ranks.mesh
-        self.max_tokens, self.exchange_name, self.overlap = max_tokens, exchange, overlap
+        self.max_tokens, self.exchange_name, self.overlap, self.own_first = max_tokens, exchange, overlap, own_first
         facts = {
             "placement": hashlib.sha256(repr(placement).encode()).hexdigest()[:16],
             "max_tokens": max_tokens if isinstance(max_tokens, int) else repr(max_tokens),
             "exchange": str(exchange),
             "shared_part": str(shared_part),
+            "own_first": str(own_first),
             "activation_format": str(activation_format),
         }
         with together(ranks.world, facts, always=True):
@@ -93,6 +102,8 @@ class ParallelExperts:
         expect_instance("placement", placement, ExpertPlacement)
         expect_int("max_tokens", self.max_tokens, low=1)
         expect_bool("overlap", self.overlap)
+        if self.own_first is not None:
+            expect_bool("own_first", self.own_first)
         if placement.num_ranks != mesh.ep_size:
             raise ValueError(f"placement: expected one of ep_size {mesh.ep_size} ranks, got {placement.num_ranks}")
         for name, value, known in (
@@ -106,6 +117,8 @@ class ParallelExperts:
                 f"exchange: expected all_gather where ranks have the same tokens or parts of experts, got all_to_all "
                 f"with {mesh}"
             )
+        if self.own_first and activation_format == ActivationFormat.BATCHED:
+            raise ValueError("own_first: expected None or False in the batched format, got True")
         if shared_part == SharedPart.SHARD and mesh.num_replicas == 1:
             raise ValueError(f"shared_part: expected whole where no ranks have the same tokens, got shard with {mesh}")
 
@@ -154,6 +167,8 @@ class ParallelExperts:
         }
         with together(self.ranks.world, facts, always=True):
             self._check_experts(experts, num_experts)
+            if self.own_first and adapters is not None and adapters.shards is not None:
+                raise ValueError("own_first: expected None or False beside fully sharded adapters, got True")
             held = self.placement.experts_of_rank[self.ep_rank]
             expect_adapters_of_rank(adapters, experts, num_experts, held, self.ranks.shards)
         device = experts.w2.device
@@ -244,26 +259,45 @@ class ParallelExperts:
                 # Replicas have the same tokens, and must choose alike.
                 topk_ids = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
             tokens = Tokens(hidden_states, topk_weights, topk_ids.to(torch.int32), lora_ids)
-        launched = exchange.dispatch(tokens, rows)
+        launched = exchange.dispatch(tokens, rows, own_first=self.takes_own_first(rows * topk_ids.shape[1], adapters))
         # Ranks whose adapters are cut in both matrices meet between them: once for each of the two products.
         with self._together(2 if adapters is not None and adapters.shards is not None else 0):
             if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:
                 with beside(lambda: shared(hidden_states), stream, hidden_states) as side:
-                    received = launched.wait()
-                    partial = self.partial_sums(received, experts, adapters)
+                    received, partial, own = self._work_on(launched, experts, adapters)
                 output = side.joined()
             else:
                 if shared is not None and order is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED:
                     output = shared(hidden_states)  # while the tokens travel
-                received = launched.wait()
-                partial = self.partial_sums(received, experts, adapters)
+                received, partial, own = self._work_on(launched, experts, adapters)
                 if shared is not None and output is None:
                     output = shared(hidden_states)
         if output is None:
-            return exchange.combine(partial, received)
+            return exchange.combine(partial, received, own=own)
         if self.shared_part is SharedPart.SHARD and not shared_is_reduced:
-            return exchange.combine(partial, received, output)
-        return exchange.combine(partial, received).add_(output)
+            return exchange.combine(partial, received, output, own)
+        return exchange.combine(partial, received, own=own).add_(output)
+
+    def takes_own_first(self, num_pairs: int, adapters: AdapterTable | None = None) -> bool:
+        """Whether the rank's experts work on its own tokens, of so many pairs with their padding, while all travel."""
+        if self.own_first is not None:
+            return self.own_first
+        cuts = adapters is not None and adapters.shards is not None
+        if cuts or self.activation_format is ActivationFormat.BATCHED:
+            return False
+        return num_pairs >= _ROWS_OF_OWN * self.placement.num_experts
+
+    def _work_on(
+        self, launched: Launched, experts: RoutedExperts, adapters: AdapterTable | None
+    ) -> tuple[Received, torch.Tensor, torch.Tensor | None]:
+        """What arrived, the experts' part of its sums, and that of the rank's own tokens where those stayed apart."""
+        own = None
+        try:
+            if launched.own is not None:
+                own = self.partial_sums(launched.own, experts, adapters)
+        finally:
+            received = launched.wait()  # after an error too: what is under way is still written
+        return received, self.partial_sums(received, experts, adapters), own
 
     def partial_sums(
         self, received: Received, experts: RoutedExperts, adapters: AdapterTable | None = None
@@ -275,8 +309,8 @@ class ParallelExperts:
             ids = tokens.topk_ids.long()
             local_ids = torch.where(ids >= 0, expert_map[ids.clamp(min=0)], -1)
             return batched_partial(experts, tokens, local_ids, dp_size, adapters)
-        out = None
-        if tokens.input_scale is not None:
+        out = received.sums
+        if out is None and tokens.input_scale is not None:
             out = torch.empty(tokens.hidden_states.shape, dtype=experts.dtype, device=tokens.hidden_states.device)
         return experts(
             tokens.hidden_states,

@@ -27,11 +27,13 @@ class Travel:
         places: `[num_ranks, M]` int32, the number of each token among the rows for a rank, -1 where it does not go.
         counts: `[num_ranks]` int32, the rows for each rank.
         homes: by which it was planned.
+        stays: the rank that gets nothing, since it has these tokens; None where all travel.
     """
 
     places: torch.Tensor
     counts: torch.Tensor
     homes: Homes
+    stays: int | None = None
 
     @cached_property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,44 +49,50 @@ def ranks_of_pairs(topk_ids: torch.Tensor, homes: Homes) -> torch.Tensor:
     return torch.where(known, homes.rank_of[ids.clamp(0, num_ids - 1)].long(), -1)
 
 
-def plan_travel(topk_ids: torch.Tensor, homes: Homes, counts: torch.Tensor) -> Travel:
+def plan_travel(topk_ids: torch.Tensor, homes: Homes, counts: torch.Tensor, stays: int | None = None) -> Travel:
     """The plan of a rank's tokens; nothing waits for the device.
 
     Args:
         topk_ids: `[M, top_k]` int32, ids of `homes`; -1: no expert.
         homes: of the placement.
         counts: `[num_ranks]` int32, which are written.
+        stays: the rank whose tokens these are, where they do not travel to it; None: they do.
     """
     num_ranks, num_tokens = len(counts), len(topk_ids)
     places = torch.empty((num_ranks, num_tokens), dtype=torch.int32, device=topk_ids.device)
     if Platform.of(topk_ids.device).runs_triton:
-        kernels.plan_travel(places, counts, topk_ids, homes.rank_of)
-        return Travel(places, counts, homes)
+        kernels.plan_travel(places, counts, topk_ids, homes.rank_of, stays)
+        return Travel(places, counts, homes, stays)
     ranks = ranks_of_pairs(topk_ids, homes)
     goes = torch.zeros((num_tokens, num_ranks + 1), dtype=torch.int32, device=topk_ids.device)
     # Pairs without an expert mark the column behind the last rank.
     goes.scatter_(1, torch.where(ranks >= 0, ranks, num_ranks), 1)
     goes = goes[:, :num_ranks].t()
+    if stays is not None:
+        goes[stays] = 0
     places.copy_(goes.cumsum(dim=1)).sub_(1).masked_fill_(goes == 0, -1)
     counts.copy_(goes.sum(dim=1))
-    return Travel(places, counts, homes)
+    return Travel(places, counts, homes, stays)
 
 
-def sum_over_ranks(back: torch.Tensor, travel: Travel) -> torch.Tensor:
+def sum_over_ranks(back: torch.Tensor, travel: Travel, own: torch.Tensor | None = None) -> torch.Tensor:
     """`[M, H]`: the rows of each token added in the order of the ranks, in float32, and rounded once.
 
     Args:
         back: `[S, H]`, dense, in the order of the plan.
         travel: the plan.
+        own: `[M, H]`, dense, the rows of the rank that stays, of every token; beside such a plan alone.
     """
     num_tokens = travel.places.shape[1]
     out = back.new_empty((num_tokens, back.shape[1]))
     if Platform.of(back.device).runs_triton:
         if num_tokens:
-            kernels.sum_ranks(out, back, travel.places, travel.counts)
+            kernels.sum_ranks(out, back, travel.places, travel.counts, own, travel.stays)
         return out
     total = torch.zeros(out.shape, dtype=torch.float32, device=back.device)
     counts = travel.counts.tolist()
-    for tokens, rows in zip(travel.rows[1].split(counts), back.split(counts), strict=True):
+    for rank, (tokens, rows) in enumerate(zip(travel.rows[1].split(counts), back.split(counts), strict=True)):
+        if own is not None and rank == travel.stays:
+            total += own.float()
         total[tokens] += rows.float()
     return out.copy_(total)
