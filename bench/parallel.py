@@ -7,6 +7,7 @@ rank takes. Every output is judged before its time counts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -102,13 +103,15 @@ def bandwidth_at(measured: Sequence[dict[str, Any]], name: str, size: float) -> 
 class SharedLayer:
     """A workload's layer over all ranks, of which this one has every N-th part of tokens and experts."""
 
-    def __init__(self, ranks: Ranks, whole: Operands, exchange: str) -> None:
+    def __init__(self, ranks: Ranks, whole: Operands, exchange: str, own_first: bool) -> None:
         n, rank, num_tokens = ranks.world.size, ranks.world.rank, len(whole.hidden_states)
         ends = [num_tokens * r // n for r in range(n + 1)]
         self.rows = slice(ends[rank], ends[rank + 1])
         self.padded = -(-num_tokens // n)
         placement = linear_placement(whole.global_num_experts, n)
-        self.parallel = ParallelExperts(ranks, placement, max_tokens=self.padded, exchange=exchange)
+        self.parallel = ParallelExperts(
+            ranks, placement, max_tokens=self.padded, exchange=exchange, own_first=own_first
+        )
         mine = placement.experts_of_rank[rank]
         part = slice(mine[0], mine[-1] + 1)
         self.experts = RoutedExperts(
@@ -144,8 +147,7 @@ class SharedLayer:
 
     def _dispatch(self) -> Launched:
         tokens = Tokens(self.x, self.weights, self.ids)
-        own_first = self.parallel.takes_own_first(self.padded * self.ids.shape[1])
-        return self.parallel.exchange.dispatch(tokens, self.padded, own_first=own_first)
+        return self.parallel.exchange.dispatch(tokens, self.padded, own_first=self.parallel.own_first)
 
     def travelling(self) -> tuple[float, float]:
         """Bytes that this rank receives from the others on the way there, and on the way back."""
@@ -174,13 +176,13 @@ class SharedLayer:
 def measure_layer(
     ranks: Ranks, workload: Workload, device: torch.device, collectives: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One device's layer, and both exchanges over all ranks."""
+    """One device's layer, and both exchanges over all ranks, each with and without a rank's own tokens first."""
     bank = WeightBank(workload.model, workload.format, device)
     whole = make_operands(workload, bank, call=0, weight_copy=0)
     one = timed(lambda: whole.pass_to(fused_experts), device)
     rows = []
-    for exchange in EXCHANGES:
-        layer = SharedLayer(ranks, whole, exchange)
+    for exchange, own_first in itertools.product(EXCHANGES, (False, True)):
+        layer = SharedLayer(ranks, whole, exchange, own_first)
         layer.judge()
         seconds, stages = timed(layer.run, device), layer.stages(device)
         there, back = layer.travelling()
@@ -193,6 +195,7 @@ def measure_layer(
         rows.append(
             {
                 "exchange": exchange,
+                "own_first": own_first,
                 "one_device": one,
                 "seconds": seconds,
                 "speedup": one / seconds,
@@ -259,7 +262,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         stages = row["stages"]
         times = (*stages.values(), row["exposed"], row["wire"], row["allowed_communication"])
         table.add_row(
-            row["exchange"],
+            row["exchange"] + (", own first" if row["own_first"] else ""),
             f"{row['one_device'] * 1e6:.1f}",
             f"{row['seconds'] * 1e6:.1f}",
             f"{row['speedup']:.2f}",

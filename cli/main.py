@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from typing import NoReturn
+
 import typer
 
 from moegate import __version__, exit_codes
@@ -53,6 +56,12 @@ def _mount() -> None:
 _mount()
 
 
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def run() -> None:
     """Console entry point."""
+    # Time limits of CI, and `timeout`, end a process by SIGTERM: it says what it had, as when somebody interrupts it.
+    signal.signal(signal.SIGTERM, _interrupt)
     app()

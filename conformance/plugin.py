@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,7 +19,8 @@ from .selection import PROFILES, SELECTION
 if TYPE_CHECKING:
     from .judge import Ledger
 
-_ledgers: list[Any] = []
+# Of each worker, by its name: what it has judged so far, or in all.
+_ledgers: dict[str, Any] = {}
 _collected: list[str] = []
 _notes: list[str] = []
 # Why nothing can be run, each with pytest's exit code for it.
@@ -213,6 +215,28 @@ def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:
     Path(SELECTION.progress).with_suffix(".total").write_text(str(total))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a test's last report a worker sends what it has judged so far: it may not live to its end."""
+    report = yield
+    if call.when == "teardown" and _collected:
+        from .session import current_session
+
+        session = current_session()
+        session.release_memory()
+        if hasattr(item.config, "workeroutput"):
+            report.moegate_ledger = session.ledger.as_dict()
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep what a worker sends with a report."""
+    if hasattr(report, "moegate_ledger") and hasattr(report, "node"):
+        _ledgers[report.node.gateway.id] = report.moegate_ledger
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A worker hands its ledger over; the controller refuses to call a run green that judged nothing."""
     ledger = _own_ledger()
@@ -249,7 +273,7 @@ def _own_ledger() -> Ledger | None:
 
 
 def _merged(own: Ledger | None) -> Ledger | None:
-    from_workers = [ledger for ledger in _ledgers if ledger]
+    from_workers = [ledger for ledger in _ledgers.values() if ledger]
     if own is None and not from_workers:
         return None
     from .judge import Ledger
@@ -314,7 +338,8 @@ def pytest_testnodedown(node: Any, error: Any) -> None:
     output = getattr(node, "workeroutput", {})
     if "moegate_refusal" in output:
         _give_up(*output["moegate_refusal"])
-    _ledgers.append(output.get("moegate_ledger"))
+    if "moegate_ledger" in output:
+        _ledgers[node.gateway.id] = output["moegate_ledger"]
 
 
 def _gpus() -> list[str]:

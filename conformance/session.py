@@ -54,6 +54,11 @@ class Session:
         self.lost = ""
         self.known = KnownFailures(load_known(SELECTION.known), subject.name, device, date.today())
 
+    def release_memory(self) -> None:
+        """Give back what torch's allocator keeps for later: other processes of the run share the GPU."""
+        if self.device == "cuda" and not self.lost:
+            torch.cuda.empty_cache()
+
     def fresh(self) -> Session:
         """A session of a subject that was never called, until the next is asked for; it counts nothing here.
 

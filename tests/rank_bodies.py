@@ -116,21 +116,22 @@ def collectives(links, device):
         assert x.float()[0, 0] == n * (n + 1) / 2
 
 
-def outputs(links, device, exchange, counts, lora_ids=None):
+def outputs(links, device, exchange, counts, lora_ids=None, own_first=False):
     """A layer's output on every rank, of tokens 0 to sum(counts) - 1 spread over the ranks, with their adapters."""
     mesh = Mesh(dp_size=links.size, ep_size=links.size)
     ranks = links.remembered("ranks", lambda: connect(mesh))
     adapters = None
     if lora_ids is not None:
         adapters = table_of(linear_placement(E, links.size).experts_of_rank[links.rank], device=device)
-    layer = shared_layer(ranks, device=device, exchange=exchange, max_tokens=max(1, *counts), adapters=adapters)
+    options = {"exchange": exchange, "own_first": own_first}
+    layer = shared_layer(ranks, device=device, max_tokens=max(1, *counts), adapters=adapters, **options)
     start = sum(counts[: links.rank])
     mine = slice(start, start + counts[links.rank])
     ids = None if lora_ids is None else torch.tensor(lora_ids, dtype=torch.int32, device=device)[mine]
     return layer(tokens(sum(counts), device=device)[mine], ids).cpu()
 
 
-def sharded_layer(ranks, *, device="cpu", max_tokens=8, rank=8, shared=None, overlap=False, options=None, **given):
+def sharded_layer(ranks, *, device="cpu", max_tokens=8, rank=8, shared=None, options=None, ways=None, **given):
     """A layer whose ranks share each expert's columns of I, and both matrices of its adapters."""
     size, place = ranks.mesh.tp_size, ranks.mesh.place(ranks.rank)
     placement = linear_placement(E, ranks.mesh.ep_size)
@@ -145,7 +146,7 @@ def sharded_layer(ranks, *, device="cpu", max_tokens=8, rank=8, shared=None, ove
         RoutingMethod(2),
         shared_experts=shared,
         adapters=table_of(held, size=FULL_I // size, max_rank=rank, rank=rank, device=device, **given),
-        parallel=ParallelExperts(ranks, placement, max_tokens=max_tokens, overlap=overlap),
+        parallel=ParallelExperts(ranks, placement, max_tokens=max_tokens, **(ways or {})),
     )
 
 
@@ -159,10 +160,11 @@ def fully_sharded(links, device, mesh, lora_ids):
     return layer(tokens(len(lora_ids), device=device)[mine], ids).cpu()
 
 
-def replayed(links, device, counts):
+def replayed(links, device, counts, own_first=False):
     """All-gather captured in a CUDA graph, and replayed on other tokens than it was captured with."""
     ranks = links.remembered("ranks", lambda: connect(Mesh(dp_size=links.size, ep_size=links.size)))
-    layer = shared_layer(ranks, device=device, max_tokens=max(1, *counts)).prepare((counts[links.rank],))
+    layer = shared_layer(ranks, device=device, max_tokens=max(1, *counts), own_first=own_first)
+    layer.prepare((counts[links.rank],))
     start = sum(counts[: links.rank])
     x = tokens(sum(counts), device=device)[start : start + counts[links.rank]]
     held, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()

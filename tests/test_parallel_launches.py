@@ -41,13 +41,18 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not RUNS_TRITON, reason="without Triton an exchange is made of torch operations")
+@pytest.mark.parametrize("own_first", [False, True])
 @pytest.mark.parametrize("exchange", LAUNCHES)
-def test_an_exchange_is_a_few_launches_and_no_torch_operation(exchange):
+def test_an_exchange_is_a_few_launches_and_no_torch_operation(exchange, own_first):
     counted, paths, calls = [], [], []
 
     def body(rank, links):
         parallel = ParallelExperts(
-            ranks_of(Mesh(dp_size=2, ep_size=2), links, DEVICE), linear_placement(E, 2), max_tokens=4, exchange=exchange
+            ranks_of(Mesh(dp_size=2, ep_size=2), links, DEVICE),
+            linear_placement(E, 2),
+            max_tokens=4,
+            exchange=exchange,
+            own_first=own_first,
         )
         experts = experts_of(num_experts=E // 2).to(DEVICE)
         parallel.join(experts, E, 2)

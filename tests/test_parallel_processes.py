@@ -74,12 +74,13 @@ def test_two_processes_give_the_layer_of_one(two, exchange, counts):
     assert_same_sum(output, expected)
 
 
+@pytest.mark.parametrize("own_first", [False, True])
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-def test_two_processes_give_the_layer_of_one_with_its_adapters(two, exchange):
+def test_two_processes_give_the_layer_of_one_with_its_adapters(two, exchange, own_first):
     counts, ids = (5, 3), [0, 1, -1, 1, 0, -1, 1, 0]
     whole = layer_of(shared=False, adapters=table_of(range(E)))
     expected = whole(tokens(8), torch.tensor(ids, dtype=torch.int32))
-    outcomes = run(two, "outputs", "cpu", exchange, counts, ids)
+    outcomes = run(two, "outputs", "cpu", exchange, counts, ids, own_first)
     assert [outcome.error for outcome in outcomes] == [None, None]
     output = torch.cat([outcome.result for outcome in outcomes])
     assert_same_sum(output, expected)
@@ -119,15 +120,16 @@ def test_a_process_that_dies_is_reported():
 
 @pytest.mark.moegate_ranks
 @pytest.mark.skipif(not _gpus(), reason="needs a GPU")
+@pytest.mark.parametrize("own_first", [False, True])
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-def test_nccl_gives_the_layer_of_one_on_every_gpu(exchange):
+def test_nccl_gives_the_layer_of_one_on_every_gpu(exchange, own_first):
     size = _gpus()
     counts = tuple(5 - rank for rank in range(size)) if size < 5 else (3,) * size
     expected = layer_of(shared=False, device="cuda")(tokens(sum(counts), device="cuda")).cpu()
     with rank_processes(size, "nccl") as processes:
-        outcomes = run(processes, "outputs", "cuda", exchange, counts)
+        outcomes = run(processes, "outputs", "cuda", exchange, counts, None, own_first)
         assert [outcome.error for outcome in outcomes] == [None] * size
-        again = run(processes, "outputs", "cuda", exchange, counts)
+        again = run(processes, "outputs", "cuda", exchange, counts, None, own_first)
         checked = run(processes, "collectives", "cuda")
     output = torch.cat([outcome.result for outcome in outcomes])
     assert_same_sum(output, expected)
@@ -137,11 +139,12 @@ def test_nccl_gives_the_layer_of_one_on_every_gpu(exchange):
 
 @pytest.mark.moegate_ranks
 @pytest.mark.skipif(not _gpus(), reason="needs a GPU")
-def test_all_gather_is_captured_and_replayed_on_every_gpu():
+@pytest.mark.parametrize("own_first", [False, True])
+def test_all_gather_is_captured_and_replayed_on_every_gpu(own_first):
     size = _gpus()
     counts = (4,) * (size - 1) + (1,)
     with rank_processes(size, "nccl") as processes:
-        eager = run(processes, "outputs", "cuda", "all_gather", counts)
-        replayed = run(processes, "replayed", "cuda", counts)
+        eager = run(processes, "outputs", "cuda", "all_gather", counts, None, own_first)
+        replayed = run(processes, "replayed", "cuda", counts, own_first)
     assert [outcome.error for outcome in (*eager, *replayed)] == [None] * (2 * size)
     assert all(torch.equal(a.result, b.result) for a, b in zip(eager, replayed, strict=True))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,10 @@ class Wrong(Mine):
 
 class Deadly(Mine):
     variants = ("honest", "crashes", "hangs")
+
+
+class Stuck(Mine):
+    variants = ("drops_an_expert", "hangs")
 
 
 class Forgotten(Mine):
@@ -310,3 +315,20 @@ def test_workers_take_the_gpus_in_turn(monkeypatch):
 @pytest.mark.parametrize(("visible", "device"), [("0,1", "cpu"), ("", None), ("-1", "cuda")])
 def test_workers_without_a_gpu_are_left_alone(monkeypatch, visible, device):
     assert workers(monkeypatch, 2, visible=visible, device=device) == ([None, None], None)
+
+
+def test_what_a_worker_has_judged_is_there_when_the_run_is_interrupted(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    arguments = (*SUITE, "--moegate-subject", "mine.py:Stuck", "-k", "stay and many", "--moegate-scale", "0.05")
+    arguments += ("-n", "1", "-v", "--moegate-report", "stuck.json", "-p", "no:cacheprovider")
+    command = [sys.executable, "-u", "-m", "pytest", *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if "FAILED" in line:  # what follows never ends
+                run.send_signal(signal.SIGINT)
+                break
+        rest = run.communicate(timeout=60)[0]
+    assert run.returncode == 2, rest
+    found = {row["id"]: row["verdict"] for row in json.loads((tmp_path / "stuck.json").read_text())["properties"]}
+    assert found["NUM-01"] == "violated"

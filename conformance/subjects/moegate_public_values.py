@@ -306,6 +306,7 @@ VALUE_CALLS: tuple[PublicCall, ...] = (
         (
             Bad("placement", "is of more ranks", put(placement=placement.linear_placement(E, 2))),
             Bad("shared_part", "is a shard without replicas", put(shared_part="shard")),
+            Bad("own_first", "is of slabs", put(own_first=True, activation_format="batched")),
         ),
     ),
     PublicCall(

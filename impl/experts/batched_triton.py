@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 
-from .. import path
 from ..config import ActivationFormat, MoEConfig, QuantScheme
 from ..kernels.batched_gemm import batched_gemm
 from ..kernels.lora_rows import adapters_of_slabs
@@ -14,7 +13,7 @@ from ..kernels.quantize import Rows
 from ..platform import Platform
 from ..tuning.lookup import default_kernel_configs
 from .base import BatchedCall, BatchedExperts
-from .stages import LayerAdapters, LayerWorkspace, activate_hidden, quantize_input, w2_operands, w13_operands
+from .stages import LayerAdapters, LayerWorkspace, activate_hidden, note_tiles, quantize_input, w2_operands, w13_operands
 from .triton import unfit_for_triton
 
 _SCHEMES = (QuantScheme.NONE, QuantScheme.FP8_W8A8)
@@ -65,8 +64,7 @@ class BatchedTritonExperts(BatchedExperts):
             block_shape=weights.block_shape,
             is_gated=function.kind.is_gated,
         )
-        path.note("config", configs.w13.as_dict() | {"source": configs.source})
-        path.note("config_w2", configs.w2.as_dict() | {"source": configs.source})
+        note_tiles(configs)
 
         num_rows = num_experts * max_tokens
         slabs = Rows("slabs", num_rows, expert_num_tokens=counts, max_tokens=max_tokens)

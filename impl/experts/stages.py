@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import path
 from ..config import ActivationFunction
 from ..kernels.activation import activate, activate_and_quantize
 from ..kernels.lora_rows import AdapterRows
@@ -13,7 +14,15 @@ from ..kernels.tile import GemmOperands, gemm_operands
 from ..lora.table import AdapterTable, StackedLowRank
 from ..platform import Platform
 from ..quantization import ActivationScale
+from ..tuning.lookup import TunedConfigs
 from ..weights import ExpertsWeights
+
+
+def note_tiles(configs: TunedConfigs) -> None:
+    """Record which tiles a layer takes, and where they come from; nothing is built where nobody listens."""
+    if path.is_recording():
+        path.note("config", configs.w13.as_dict() | {"source": configs.source})
+        path.note("config_w2", configs.w2.as_dict() | {"source": configs.source})
 
 
 class LayerWorkspace:

@@ -17,7 +17,7 @@ from ..platform import Platform, Vendor
 from ..tuning.lookup import find_kernel_configs
 from .base import ExpertsCall, StandardExperts
 from .kernel_form import KernelForm
-from .stages import LayerAdapters, LayerWorkspace, activate_hidden, quantize_input, w2_operands, w13_operands
+from .stages import LayerAdapters, LayerWorkspace, activate_hidden, note_tiles, quantize_input, w2_operands, w13_operands
 from .triton_forms import form_of_call, run_sorted, run_streamed, sorted_tiles
 
 
@@ -88,8 +88,7 @@ class TritonExperts(StandardExperts):
             block_shape=weights.block_shape,
             is_gated=function.kind.is_gated,
         )
-        path.note("config", configs.w13.as_dict() | {"source": configs.source})
-        path.note("config_w2", configs.w2.as_dict() | {"source": configs.source})
+        note_tiles(configs)
         path.note("config_key", configs.key)
         assignment = _assign(call, configs.w13.block_size_m)
         pairs = Rows(

@@ -28,10 +28,6 @@ from .slabs import batched_partial
 from .travel import Homes
 from .wire import Tokens, Wire
 
-# From so many rows of a rank's own tokens an expert on, two calls cost the experts less than the tokens' way takes: the
-# weights, which are read twice then, no longer are what their time goes into.
-_ROWS_OF_OWN = 64
-
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Shared = Callable[[torch.Tensor], torch.Tensor]
 
@@ -54,9 +50,9 @@ class ParallelExperts:
             all have tokens of their own and whole experts.
         shared_part: what of the shared experts each rank holds; `shard` needs replicas.
         overlap: shared experts run inside dispatch and combine: while the tokens travel.
-        own_first: while they travel, the rank's experts work on its own tokens, which then do not travel to it; None:
-            where there are enough of them for every expert. Not in the batched format, nor beside adapters that are
-            cut in both matrices, whose ranks meet within their experts.
+        own_first: while they travel, the rank's experts work on its own tokens, which then do not travel to it. Two
+            calls of the experts cost the host twice, and weights are read twice: for many tokens, in captured graphs.
+            Not in the batched format, nor beside adapters cut in both matrices, whose ranks meet in their experts.
         activation_format: in which the experts get what was received.
 
     Raises:
@@ -72,7 +68,7 @@ class ParallelExperts:
         exchange: str = AllGather.name,
         shared_part: SharedPart | str = SharedPart.WHOLE,
         overlap: bool = False,
-        own_first: bool | None = None,
+        own_first: bool = False,
         activation_format: ActivationFormat | str = ActivationFormat.STANDARD,
     ) -> None:
         expect_instance("ranks", ranks, Ranks)
@@ -102,8 +98,7 @@ class ParallelExperts:
         expect_instance("placement", placement, ExpertPlacement)
         expect_int("max_tokens", self.max_tokens, low=1)
         expect_bool("overlap", self.overlap)
-        if self.own_first is not None:
-            expect_bool("own_first", self.own_first)
+        expect_bool("own_first", self.own_first)
         if placement.num_ranks != mesh.ep_size:
             raise ValueError(f"placement: expected one of ep_size {mesh.ep_size} ranks, got {placement.num_ranks}")
         for name, value, known in (
@@ -118,7 +113,7 @@ class ParallelExperts:
                 f"with {mesh}"
             )
         if self.own_first and activation_format == ActivationFormat.BATCHED:
-            raise ValueError("own_first: expected None or False in the batched format, got True")
+            raise ValueError("own_first: expected False in the batched format, got True")
         if shared_part == SharedPart.SHARD and mesh.num_replicas == 1:
             raise ValueError(f"shared_part: expected whole where no ranks have the same tokens, got shard with {mesh}")
 
@@ -168,7 +163,7 @@ class ParallelExperts:
         with together(self.ranks.world, facts, always=True):
             self._check_experts(experts, num_experts)
             if self.own_first and adapters is not None and adapters.shards is not None:
-                raise ValueError("own_first: expected None or False beside fully sharded adapters, got True")
+                raise ValueError("own_first: expected False beside fully sharded adapters, got True")
             held = self.placement.experts_of_rank[self.ep_rank]
             expect_adapters_of_rank(adapters, experts, num_experts, held, self.ranks.shards)
         device = experts.w2.device
@@ -259,7 +254,7 @@ class ParallelExperts:
                 # Replicas have the same tokens, and must choose alike.
                 topk_ids = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
             tokens = Tokens(hidden_states, topk_weights, topk_ids.to(torch.int32), lora_ids)
-        launched = exchange.dispatch(tokens, rows, own_first=self.takes_own_first(rows * topk_ids.shape[1], adapters))
+        launched = exchange.dispatch(tokens, rows, own_first=self.own_first)
         # Ranks whose adapters are cut in both matrices meet between them: once for each of the two products.
         with self._together(2 if adapters is not None and adapters.shards is not None else 0):
             if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:
@@ -277,15 +272,6 @@ class ParallelExperts:
         if self.shared_part is SharedPart.SHARD and not shared_is_reduced:
             return exchange.combine(partial, received, output, own)
         return exchange.combine(partial, received, own=own).add_(output)
-
-    def takes_own_first(self, num_pairs: int, adapters: AdapterTable | None = None) -> bool:
-        """Whether the rank's experts work on its own tokens, of so many pairs with their padding, while all travel."""
-        if self.own_first is not None:
-            return self.own_first
-        cuts = adapters is not None and adapters.shards is not None
-        if cuts or self.activation_format is ActivationFormat.BATCHED:
-            return False
-        return num_pairs >= _ROWS_OF_OWN * self.placement.num_experts
 
     def _work_on(
         self, launched: Launched, experts: RoutedExperts, adapters: AdapterTable | None
