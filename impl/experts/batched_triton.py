@@ -13,7 +13,15 @@ from ..kernels.quantize import Rows
 from ..platform import Platform
 from ..tuning.lookup import default_kernel_configs
 from .base import BatchedCall, BatchedExperts
-from .stages import LayerAdapters, LayerWorkspace, activate_hidden, note_tiles, quantize_input, w2_operands, w13_operands
+from .stages import (
+    LayerAdapters,
+    LayerWorkspace,
+    activate_hidden,
+    note_tiles,
+    quantize_input,
+    w2_operands,
+    w13_operands,
+)
 from .triton import unfit_for_triton
 
 _SCHEMES = (QuantScheme.NONE, QuantScheme.FP8_W8A8)

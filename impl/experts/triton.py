@@ -17,7 +17,15 @@ from ..platform import Platform, Vendor
 from ..tuning.lookup import find_kernel_configs
 from .base import ExpertsCall, StandardExperts
 from .kernel_form import KernelForm
-from .stages import LayerAdapters, LayerWorkspace, activate_hidden, note_tiles, quantize_input, w2_operands, w13_operands
+from .stages import (
+    LayerAdapters,
+    LayerWorkspace,
+    activate_hidden,
+    note_tiles,
+    quantize_input,
+    w2_operands,
+    w13_operands,
+)
 from .triton_forms import form_of_call, run_sorted, run_streamed, sorted_tiles
 
 

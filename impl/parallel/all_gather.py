@@ -56,7 +56,7 @@ class AllGather(Exchange):
 
             return Launched(finish)
         first, end = peers.rank * padded_tokens, (peers.rank + 1) * padded_tokens
-        if 0 < first and end < len(arrived):
+        if first > 0 and end < len(arrived):
 
             def finish_around() -> Received:
                 work.wait()
