@@ -70,6 +70,18 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(slowest.tolist())
 
 
+def timed_captured(run: Callable[[], Any], device: torch.device) -> float | None:
+    """The same of a call that was captured in a CUDA graph, which costs the host one launch; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    run()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return timed(graph.replay, device)
+
+
 def measure_collectives(group: ProcessGroup, device: torch.device, megabytes: Sequence[int]) -> list[dict[str, Any]]:
     """Each collective by what a rank receives from the others in all: bytes, seconds and bytes a second."""
     return [row for size in megabytes for row in _collectives_of_size(group, device, size * 2**20)]
@@ -180,11 +192,13 @@ def measure_layer(
     bank = WeightBank(workload.model, workload.format, device)
     whole = make_operands(workload, bank, call=0, weight_copy=0)
     one = timed(lambda: whole.pass_to(fused_experts), device)
+    captured_one = timed_captured(lambda: whole.pass_to(fused_experts), device)
     rows = []
     for exchange, own_first in itertools.product(EXCHANGES, (False, True)):
         layer = SharedLayer(ranks, whole, exchange, own_first)
         layer.judge()
         seconds, stages = timed(layer.run, device), layer.stages(device)
+        captured = timed_captured(layer.run, device) if exchange == "all_gather" else None
         there, back = layer.travelling()
         names = ("all_gather", "reduce_scatter") if exchange == "all_gather" else ("all_to_all", "all_to_all")
         wire = sum(
@@ -199,6 +213,9 @@ def measure_layer(
                 "one_device": one,
                 "seconds": seconds,
                 "speedup": one / seconds,
+                "captured_one_device": captured_one,
+                "captured": captured,
+                "captured_speedup": None if captured is None or captured_one is None else captured_one / captured,
                 "stages": stages,
                 "bytes": {"dispatch": there, "combine": back},
                 "wire": wire,
@@ -256,8 +273,9 @@ def show(report: dict[str, Any], console: Console) -> None:
         cells = (row["bytes"] / 2**20, row["seconds"] * 1e6, row["bandwidth"] / 1e9)
         table.add_row(row["collective"], *(f"{cell:.1f}" for cell in cells))
     console.print(table)
-    names = ("one device, us", "layer, us", "speedup", "dispatch", "experts", "combine", "exposed", "wire", "allowed")
-    table = Table("exchange", *names)
+    names = ("dispatch", "experts", "combine", "exposed", "wire", "allowed")
+    heads = ("exchange", "one device, us", "layer, us", "speedup", *names, "captured, us", "one device's", "speedup")
+    table = Table(*heads)
     for row in report["layers"]:
         stages = row["stages"]
         times = (*stages.values(), row["exposed"], row["wire"], row["allowed_communication"])
@@ -267,11 +285,14 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"{row['seconds'] * 1e6:.1f}",
             f"{row['speedup']:.2f}",
             *(f"{seconds * 1e6:.1f}" for seconds in times),
+            *("-" if row[name] is None else f"{row[name] * 1e6:.1f}" for name in ("captured", "captured_one_device")),
+            "-" if row["captured_speedup"] is None else f"{row['captured_speedup']:.2f}",
         )
     console.print(table)
     console.print(
         f"exposed: the layer without its experts, who work while tokens travel; wire: bytes over the measured "
-        f"bandwidth; allowed for communication and permutation: {FACTOR} x wire + {FIXED * 1e6:.0f} us"
+        f"bandwidth; allowed for communication and permutation: {FACTOR} x wire + {FIXED * 1e6:.0f} us; captured: replayed "
+        f"from a CUDA graph"
     )
 
 
