@@ -38,7 +38,7 @@ class Plan:
 
     Attributes:
         pairs: of processes at first.
-        again: pairs more for what is suspect or unclear.
+        again: pairs more for what is suspect, unclear, or SAME only by a bound above the threshold.
         looks: times that the table is judged at most.
         rounds: in which both sides take a turn, of each pair; even, since each side goes first in half of them.
         block_seconds: of one turn.

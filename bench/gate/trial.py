@@ -23,7 +23,7 @@ from scipy import stats
 from .record import Verdict, write_json
 from .selftest import SCHEMA, complete
 from .table import evidence_of
-from .verdict import Evidence, Rule, judge, table_can_see
+from .verdict import Evidence, Rule, is_open, judge, table_can_see
 
 _CONFIDENCE = 0.95
 _INJECTED_SHARE = 0.1
@@ -169,7 +169,7 @@ def _judged(
 
     table = {name: evidence(name, first) for name in cells}
     for name, judgement in judge(table, Rule()).items():
-        if judgement.verdict is Verdict.UNCLEAR:
+        if is_open(judgement, Rule()):
             table[name] = evidence(name, len(pairs))
     judgements = judge(table, Rule())
     return {name: judgement.verdict for name, judgement in judgements.items()}, table_can_see(judgements) or 0.0

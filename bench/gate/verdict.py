@@ -195,7 +195,7 @@ def judge(table: Mapping[str, Evidence], rules: Mapping[str, Rule] | Rule) -> di
 
     SLOWER and FASTER: the interval excludes zero, the estimate reaches the threshold, and pairs measured after the
     first look say so by themselves. Without such pairs it is UNCLEAR, and `suspect`. SAME: a change of the threshold
-    is excluded. UNCLEAR: anything else.
+    is excluded, or else of what can be seen (`Judgement.threshold` says which). UNCLEAR: anything else.
 
     Args:
         table: what was measured, by workload.
@@ -250,11 +250,23 @@ def _judge_one(
     if is_discovery and abs(fit.mean) >= math.log1p(rule.threshold):
         return _flagged(judgement, evidence, fit, rule)
     margin = fit.quantile(rule.miss) * fit.error
-    if abs(fit.mean) + margin < math.log1p(bound):
-        why = f"less than {bound:.1%}" + (f", though {_words(change)}" if is_discovery else "")
-        return replace(judgement, verdict=Verdict.SAME, why=why)
+    for least in (rule.threshold, bound):
+        if abs(fit.mean) + margin < math.log1p(least):
+            why = f"less than {least:.1%}" + (f", though {_words(change)}" if is_discovery else "")
+            return replace(judgement, verdict=Verdict.SAME, threshold=least, why=why)
     return replace(
         judgement, why=f"between {judgement.low:+.1%} and {judgement.high:+.1%}: {bound:.1%} is not excluded"
+    )
+
+
+def is_open(judgement: Judgement, rule: Rule) -> bool:
+    """Whether more pairs may change what is said: it is UNCLEAR, or SAME only by a bound coarser than the threshold.
+
+    Where the spread of pairs hides a change of the threshold, SAME would else be said of a slow-down that pairs more
+    can show.
+    """
+    return judgement.verdict is Verdict.UNCLEAR or (
+        judgement.verdict is Verdict.SAME and judgement.threshold > rule.threshold
     )
 
 
