@@ -13,6 +13,7 @@ from moegate.bench.gate.record import Verdict
 from moegate.bench.gate.verdict import (
     Evidence,
     Rule,
+    effect_error,
     is_open,
     judge,
     pair_effect,
@@ -131,6 +132,15 @@ def test_one_disturbed_round_changes_no_pair():
     calm = pair_effect([1.0] * 7, [1.02] * 7)
     disturbed = pair_effect([1.0] * 7, [1.02] * 6 + [5.0])
     assert disturbed == pytest.approx(calm)
+
+
+def test_the_rounds_of_a_pair_say_how_well_its_effect_is_known():
+    rng = np.random.default_rng(21)
+    rounds = [np.exp(rng.normal(0, 0.01, (2, 6))) for _ in range(300)]
+    said = [effect_error(list(base), list(head)) for base, head in rounds]
+    really = np.std([pair_effect(list(base), list(head)) for base, head in rounds])
+    assert np.mean(said) == pytest.approx(really, rel=0.2)
+    assert effect_error([1.0] * 6, [1.02] * 5 + [5.0]) == 0  # one disturbed round in six
 
 
 @given(

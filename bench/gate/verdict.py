@@ -129,10 +129,30 @@ def pair_effect(base: Sequence[float], head: Sequence[float]) -> float:
     Raises:
         ValueError: no round, or another number of both.
     """
+    ratios = _ratios(base, head)
+    return statistics.median((a + b) / 2 for i, a in enumerate(ratios) for b in ratios[i:])
+
+
+def effect_error(base: Sequence[float], head: Sequence[float]) -> float:
+    """The standard error of `pair_effect` as far as the rounds show it, from their median absolute deviation.
+
+    A disturbed round counts for little here too. What differs between processes no round shows.
+
+    Raises:
+        ValueError: no round, or another number of both.
+    """
+    ratios = _ratios(base, head)
+    middle = statistics.median(ratios)
+    # Of Gaussian rounds, the deviation that half of them exceed is 0.6745 times the standard one. Of a few, whose own
+    # middle is taken, it is smaller: as if there were two less.
+    spread = statistics.median(abs(ratio - middle) for ratio in ratios) / 0.6745
+    return spread / math.sqrt(max(1, len(ratios) - 2))
+
+
+def _ratios(base: Sequence[float], head: Sequence[float]) -> list[float]:
     if not base or len(base) != len(head):
         raise ValueError(f"rounds: expected as many of both and at least one, got {len(base)} and {len(head)}")
-    ratios = [math.log(h / b) for b, h in zip(base, head, strict=True)]
-    return statistics.median((a + b) / 2 for i, a in enumerate(ratios) for b in ratios[i:])
+    return [math.log(h / b) for b, h in zip(base, head, strict=True)]
 
 
 @dataclass(frozen=True)
