@@ -249,6 +249,9 @@ def test_a_self_test_finds_what_it_injects_and_nothing_else(self_test):
     assert trial.reached["0.03"] == 0.03
     assert trial.timed["0.03"] == pytest.approx(0.03, abs=0.002)
     assert set(trial.took) >= {"prepare", "inject", "turns"}
+    # Files of other levels are put together too, for the levels that they have in common.
+    fewer = {**data, "levels": [0.03]}
+    assert set(run_trial([data, fewer], tables=2, first=4, again=3).found) == {"0.03"}
     with pytest.raises(ValueError, match="files: expected at least 14 pairs of processes, got 7"):
         run_trial([data], tables=1, first=7, again=7)
     other = {**data, "machine": {"device": "another"}}
@@ -271,6 +274,9 @@ def test_a_slow_down_that_was_not_reached_is_counted_apart_and_printed(self_test
         assert trial.not_injected["0.03"] > 0
         drawn = sum(rate.of for rate in trial.found.values()) + sum(trial.not_injected.values())
         assert drawn == 40  # one of a table so small
+        # What a computed slow-down shows leaves none of them out.
+        assert sum(rate.of for rate in trial.computed.values()) == 40
+        assert trial.computed["0.03"].count == trial.computed["0.03"].of
         assert trial.without["0.03"] == {name: 1.0}
         said = "\n".join(lines(trial))
         assert f"not injected: {name}: 3% in 100% of pairs" in said

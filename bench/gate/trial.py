@@ -77,6 +77,7 @@ class Trial:
         spread: the median over workloads of the standard deviation of pairs' effects.
         found: by injected level, how many of the slowed workloads were called SLOWER.
         not_injected: by level, the draws in which some pair had no such slow-down; in no rate.
+        computed: as `found`, of all draws, with the plain head's measured times made longer by the level instead.
         reached: by level, the median slow-down of what was injected, as calibrated; `timed`, as in the turns.
         missed: by level and workload, how many of its slow-downs were found, where some were not.
         without: by level and workload, the share of pairs without the slow-down, where there are any.
@@ -98,6 +99,7 @@ class Trial:
     spread: float
     found: Mapping[str, Rate]
     not_injected: Mapping[str, int]
+    computed: Mapping[str, Rate]
     reached: Mapping[str, float]
     timed: Mapping[str, float]
     missed: Mapping[str, Mapping[str, Rate]]
@@ -123,11 +125,12 @@ def run_trial(files: Sequence[Mapping[str, Any]], *, tables: int, first: int, ag
     rows = [{name: data["cells"][name][pair] for name in names} for data in files for pair in range(data["pairs"])]
     if len(rows) < first + again:
         raise ValueError(f"files: expected at least {first + again} pairs of processes, got {len(rows)}")
-    levels = [str(level) for level in files[0]["levels"]]
+    levels = [str(level) for level in files[0]["levels"] if all(level in data["levels"] for data in files)]
     draw = random.Random(seed)
     slower = flagged = unclear = wrong = 0
     seen: list[float] = []
     found: dict[str, dict[str, list[bool]]] = {level: {} for level in levels}
+    computed: dict[str, list[bool]] = {level: [] for level in levels}
     not_injected = dict.fromkeys(levels, 0)
     for _ in range(tables):
         pairs = draw.sample(rows, first + again)
@@ -140,6 +143,9 @@ def run_trial(files: Sequence[Mapping[str, Any]], *, tables: int, first: int, ag
             continue
         drawn = draw.sample(names, max(len(levels), round(_INJECTED_SHARE * len(names))) if len(names) > 8 else 1)
         slowed = {name: draw.choice(levels) for name in drawn}
+        verdicts, _ = _judged(pairs, dict.fromkeys(names, "") | slowed, first, _lengthened)
+        for name, level in slowed.items():
+            computed[level].append(verdicts[name] is Verdict.SLOWER)
         for name, level in list(slowed.items()):
             if not all(is_injected(pair[name], level) for pair in pairs):
                 not_injected[level] += 1
@@ -164,6 +170,7 @@ def run_trial(files: Sequence[Mapping[str, Any]], *, tables: int, first: int, ag
         spread=statistics.median(_spread(cells[name]) for name in names),
         found={level: _rate([hit for hits in by_name.values() for hit in hits]) for level, by_name in found.items()},
         not_injected=not_injected,
+        computed={level: _rate(hits) for level, hits in computed.items()},
         reached={level: statistics.median(c["reached"][level] for c in good[level]) for level in levels if good[level]},
         timed={level: statistics.median(_slower(c, level) for c in good[level]) for level in levels if good[level]},
         missed={
@@ -192,6 +199,11 @@ def _cell(cell: Mapping[str, Any], level: str) -> dict[str, Any]:
         return dict(cell)
     base = cell.get("injected_base", {}).get(level, cell["base"])
     return {**cell, "base": base, "head": cell["injected"][level]}
+
+
+def _lengthened(cell: Mapping[str, Any], level: str) -> dict[str, Any]:
+    """The cell as if every turn of the plain head had taken longer by a level."""
+    return {**cell, "head": [seconds * (1 + float(level or 0)) for seconds in cell["head"]]}
 
 
 def _slower(cell: Mapping[str, Any], level: str) -> float:
@@ -238,10 +250,14 @@ def _spread(cells: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _judged(
-    pairs: Sequence[Mapping[str, Mapping[str, Any]]], levels: Mapping[str, str], first: int
+    pairs: Sequence[Mapping[str, Mapping[str, Any]]],
+    levels: Mapping[str, str],
+    first: int,
+    slowed: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Verdict], float]:
     """The verdicts of one run: a look at the first pairs, and one with all of them at what was open."""
-    cells = {name: [_cell(pair[name], level) for pair in pairs] for name, level in levels.items()}
+    slowed = slowed or _cell
+    cells = {name: [slowed(pair[name], level) for pair in pairs] for name, level in levels.items()}
 
     def evidence(name: str, count: int) -> Evidence:
         found = evidence_of(cells[name][:count], first)
@@ -269,6 +285,10 @@ def lines(trial: Trial) -> list[str]:
         f"A/A verdicts that were UNCLEAR: {trial.unclear:.2%}",
         f"spread of pairs: {trial.spread:.2%} (median over workloads); can see {trial.can_see:.2%}",
         *(_line_of_level(trial, level) for level in trial.found),
+        *(
+            f"computed {_percent(level)} (all draws, from the plain head's times): flagged {rate}"
+            for level, rate in trial.computed.items()
+        ),
         f"tables with injected slow-downs in which another workload was flagged: {trial.wrong}",
         *_by_workload("missed", trial.missed, lambda rate: f"{rate.count} of {rate.of} flagged"),
         *_by_workload("not injected", trial.without, lambda share: f"in {share:.0%} of pairs"),
@@ -279,19 +299,23 @@ def lines(trial: Trial) -> list[str]:
 def _line_of_level(trial: Trial, level: str) -> str:
     rate, apart = trial.found[level], trial.not_injected[level]
     if not rate.of:
-        return f"injected {float(level):.0%}: never, in {apart} draws"
+        return f"injected {_percent(level)}: never, in {apart} draws"
     return (
-        f"injected {float(level):.0%} (reached {trial.reached[level]:.2%}, in the turns {trial.timed[level]:.2%}): "
+        f"injected {_percent(level)} (reached {trial.reached[level]:.2%}, in the turns {trial.timed[level]:.2%}): "
         f"flagged {rate}; {apart} draws more had a pair without it ({rate.count / (rate.of + apart):.2%} if those were "
         "missed)"
     )
+
+
+def _percent(level: str) -> str:
+    return f"{100 * float(level):g}%"
 
 
 def _by_workload(what: str, of: Mapping[str, Mapping[str, Any]], say: Callable[[Any], str]) -> list[str]:
     words: dict[str, list[str]] = {}
     for level, by_name in of.items():
         for name, each in by_name.items():
-            words.setdefault(name, []).append(f"{float(level):.0%} {say(each)}")
+            words.setdefault(name, []).append(f"{_percent(level)} {say(each)}")
     return [f"{what}: {name}: {', '.join(each)}" for name, each in sorted(words.items())]
 
 
