@@ -2,17 +2,18 @@
 
 import math
 import random
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moegate.bench.gate import inject
+from moegate.bench.gate import inject, worker
 from moegate.bench.gate.inject import Injection, tolerance
 from moegate.bench.gate.record import State
 from moegate.bench.gate.table import renamed
-from moegate.bench.timer import Captured
+from moegate.bench.timer import Captured, one_after_another
 from moegate.bench.workloads import SMALL_MODELS, Workload
 from moegate.impl import path
 from moegate.impl.kernels import combine
@@ -131,3 +132,25 @@ def test_a_workload_of_the_base_is_gone_or_has_another_name():
     assert (rows[base[0].id].state, rows[base[0].id].renamed_to) == (State.RENAMED, head[0].id)
     assert rows[base[2].id].state is State.MISSING
     assert renamed({base[1].id}, base, ()) == {}
+
+
+def test_a_side_is_warm_once_it_is_prepared(monkeypatch):
+    """Sides that had not run since they were captured took twice as long in their first turns on a CPU."""
+    runs = []
+
+    def capture(calls, device):
+        captured = one_after_another(calls, device)
+        return replace(captured, run=lambda: runs.append(time.perf_counter()) or captured.run())
+
+    monkeypatch.setattr(worker, "one_after_another", capture)
+    workload = Workload(next(iter(SMALL_MODELS.values())), 1, dtype="fp32", cache_state="warm")
+    side = worker.Worker("moegate", "cpu")
+    side.prepare(worker.workload_as_data(workload), calls=1, copies=1)
+    assert runs[-1] - runs[0] >= 0.01
+    before = len(runs)
+    assert side.pace()["seconds"] > 0
+    assert len(runs) > before
+    injected = side.inject([0.5], {})
+    assert injected["reached"].keys() == {"0.5"}
+    if injected["injected"]:
+        assert side.block(passes=2, level="0.5")["seconds"] > 0

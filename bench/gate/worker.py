@@ -36,6 +36,7 @@ from .timed_subject import TimedSubject
 
 # Of the memory that is free: two sides' processes, each with weight copies and graphs.
 _COPIES_SHARE = 3
+_WARM_UP_SECONDS = 0.02
 
 
 def workload_from(data: Mapping[str, Any]) -> Workload:
@@ -127,7 +128,7 @@ class Worker:
         }
 
     def prepare(self, workload: dict[str, Any], calls: int, copies: int) -> dict[str, Any]:
-        """Make one pass of a workload's calls, and find its replayed output right.
+        """Make one pass of a workload's calls, find its replayed output right, and warm up.
 
         Both sides do so at once, so nothing is timed here but what it took, in seconds by phase.
 
@@ -148,13 +149,15 @@ class Worker:
         marks.append(time.perf_counter())
         self._expect_right(self._operands[0], self._output(self._captured[""]))
         marks.append(time.perf_counter())
+        self._warm_up()
         took = [round(end - start, 4) for start, end in pairwise(marks)]
         phases = dict(zip(("operands", "capture", "verify"), took, strict=True))
         return {"method": self._captured[""].method, "took": phases}
 
     def pace(self) -> dict[str, Any]:
-        """Seconds of one pass, after a short warm-up; the other side waits meanwhile."""
-        return {"seconds": self._seconds(self._captured[""])}
+        """Seconds of one pass; the other side waits meanwhile."""
+        times = interleave({"": self._captured[""].run}, self._clock, rounds=3)
+        return {"seconds": statistics.median(times[""])}
 
     def inject(self, levels: list[float], asked: dict[str, float]) -> dict[str, Any]:
         """Make slowed passes beside the plain one; the other side waits meanwhile.
@@ -239,15 +242,11 @@ class Worker:
         """The kernels were judged in a process of their own; here, that a pass really computes."""
         expect_right(self._subject_name, "its first call", verify_rows(lambda *_, **__: out, operands))
 
-    def _seconds(self, captured: Captured) -> float:
-        """Of one pass, after a short warm-up."""
-        ends = time.perf_counter() + 0.02
-        for _ in range(200):
-            captured.run()
+    def _warm_up(self) -> None:
+        ends = time.perf_counter() + _WARM_UP_SECONDS
+        while time.perf_counter() < ends:
+            self._captured[""].run()
             self._clock.finish()
-            if time.perf_counter() > ends:
-                break
-        return statistics.median(interleave({"": captured.run}, self._clock, rounds=3)[""])
 
 
 @contextmanager
