@@ -1,7 +1,11 @@
 """Known slow-downs for the gate to find: a timed spin inside an existing kernel, calibrated where it runs.
 
 On a GPU the layer's last kernel is compiled once more from its own source with a spin put in: its last program waits
-so many SM cycles before it begins, and so the kernel, and the layer, end that much later. On a CPU the call waits.
+so many SM cycles before it begins, and so the kernel, and the layer, end that much later. On a CPU the pass waits.
+
+How much later is not a straight line: a short spin ends before the kernel's other programs do and slows nothing down,
+and the kernel with a spin of no cycles is not the plain one. So each slow-down is measured, corrected, and measured
+again; one that is never near its level is not called injected.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ import torch
 
 from ...impl import path
 from ...impl.kernels import combine
-from ..timer import Captured
+from ..timer import Captured, Clock, interleave
 
 _PREFIX = """\
 @triton.jit
@@ -37,7 +42,11 @@ def _spin(cycles):
 
 """
 _GUESSED_HZ = 1.9e9
-_ROUNDS, _BLOCK_SECONDS, _MOST_PASSES = 4, 0.003, 200
+# Of one measurement: the fewest and most rounds at a time, and how long it goes on where passes repeat badly.
+_ROUNDS, _MOST_SECONDS = (6, 12), 0.3
+_ATTEMPTS = 5
+# Of a layer's time: what a measurement of `_MOST_SECONDS` can tell.
+_LEAST_TOLERANCE = 0.002
 
 
 def with_spin(source: str, name: str) -> str:
@@ -107,66 +116,125 @@ def _launching(cycles: int) -> Iterator[None]:
         path.launch = launch
 
 
+def tolerance(level: float) -> float:
+    """How far from its level a slow-down may be and still be called injected: a tenth of it, or 0.2 % of the layer."""
+    return max(level / 10, _LEAST_TOLERANCE)
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What became of a level.
+
+    Attributes:
+        captured: the slowed pass; None where none came within `tolerance` of the level.
+        reached: by how much the last pass that was made is slower than the plain one, as a fraction.
+        asked: the share of the plain pass that it was made to wait, at the SM clock that was guessed.
+    """
+
+    captured: Captured | None
+    reached: float
+    asked: float
+
+
 class Injection:
-    """Slow-downs of one workload's pass.
+    """Slow-downs of one workload's pass. Nothing else may use the device meanwhile.
 
     Args:
         capture: makes a pass of the workload's calls as they now are.
-        seconds: of some passes of what was captured.
+        clock: what times passes.
         device: where.
     """
 
-    def __init__(
-        self,
-        capture: Callable[[], Captured],
-        seconds: Callable[[Captured, int], list[float]],
-        device: torch.device,
-    ) -> None:
-        self._capture, self._seconds, self._device = capture, seconds, device
+    def __init__(self, capture: Callable[[], Captured], clock: Clock, device: torch.device) -> None:
+        self._capture, self._clock, self._device = capture, clock, device
 
-    def at(self, levels: Sequence[float], plain: Captured) -> dict[float, tuple[Captured, float]]:
-        """A pass for each level, and by how much it really is slower than the plain one.
+    def at(
+        self, levels: Sequence[float], plain: Captured, asked: Mapping[float, float] | None = None
+    ) -> dict[float, Injected]:
+        """A pass for each level that is slower than the plain one by that, and by how much it really is.
 
-        Raises:
-            RuntimeError: the pass does not become slower however long the kernel spins.
+        Args:
+            levels: slow-downs as fractions: 0.03 is 3 %.
+            plain: the pass to slow down.
+            asked: where to begin, by level (`Injected.asked` of another process); at the level itself if left out.
         """
+        seconds = statistics.median(interleave({"": plain.run}, self._clock, rounds=3)[""])
+        asks = {level: (asked or {}).get(level, level) for level in levels}
+        made = {level: self._slowed(plain, seconds, asks[level]) for level in levels}
+        ratios: dict[float, list[float]] = {level: [] for level in levels}
+        reached: dict[float, float] = {}
+        left = list(levels)
+        for attempt in range(_ATTEMPTS):
+            self._compare(plain, seconds, {level: made[level] for level in left}, ratios)
+            reached = {level: statistics.median(ratios[level]) - 1 for level in levels}
+            gain = _gain([(asks[level], reached[level]) for level in levels])
+            off = [level for level in levels if abs(reached[level] - level) > tolerance(level)]
+            left = []
+            for level in off if attempt + 1 < _ATTEMPTS else []:
+                if abs(reached[level] - level) <= 2 * error_of_median(ratios[level]):
+                    left.append(level)  # it may be right: more passes will say
+                    continue
+                wanted = max(0.0, asks[level] + (level - reached[level]) / gain)
+                if wanted != asks[level]:  # else it is too slow with no spin at all
+                    asks[level], ratios[level] = wanted, []
+                    made[level] = self._slowed(plain, seconds, wanted)
+                    left.append(level)
+            if not left:
+                break
+        return {
+            level: Injected(
+                made[level] if abs(reached[level] - level) <= tolerance(level) else None, reached[level], asks[level]
+            )
+            for level in levels
+        }
+
+    def _slowed(self, plain: Captured, seconds: float, share: float) -> Captured:
+        """A pass that waits for about this share of the plain one's seconds."""
         if self._device.type != "cuda":
-            made = {level: _waiting(plain, level, self._seconds) for level in levels}
-        else:
-            made = self._spinning(levels, plain)
-        reached = self._compare(plain, made)
-        return {level: (made[level], reached[level]) for level in levels}
-
-    def _spinning(self, levels: Sequence[float], plain: Captured) -> dict[float, Captured]:
+            return _waiting(plain, share * seconds)
         calls = max(1, len(plain.outputs))
-        seconds = statistics.median(self._seconds(plain, 3)) / calls
-        most = max(1, int(2 * max(levels) * seconds * _GUESSED_HZ))
-        probes: dict[float, Captured] = {0.0: self._spun(0), float(most): self._spun(most)}
-        slower = self._compare(plain, probes)
-        slope = (slower[float(most)] - slower[0.0]) / most
-        if slope <= 0:
-            raise RuntimeError(f"a spin of {most} cycles does not slow the layer down")
-        return {level: self._spun(max(0, round((level - slower[0.0]) / slope))) for level in levels}
-
-    def _spun(self, cycles: int) -> Captured:
-        with _launching(cycles):
+        with _launching(round(share * seconds / calls * _GUESSED_HZ)):
             return self._capture()
 
-    def _compare(self, plain: Captured, others: Mapping[float, Captured]) -> dict[float, float]:
-        """By how much each is slower than the plain pass, taking turns."""
-        one = statistics.median(self._seconds(plain, 3))
-        passes = max(1, min(_MOST_PASSES, int(_BLOCK_SECONDS / one)))
-        ratios: dict[float, list[float]] = {name: [] for name in others}
-        for _ in range(_ROUNDS):
-            before = statistics.median(self._seconds(plain, passes))
-            for name, captured in others.items():
-                ratios[name].append(statistics.median(self._seconds(captured, passes)) / before - 1)
-        return {name: statistics.median(values) for name, values in ratios.items()}
+    def _compare(
+        self, plain: Captured, seconds: float, others: Mapping[float, Captured], ratios: Mapping[float, list[float]]
+    ) -> None:
+        """Add to `ratios` how long each takes over the plain pass.
+
+        They take turns pass by pass, in random order and without a pause, so that they meet the same SM clocks. It goes
+        on until each is known to a third of its tolerance, or `_MOST_SECONDS` are over.
+        """
+        passes = {"": plain.run} | {str(level): captured.run for level, captured in others.items()}
+        least, most = _ROUNDS
+        rounds = max(least, min(most, int(_MOST_SECONDS / (len(passes) * seconds) / 4)))
+        spent, seed = 0.0, 0
+        while spent < _MOST_SECONDS:
+            samples = interleave(passes, self._clock, rounds=rounds, seed=seed)
+            for level in others:
+                ratios[level] += [slow / fast for slow, fast in zip(samples[str(level)], samples[""], strict=True)]
+            spent, seed = spent + sum(map(sum, samples.values())), seed + 1
+            if all(error_of_median(ratios[level]) <= tolerance(level) / 3 for level in others):
+                break
 
 
-def _waiting(plain: Captured, level: float, seconds: Callable[[Captured, int], list[float]]) -> Captured:
-    wait = level * statistics.median(seconds(plain, 5))
+def error_of_median(values: Sequence[float]) -> float:
+    """The standard error of a median, from the median absolute deviation as if the middle of them were Gaussian."""
+    middle = statistics.median(values)
+    spread = 1.4826 * statistics.median(abs(value - middle) for value in values)
+    return 1.2533 * spread / len(values) ** 0.5
 
+
+def _gain(points: Sequence[tuple[float, float]]) -> float:
+    """How much slower a pass becomes for what is asked more: the median slope between points, where that can be.
+
+    The SM clock may be another than was guessed, though not by more than twice. What lies beyond is noise, or spins so
+    short that nothing waits for them.
+    """
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for i, a in enumerate(points) for b in points[:i] if a[0] != b[0]]
+    return min(2.0, max(0.5, statistics.median(slopes))) if slopes else 1.0
+
+
+def _waiting(plain: Captured, wait: float) -> Captured:
     def run() -> Any:
         outputs = plain.run()
         ends = time.perf_counter() + wait

@@ -20,10 +20,13 @@ from .process import ProcessError, SideProcess
 from .sides import Side, Sides
 from .sm_clock import other_use
 from .store import Store
+from .verdict import effect_error
 from .worker import workload_as_data
 
 _HELLO_SECONDS, _CHECK_SECONDS, _PREPARE_SECONDS, _BLOCK_SECONDS = 180.0, 600.0, 300.0, 60.0
 _MOST_PASSES = 200
+# Of a cell's effect: its standard error, above which as many rounds are added, up to so many times the plan's.
+_KNOWN_WITHIN, _MOST_TIMES = 0.002, 2
 # Of the highest SM clock: below it a GPU is held back by something that is not the code.
 _THROTTLED = 0.6
 SIDES = ("base", "head")
@@ -38,10 +41,11 @@ class Plan:
 
     Attributes:
         pairs: of processes at first.
-        again: pairs more for what is suspect or unclear.
+        again: pairs more for what is suspect, unclear, or SAME only by a bound above the threshold.
         looks: times that the table is judged at most.
-        rounds: in which both sides take a turn, of each pair; even, since each side goes first in half of them.
-        block_seconds: of one turn.
+        rounds: in which both sides take a turn, of each pair; even, since each side goes first in half of them. Twice
+            as many where they disagree.
+        block_seconds: of one turn; a pass at least.
         minutes: for everything; what is unclear then stays so.
         checkers: processes of each side that verify side by side.
         seed: of all orders.
@@ -51,7 +55,7 @@ class Plan:
     again: int = 3
     looks: int = 2
     rounds: int = 6
-    block_seconds: float = 0.012
+    block_seconds: float = 0.008
     minutes: float = 6.0
     checkers: int = 4
     seed: int = 0
@@ -95,6 +99,8 @@ class Measuring:
         self.machine: dict[str, Any] = {}
         self.most_mhz: float | None = None
         self.seconds_by_workload: dict[str, float] = {}
+        self._passes: dict[str, int] = {}
+        self._asked: dict[str, dict[str, float]] = {}
 
     def close(self) -> None:
         """End processes that wait for their turn."""
@@ -220,48 +226,69 @@ class Measuring:
         self, processes: tuple[SideProcess, SideProcess], workload: Workload, plan: dict[str, Any], order: random.Random
     ) -> dict[str, Any]:
         """What a pair measures of a workload: seconds and SM clock of each turn, or why there are none."""
-        by_name = dict(zip(SIDES, processes, strict=True))
+        by_name, began = dict(zip(SIDES, processes, strict=True)), time.monotonic()
         try:
-            for name, process in by_name.items():
-                levels = self._levels if name == "head" else []
-                process.send(
-                    "prepare",
-                    workload=workload_as_data(workload),
-                    calls=plan["calls"],
-                    copies=plan["copies"],
-                    levels=levels,
-                )
+            for process in processes:
+                process.send("prepare", workload=workload_as_data(workload), calls=plan["calls"], copies=plan["copies"])
             made = {name: process.answer(_PREPARE_SECONDS) for name, process in by_name.items()}
-            passes = int(self.plan.block_seconds / max(each["seconds"] for each in made.values()))
-            passes = max(1, min(_MOST_PASSES, passes))
-            cell = self._take_turns(by_name, passes, order)
+            # From here on one side at a time uses the device: a time that was taken beside another process's work,
+            # which gets its share of the device, is no time of the layer.
+            if workload.id not in self._passes:
+                seconds = max(process.ask("pace", limit=_BLOCK_SECONDS)["seconds"] for process in processes)
+                self._passes[workload.id] = max(1, min(_MOST_PASSES, int(self.plan.block_seconds / seconds)))
+            prepared, reached, levels = time.monotonic(), {}, []
+            if self._levels:
+                asked = self._asked.setdefault(workload.id, {})
+                injected = by_name["head"].ask("inject", limit=_PREPARE_SECONDS, levels=self._levels, asked=asked)
+                asked |= injected["asked"]
+                reached, levels = injected["reached"], injected["injected"]
+            slowed = time.monotonic()
+            cell = self._take_turns(by_name, self._passes[workload.id], levels, order)
+            took = {"prepare": prepared - began, "inject": slowed - prepared, "turns": time.monotonic() - slowed}
             most = self.most_mhz
             clocks = [mhz for name in SIDES for mhz in cell[f"{name}_mhz"]]
             if most and clocks and statistics.median(clocks) < _THROTTLED * most:
                 cell["throttled"] = f"{statistics.median(clocks):.0f} of {most:.0f} MHz"
-            return cell | {"method": made["head"]["method"], "reached": made["head"].get("reached", {})}
+            return cell | {
+                "method": made["head"]["method"],
+                "reached": reached,
+                "took": {phase: round(seconds, 3) for phase, seconds in took.items()},
+                "prepared": made["head"].get("took", {}),
+            }
         except ProcessError as error:
             return {"error": str(error)}
 
-    def _take_turns(self, by_name: dict[str, SideProcess], passes: int, order: random.Random) -> dict[str, Any]:
+    def _take_turns(
+        self, by_name: dict[str, SideProcess], passes: int, levels: Sequence[float], order: random.Random
+    ) -> dict[str, Any]:
+        """Seconds of each turn by round: of both sides, and of each level with those of the base beside it.
+
+        Every second round is the one before in reverse, so that each side goes first in half of them, and what drifts
+        evenly cancels. Where the rounds disagree, as where a GPU at its power limit changes its clocks every few turns,
+        as many again are added.
+        """
         cell: dict[str, Any] = {name: [] for name in SIDES} | {f"{name}_mhz": [] for name in SIDES}
-        cell["injected"] = {str(level): [] for level in self._levels}
-        base_first = [True, False] * (self.plan.rounds // 2)
-        order.shuffle(base_first)
-        for is_base_first in base_first:
-            turns = [("base", ""), ("head", "")] if is_base_first else [("head", ""), ("base", "")]
-            for level in order.sample(self._levels, len(self._levels)):
-                # Beside the base as the plain head is: half of them before it.
-                turns.insert(0 if not is_base_first else len(turns), ("head", str(level)))
-            for name, level in turns:
-                answer = by_name[name].ask("block", limit=_BLOCK_SECONDS, passes=passes, level=level)
-                if level:
-                    cell["injected"][level].append(answer["seconds"])
-                    continue
-                cell[name].append(answer["seconds"])
-                if answer["mhz"] is not None:
-                    cell[f"{name}_mhz"].append(answer["mhz"])
+        for name in ("injected", "injected_base"):
+            cell[name] = {str(level): [] for level in levels}
+        for _ in range(_MOST_TIMES):
+            for _ in range(self.plan.rounds // 2):
+                turns = _round(levels, order)
+                for turn in turns + turns[::-1]:
+                    self._turn(by_name[turn.side], turn, passes, cell)
+            if effect_error(cell["base"], cell["head"]) <= _KNOWN_WITHIN:
+                break
         return cell
+
+    def _turn(self, process: SideProcess, turn: _Turn, passes: int, cell: dict[str, Any]) -> None:
+        level = turn.levels[0] if turn.side == "head" else ""
+        answer = process.ask("block", limit=_BLOCK_SECONDS, passes=passes, level=level)
+        for beside in turn.levels:
+            if beside:
+                cell["injected" if turn.side == "head" else "injected_base"][beside].append(answer["seconds"])
+            else:
+                cell[turn.side].append(answer["seconds"])
+                if answer["mhz"] is not None:
+                    cell[f"{turn.side}_mhz"].append(answer["mhz"])
 
     def _take_pair(self, order: random.Random) -> tuple[SideProcess, SideProcess]:
         processes, self._waiting = self._waiting or self._start_pair(order), None
@@ -290,6 +317,25 @@ class Measuring:
         else:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (2 * self.plan.checkers))))
         return SideProcess(side.name, environment, Path(side.tree), (side.subject, self._device))
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Of one side in a round: the head's at a level ("" is none), or the base's, which the levels beside it share."""
+
+    side: str
+    levels: tuple[str, ...]
+
+
+def _round(levels: Sequence[float], order: random.Random) -> list[_Turn]:
+    """A turn of the plain head and one at each level, in random order, each with a turn of the base right beside it."""
+    heads = order.sample(["", *map(str, levels)], len(levels) + 1)
+    turns = []
+    for i in range(0, len(heads), 2):
+        beside = tuple(heads[i : i + 2])
+        group = [_Turn("head", (beside[0],)), _Turn("base", beside), *(_Turn("head", (each,)) for each in beside[1:])]
+        turns += group if len(group) == 3 else order.sample(group, 2)
+    return turns
 
 
 def _by_model_shuffled(workloads: list[Workload], order: random.Random) -> list[Workload]:

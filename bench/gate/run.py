@@ -16,11 +16,11 @@ from .guards import Described, accept, compare, compare_kernels, compare_paths
 from .measuring import SIDES, Measuring, Plan, Progress
 from .outcome import Outcome, decide
 from .process import ProcessError
-from .record import Change, GateRecord, State, Verdict, WorkloadRecord
+from .record import Change, GateRecord, State, WorkloadRecord
 from .sides import MOEGATE, SideError, Sides, own_site
 from .store import Store
 from .table import evidence_of, plain_row, renamed, timed_row
-from .verdict import Judgement, Rule, judge, refused_threshold, table_can_see
+from .verdict import Judgement, Rule, is_open, judge, refused_threshold, table_can_see
 
 _COMPILED_ON_CPU = 24
 _OWN_SECONDS = 120
@@ -189,7 +189,7 @@ def _time(
         left = [
             workload
             for workload in workloads
-            if workload.id not in judgements or judgements[workload.id].verdict is Verdict.UNCLEAR
+            if workload.id not in judgements or is_open(judgements[workload.id], rules[workload.id])
         ]
         again = sum(measuring.seconds_by_workload.get(workload.id, 0.0) for workload in left) + last / 10
         for more in range(plan.again):

@@ -87,6 +87,7 @@ def run_self_test(
                 "cells": {workload.id: store.cells(workload.id) for workload in good},
                 "seconds": round(time.monotonic() - clock, 1),
                 "seconds_of_pair": round(last, 1),
+                "seconds_of_pairs": [*data.get("seconds_of_pairs", []), round(last, 1)],
             }
             keep(data)
     except ProcessError as error:

@@ -129,10 +129,30 @@ def pair_effect(base: Sequence[float], head: Sequence[float]) -> float:
     Raises:
         ValueError: no round, or another number of both.
     """
+    ratios = _ratios(base, head)
+    return statistics.median((a + b) / 2 for i, a in enumerate(ratios) for b in ratios[i:])
+
+
+def effect_error(base: Sequence[float], head: Sequence[float]) -> float:
+    """The standard error of `pair_effect` as far as the rounds show it, from their median absolute deviation.
+
+    A disturbed round counts for little here too. What differs between processes no round shows.
+
+    Raises:
+        ValueError: no round, or another number of both.
+    """
+    ratios = _ratios(base, head)
+    middle = statistics.median(ratios)
+    # Of Gaussian rounds, the deviation that half of them exceed is 0.6745 times the standard one. Of a few, whose own
+    # middle is taken, it is smaller: as if there were two less.
+    spread = statistics.median(abs(ratio - middle) for ratio in ratios) / 0.6745
+    return spread / math.sqrt(max(1, len(ratios) - 2))
+
+
+def _ratios(base: Sequence[float], head: Sequence[float]) -> list[float]:
     if not base or len(base) != len(head):
         raise ValueError(f"rounds: expected as many of both and at least one, got {len(base)} and {len(head)}")
-    ratios = [math.log(h / b) for b, h in zip(base, head, strict=True)]
-    return statistics.median((a + b) / 2 for i, a in enumerate(ratios) for b in ratios[i:])
+    return [math.log(h / b) for b, h in zip(base, head, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -195,7 +215,7 @@ def judge(table: Mapping[str, Evidence], rules: Mapping[str, Rule] | Rule) -> di
 
     SLOWER and FASTER: the interval excludes zero, the estimate reaches the threshold, and pairs measured after the
     first look say so by themselves. Without such pairs it is UNCLEAR, and `suspect`. SAME: a change of the threshold
-    is excluded. UNCLEAR: anything else.
+    is excluded, or else of what can be seen (`Judgement.threshold` says which). UNCLEAR: anything else.
 
     Args:
         table: what was measured, by workload.
@@ -250,11 +270,23 @@ def _judge_one(
     if is_discovery and abs(fit.mean) >= math.log1p(rule.threshold):
         return _flagged(judgement, evidence, fit, rule)
     margin = fit.quantile(rule.miss) * fit.error
-    if abs(fit.mean) + margin < math.log1p(bound):
-        why = f"less than {bound:.1%}" + (f", though {_words(change)}" if is_discovery else "")
-        return replace(judgement, verdict=Verdict.SAME, why=why)
+    for least in (rule.threshold, bound):
+        if abs(fit.mean) + margin < math.log1p(least):
+            why = f"less than {least:.1%}" + (f", though {_words(change)}" if is_discovery else "")
+            return replace(judgement, verdict=Verdict.SAME, threshold=least, why=why)
     return replace(
         judgement, why=f"between {judgement.low:+.1%} and {judgement.high:+.1%}: {bound:.1%} is not excluded"
+    )
+
+
+def is_open(judgement: Judgement, rule: Rule) -> bool:
+    """Whether more pairs may change what is said: it is UNCLEAR, or SAME only by a bound coarser than the threshold.
+
+    Where the spread of pairs hides a change of the threshold, SAME would else be said of a slow-down that pairs more
+    can show.
+    """
+    return judgement.verdict is Verdict.UNCLEAR or (
+        judgement.verdict is Verdict.SAME and judgement.threshold > rule.threshold
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..operands import Operands, WeightBank, make_operands
 from ..rotation import plan_rotation
 from ..runner import HOST_CALLS, expect_right
 from ..selection import choose_device
-from ..timer import Captured, Clock, CudaClock, HostClock, capture_graph, one_after_another
+from ..timer import Captured, Clock, CudaClock, HostClock, capture_graph, interleave, one_after_another
 from ..verification import verify_rows
 from ..workloads import Routing, Workload, find_model
 from .guards import bytes_over_needed, describe, facts_of
@@ -35,6 +36,7 @@ from .timed_subject import TimedSubject
 
 # Of the memory that is free: two sides' processes, each with weight copies and graphs.
 _COPIES_SHARE = 3
+_WARM_UP_SECONDS = 0.02
 
 
 def workload_from(data: Mapping[str, Any]) -> Workload:
@@ -65,6 +67,7 @@ class Worker:
     def __init__(self, subject: str, device: str) -> None:
         self._device_name, self._subject_name = device, subject
         self._bank: WeightBank | None = None
+        self._operands: list[Operands] = []
         self._calls: list[Callable[[], torch.Tensor]] = []
         self._captured: dict[str, Captured] = {}
         self._clock: Clock = HostClock()
@@ -124,31 +127,65 @@ class Worker:
             **plan,
         }
 
-    def prepare(self, workload: dict[str, Any], calls: int, copies: int, levels: list[float]) -> dict[str, Any]:
-        """Make one pass of a workload's calls, and find its replayed output right.
+    def prepare(self, workload: dict[str, Any], calls: int, copies: int) -> dict[str, Any]:
+        """Make one pass of a workload's calls, find its replayed output right, and warm up.
+
+        Both sides do so at once, so nothing is timed here but what it took, in seconds by phase.
 
         Args:
             workload: which.
             calls: of the rotation.
             copies: of the weights, in turn.
-            levels: slow-downs to inject, each a pass of its own beside the plain one: 0.03 is 3 %.
         """
+        marks = [time.perf_counter()]
         chosen, subject = workload_from(workload), self._loaded()
         self.release()
         bank = self._weights(chosen)
-        operands = [make_operands(chosen, bank, call, call % copies) for call in range(calls)]
-        self._calls = [partial(each.pass_to, subject.experts) for each in operands]
+        self._operands = [make_operands(chosen, bank, call, call % copies) for call in range(calls)]
+        self._calls = [partial(each.pass_to, subject.experts) for each in self._operands]
+        self._clock.finish()
+        marks.append(time.perf_counter())
         self._captured = {"": self._capture()}
-        self._expect_right(operands[0], self._captured[""])
-        answer: dict[str, Any] = {"seconds": self._seconds(self._captured[""]), "method": self._captured[""].method}
-        if levels:
-            injection = Injection(self._capture, self._seconds_of_passes, self._device)
-            made = injection.at(levels, self._captured[""])
-            for level, (captured, reached) in made.items():
-                self._expect_right(operands[0], captured)
-                self._captured[str(level)] = captured
-                answer.setdefault("reached", {})[str(level)] = reached
-        return answer
+        marks.append(time.perf_counter())
+        self._expect_right(self._operands[0], self._output(self._captured[""]))
+        marks.append(time.perf_counter())
+        self._warm_up()
+        took = [round(end - start, 4) for start, end in pairwise(marks)]
+        phases = dict(zip(("operands", "capture", "verify"), took, strict=True))
+        return {"method": self._captured[""].method, "took": phases}
+
+    def pace(self) -> dict[str, Any]:
+        """Seconds of one pass; the other side waits meanwhile."""
+        times = interleave({"": self._captured[""].run}, self._clock, rounds=3)
+        return {"seconds": statistics.median(times[""])}
+
+    def inject(self, levels: list[float], asked: dict[str, float]) -> dict[str, Any]:
+        """Make slowed passes beside the plain one; the other side waits meanwhile.
+
+        Args:
+            levels: slow-downs, each a pass of its own: 0.03 is 3 %.
+            asked: by level, what another pair's process answered as such; empty at first.
+
+        Returns:
+            `reached`, by level, how much slower a pass became; `injected`, the levels that it may be timed at; `asked`,
+            by level, with what a process of the same workload may begin.
+        """
+        plain = self._captured[""]
+        right = self._output(plain).clone()
+        begin = {float(level): share for level, share in asked.items()}
+        made = Injection(self._capture, self._clock, self._device).at(levels, plain, begin)
+        for level, each in made.items():
+            if each.captured is None:
+                continue
+            out = self._output(each.captured)
+            if not torch.equal(out, right):  # the same kernels on the same operands, unless their sums have no order
+                self._expect_right(self._operands[0], out)
+            self._captured[str(level)] = each.captured
+        return {
+            "reached": {str(level): each.reached for level, each in made.items()},
+            "injected": [level for level, each in made.items() if each.captured is not None],
+            "asked": {str(level): each.asked for level, each in made.items() if each.captured is not None},
+        }
 
     def block(self, passes: int, level: str = "") -> dict[str, Any]:
         """Time some passes one after the other; the median call's seconds, and the SM clock meanwhile."""
@@ -161,7 +198,7 @@ class Worker:
 
     def release(self) -> dict[str, Any]:
         """Let go of a workload's graphs and operands; weights stay for the model's next workload."""
-        self._captured, self._calls = {}, []
+        self._captured, self._calls, self._operands = {}, [], []
         return {}
 
     def _loaded(self) -> TimedSubject:
@@ -193,30 +230,23 @@ class Worker:
         capture = capture_graph if self._device.type == "cuda" else one_after_another
         return capture(self._calls, self._device)
 
-    def _expect_right(self, operands: Operands, captured: Captured) -> None:
-        """The kernels were judged in a process of their own; here, that a pass really computes."""
+    def _output(self, captured: Captured) -> torch.Tensor:
+        """What a pass computes in its first call, with nothing left of an earlier pass."""
         for out in captured.outputs:
             out.fill_(float("nan"))
         outputs = captured.run()
         self._clock.finish()
-        out = captured.outputs[0] if captured.outputs else outputs[0]
+        return captured.outputs[0] if captured.outputs else outputs[0]
+
+    def _expect_right(self, operands: Operands, out: torch.Tensor) -> None:
+        """The kernels were judged in a process of their own; here, that a pass really computes."""
         expect_right(self._subject_name, "its first call", verify_rows(lambda *_, **__: out, operands))
 
-    def _seconds(self, captured: Captured) -> float:
-        """Of one pass, after a short warm-up."""
-        ends = time.perf_counter() + 0.02
-        for _ in range(200):
-            captured.run()
+    def _warm_up(self) -> None:
+        ends = time.perf_counter() + _WARM_UP_SECONDS
+        while time.perf_counter() < ends:
+            self._captured[""].run()
             self._clock.finish()
-            if time.perf_counter() > ends:
-                break
-        return statistics.median(self._seconds_of_passes(captured, 3))
-
-    def _seconds_of_passes(self, captured: Captured, passes: int) -> list[float]:
-        captured.run()
-        readings = [self._clock.time(captured.run) for _ in range(passes)]
-        self._clock.finish()
-        return [read() for read in readings]
 
 
 @contextmanager
@@ -255,7 +285,7 @@ def main(arguments: list[str]) -> None:
     """Serve until the requests end."""
     requests, answers, subject, device = arguments
     worker = Worker(subject, device)
-    names = ("hello", "busy", "own_workloads", "describe", "check", "prepare", "block", "release")
+    names = ("hello", "busy", "own_workloads", "describe", "check", "prepare", "pace", "inject", "block", "release")
     serve(int(requests), int(answers), {name: getattr(worker, name) for name in names})
 
 
