@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import statistics
@@ -18,7 +19,7 @@ from moegate.conformance.console import wide_console
 from moegate.conformance.faults.client import HuntError, outcomes_of
 from moegate.conformance.faults.fault import CatalogueError, Fault, load_catalogue
 from moegate.conformance.faults.job import Job, Orders, Outcome
-from moegate.conformance.faults.record import Journal, read_witnesses, state_of, write_witnesses
+from moegate.conformance.faults.record import Journal, read_witnesses, state_of, write_matrix, write_witnesses
 from moegate.json_output import expect_json_file, expect_output, put_json
 
 SCHEMA = 1
@@ -55,7 +56,10 @@ def faults(
     resume: Annotated[
         Path | None, typer.Option(help="Keep outcomes in this file, and leave out what stands there.")
     ] = None,
-    update: Annotated[bool, typer.Option("--update-witnesses", help="Check in the cases that a search found.")] = False,
+    update: Annotated[
+        bool,
+        typer.Option("--update-witnesses", help="Check in the cases that a search found, or what a matrix counted."),
+    ] = False,
     json_file: Annotated[
         str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")
     ] = None,
@@ -91,6 +95,9 @@ def faults(
         for fault in wanted:
             fault.sources()
         runnable, left_out = _runnable(wanted, device, everything)
+        if matrix:
+            # So that what there is of it, when it is cut off, is a sample of all areas.
+            runnable.sort(key=lambda fault: hashlib.sha256(fault.id.encode()).digest())
         witnesses = read_witnesses() if witness else {}
         state = state_of(fault.package for fault in runnable)
         journal = Journal(resume, f"{mode} {device} {scale} {state}")
@@ -112,18 +119,27 @@ def faults(
                 limit_s=LONG_LIMIT_S if matrix or mutate else LIMIT_S,
             )
             jobs.append(Job(fault, orders))
+    was_interrupted = False
     try:
         _hunt(jobs, workers or min(os.cpu_count() or 1, 16), done, journal, console)
     except HuntError as error:
         console.print(f"moegate faults: {error}", style="red", markup=False)
         raise typer.Exit(exit_codes.INCONCLUSIVE) from error
-    outcomes = [done[fault.id] for fault in runnable]
+    except KeyboardInterrupt:
+        goes_on = "" if resume is None else "; the same command goes on from there"
+        console.print(
+            f"moegate faults: interrupted after {len(done)} of {len(runnable)} faults{goes_on}", style="yellow"
+        )
+        was_interrupted = True
+    outcomes = [done[fault.id] for fault in runnable if fault.id in done]
     if update:
-        write_witnesses(every, done)
+        (write_matrix if matrix else write_witnesses)(every, done)
     report = _report(outcomes, wanted, left_out, device, mode)
     is_written = put_json(console, "faults", json_file, report)
     _print(outcomes, report, console, details=mutate == 0)
     code = _exit_code(outcomes, LEAST_OF_MUTANTS if mutate else 1.0)
+    if was_interrupted and code == exit_codes.HOLDS:
+        code = exit_codes.INCONCLUSIVE
     raise typer.Exit(code if is_written or code == exit_codes.FINDING else exit_codes.NOTHING_DONE)
 
 

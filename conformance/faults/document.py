@@ -15,11 +15,10 @@ from typing import Any
 
 from ..catalogue import PROPERTIES
 from .fault import Fault, load_catalogue
-from .record import Killed, read_witnesses
+from .record import MATRIX, Killed, read_witnesses
 from .survivors import MUTANTS
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
-MATRIX = Path(__file__).parent / "matrix.json"
 
 
 def as_markdown() -> str:
@@ -69,7 +68,7 @@ def _properties(faults: Sequence[Fault], witnesses: Mapping[str, Killed]) -> Ite
         outcomes = json.loads(MATRIX.read_text())
         seen = {id: [p for p, (kills, _) in row.items() if kills and p in PROPERTIES] for id, row in outcomes.items()}
         yield (
-            f"`moegate faults --matrix` on {len(seen)} faults, a few cases of every applicable property each: how many "
+            f"`moegate faults --matrix` on {len(seen)} faults of all areas, drawn by hash, a few cases of every applicable property each: how many "
             "faults a property saw (*kills*), and how many it alone saw (*unique*).\n"
         )
     else:

@@ -12,6 +12,7 @@ from .fault import CatalogueError, Fault, folder_of
 from .job import Outcome, Witness
 
 WITNESSES = Path(__file__).parent / "witnesses.json"
+MATRIX = Path(__file__).parent / "matrix.json"
 SCHEMA = 1
 
 
@@ -64,6 +65,14 @@ def write_witnesses(faults: Iterable[Fault], outcomes: Mapping[str, Outcome], pa
             row = {"digest": old.digest, "unit": old.witness.unit, "spec": old.witness.spec}
             rows.append(f"  {json.dumps(fault.id)}: {json.dumps(row | {'by': list(old.by), 'cases': old.cases})}")
     path.write_text(f'{{"schema": {SCHEMA}, "witnesses": {{\n' + ",\n".join(rows) + "\n}}\n")
+
+
+def write_matrix(faults: Iterable[Fault], outcomes: Mapping[str, Outcome], path: Path = MATRIX) -> None:
+    """Keep how often each property saw each fault: by fault and property, cases in which it did, and cases in all."""
+    rows = [
+        f" {json.dumps(fault.id)}: {json.dumps(outcomes[fault.id].kills)}" for fault in faults if fault.id in outcomes
+    ]
+    path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 def state_of(packages: Iterable[str]) -> str:
