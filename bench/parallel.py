@@ -291,8 +291,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         f"exposed: the layer without its experts, who work while tokens travel; wire: bytes over the measured "
-        f"bandwidth; allowed for communication and permutation: {FACTOR} x wire + {FIXED * 1e6:.0f} us; captured: replayed "
-        f"from a CUDA graph"
+        f"bandwidth; allowed for communication and permutation: {FACTOR} x wire + {FIXED * 1e6:.0f} us; captured: "
+        f"replayed from a CUDA graph"
     )
 
 

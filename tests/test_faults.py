@@ -4,6 +4,7 @@ import json
 import os
 import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from moegate.conformance.faults.document import as_markdown
 from moegate.conformance.faults.fault import CatalogueError, Edit, Fault, load_catalogue
 from moegate.conformance.faults.job import Job, Orders, Outcome
 from moegate.conformance.faults.mutants import candidates, sample
-from moegate.conformance.faults.record import Journal, read_witnesses
+from moegate.conformance.faults.record import Journal, read_witnesses, write_matrix
 from moegate.conformance.faults.survivors import read_survivors, summary, without_equivalents
 from moegate.main import app
 
@@ -296,6 +297,30 @@ def test_a_catalogue_of_a_user_s_own_is_hunted_in_a_user_s_own_package(tmp_path,
 def _survive(jobs):
     assert [job.fault.id for job in jobs] == ["the-same"]
     return [Outcome("the-same", "scale", cases=7)]
+
+
+def test_a_hunt_that_is_interrupted_says_what_it_had_and_keeps_it(tmp_path, monkeypatch):
+    edits = [{"id": f"fault-{n}", "file": "layer.py", "old": "1.0", "new": f"{n}.0"} for n in range(2, 7)]
+    (tmp_path / "mymoe").mkdir()
+    (tmp_path / "mymoe" / "__init__.py").write_text("")
+    (tmp_path / "mymoe" / "layer.py").write_text(PACKAGE["mymoe/layer.py"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = catalogue(tmp_path, *edits, head='area = "a"\ntests = ["t"]\nexpect = ["NUM-01"]\npackage = "mymoe"\n')
+    asked = []
+
+    def interrupted(jobs, *rest):
+        asked[:] = [job.fault.id for job in jobs]
+        yield Outcome(asked[0], "a", True, ["NUM-01"], True, 3, kills={"NUM-01": [2, 3]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moegate.faults.outcomes_of", interrupted)
+    matrix = tmp_path / "matrix.json"
+    monkeypatch.setattr("moegate.faults.write_matrix", partial(write_matrix, path=matrix))
+    code, text = moegate("--catalogue", path, "--matrix", "--update-witnesses", "--resume", tmp_path / "journal")
+    assert code == 2, text
+    assert "interrupted after 1 of 5 faults; the same command goes on from there" in text
+    assert asked != sorted(asked), "a matrix that is cut off is a sample"
+    assert json.loads(matrix.read_text()) == {asked[0]: {"NUM-01": [2, 3]}}
 
 
 def test_a_journal_forgets_a_fault_that_has_changed(tmp_path):
