@@ -1,7 +1,7 @@
 """In which form of its kernels a Triton layer runs: a pure function, with its reason.
 
-The general kernels take every layer on every platform. Two other forms are faster where they fit: *streamed* rows for a
-few tokens (`kernels.stream_rows`), *sorted* rows for many (`kernels.gated_gemm`, `kernels.sorted_gemm`).
+The general kernels take every layer on every platform. Two other forms fit some: *streamed* rows for a few tokens
+(`kernels.stream_rows`), *sorted* rows for many (`kernels.gated_gemm`, `kernels.sorted_gemm`), which are faster there.
 `docs/performance.md` has what was measured.
 """
 
@@ -150,7 +150,7 @@ def _unmeasured(question: FormQuestion, form: KernelForm) -> str | None:
     if not question.platform.is_hopper:
         return f"never measured on {question.platform}"
     if form is KernelForm.STREAMED:
-        return None
+        return "in whole layers they took longer than the general kernels"
     pairs = question.num_pairs * question.num_local_experts // question.num_experts
     rows = pairs // question.num_local_experts
     if rows < _LEAST_ROWS:
