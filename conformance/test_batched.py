@@ -43,7 +43,7 @@ def judge_of(session, variant):
         if not all(verdict.holds for verdict in verdicts):
             return verdicts
         if traced:
-            verdicts += judge_path(case, record, variant, subject.launches.get(variant))
+            verdicts += judge_path(case, record, variant, subject.launches.get(variant), subject.numerics)
         verdicts += judge_memory(case, around, own, subject.numerics)
         return verdicts + judge_rows(case, routed, own, trace, subject.numerics)
 

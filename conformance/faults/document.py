@@ -68,8 +68,8 @@ def _properties(faults: Sequence[Fault], witnesses: Mapping[str, Killed]) -> Ite
         outcomes = json.loads(MATRIX.read_text())
         seen = {id: [p for p, (kills, _) in row.items() if kills and p in PROPERTIES] for id, row in outcomes.items()}
         yield (
-            f"`moegate faults --matrix --scale 0.1` on {len(seen)} faults of all areas, drawn by hash, with a few cases "
-            "of every applicable property each: how many of them a property saw (*kills*), and it alone (*unique*).\n"
+            f"`moegate faults --matrix --scale 0.1` on {len(seen)} faults of all areas, drawn by hash, with a few "
+            "cases of every applicable property: how many of them a property saw (*kills*), and it alone (*unique*).\n"
         )
     else:
         seen = {fault.id: list(witnesses[fault.id].by) for fault in faults if fault.id in witnesses}

@@ -18,7 +18,7 @@ from ..cases import BatchedCase, ExpertsCase
 from ..judge import Verdict, declare
 from ..numerics import Numerics
 from .num import budget_of, judge_values, reference_of
-from .path import BACKEND, Launches, judge_tiles
+from .path import BACKEND, Launches, judge_promotion, judge_tiles
 
 BEHIND = declare(
     "BATCHED-01", "rows behind an expert's count stay as they were, and so does the memory around the result", "batched"
@@ -107,7 +107,9 @@ def judge_memory(case: BatchedCase, around: Tensor, own: Tensor, numerics: Numer
     return verdicts
 
 
-def judge_path(case: BatchedCase, record: Any, variant: str, launches: Launches | None) -> list[Verdict]:
+def judge_path(
+    case: BatchedCase, record: Any, variant: str, launches: Launches | None, numerics: Numerics
+) -> list[Verdict]:
     """PATH-02, and BATCHED-06 where the table has an entry for the batched format.
 
     Args:
@@ -115,6 +117,7 @@ def judge_path(case: BatchedCase, record: Any, variant: str, launches: Launches 
         record: as `path.judge_path` has it.
         variant: the backend asked for, whose name that of the batched format holds.
         launches: the declared table, where there is one.
+        numerics: declared.
     """
     ran = record.last("backend")
     verdicts = [BACKEND.verdict(variant in str(ran), f"asked for {variant} in slabs, ran {ran}")]
@@ -124,7 +127,7 @@ def judge_path(case: BatchedCase, record: Any, variant: str, launches: Launches 
     launched = dict(record.launches)
     expected = table["batched"] if case.hidden_states.numel() else ({},)
     verdicts.append(LAUNCHES.verdict(launched in expected, f"expected {expected}, launched {launched}"))
-    return verdicts + judge_tiles(record)
+    return verdicts + judge_tiles(record) + judge_promotion(case, record, numerics)
 
 
 def _counts(case: BatchedCase) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..cases import ExpertsCase, LayerCase
 from ..judge import Verdict, declare
+from ..numerics import Numerics
 
 Launches = Callable[[LayerCase], Mapping[str, tuple[Mapping[str, int], ...]]]
 """From a case to a table: by assignment (`naive`, `aligned`), and for the batched format (`batched`), the ways in which
@@ -33,6 +34,12 @@ TILES = declare(
     "trace",
     "launches",
 )
+PROMOTED = declare(
+    "PATH-06",
+    "sums of fp8 products, where their launches say so, enter a float32 one at least as often as is declared",
+    "trace",
+    "launches",
+)
 TILE = ("block_size_m", "block_size_n", "block_size_k", "group_size_m", "num_warps", "num_stages")
 
 
@@ -51,20 +58,37 @@ def judge_tiles(record: Any) -> list[Verdict]:
     return [TILES.verdict(holds, f"expected {', '.join(TILE)} and source of two tiles, got {tiles}")]
 
 
+def judge_promotion(case: LayerCase, record: Any, numerics: Numerics) -> list[Verdict]:
+    """PATH-06 on the record of a call; nothing without weights of fp8 whose scales leave a GEMM's sum whole.
+
+    A sum that stays short is off by little on most operands, and by more the longer it is: no budget of a case that a
+    suite can afford shows it.
+    """
+    scheme = None if case.stored is None else case.stored.scheme
+    said = record.all("promoted_every")
+    if scheme is None or scheme.weight != "fp8" or scheme.has_blocks or not said or not numerics.promoted_every:
+        return []
+    holds = all(type(every) is int and 0 < every <= numerics.promoted_every for every in said)
+    return [PROMOTED.verdict(holds, f"expected at most {numerics.promoted_every} products, got {said}")]
+
+
 def expects_naive_blocks(case: ExpertsCase) -> bool:
     """vLLM PR 39016's condition: fp8 and int8 w8a8 reach the low-latency path exactly as bf16 does."""
     grouped = case.stored is not None and case.stored.scheme.weight_scale == "group"
     return case.expert_map is None and case.num_tokens * case.top_k * 4 <= case.num_experts and not grouped
 
 
-def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches | None) -> list[Verdict]:
+def judge_path(
+    case: ExpertsCase, record: Any, variant: str, launches: Launches | None, numerics: Numerics
+) -> list[Verdict]:
     """Every PATH verdict on one execution.
 
     Args:
         case: what ran.
-        record: with `last(name)` and `launches`, as `impl.path.PathRecord` has them.
+        record: with `last(name)`, `all(name)` and `launches`, as `impl.path.PathRecord` has them.
         variant: the backend asked for.
         launches: the declared table, where there is one.
+        numerics: declared.
     """
     launched = dict(record.launches)
     if case.num_tokens == 0:
@@ -85,4 +109,4 @@ def judge_path(case: ExpertsCase, record: Any, variant: str, launches: Launches 
         )
     )
     verdicts.append(LAUNCHES.verdict(launched in table[expected], f"expected {table[expected]}, launched {launched}"))
-    return verdicts + judge_tiles(record)
+    return verdicts + judge_tiles(record) + judge_promotion(case, record, numerics)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import path
 from ..config import QuantScheme
 from ..quantization import ActivationScale, ExpertsQuantization, WeightScale
 from ..tuning.kernel_config import KernelConfig
@@ -305,7 +306,7 @@ def gemm_operands(
 
 
 def tile_options(operands: GemmOperands, config: KernelConfig, allow_tf32: bool) -> dict[str, Any]:
-    """The constants and options of a launch.
+    """The constants and options of a launch; how often it promotes sums of fp8 goes on record.
 
     Args:
         operands: of the GEMM.
@@ -313,7 +314,7 @@ def tile_options(operands: GemmOperands, config: KernelConfig, allow_tf32: bool)
         allow_tf32: float32 operands may be rounded to TF32.
     """
     scale_n, part = operands.options["SCALE_N"], operands.numbers[2]
-    return {
+    options = {
         "EVEN_N": operands.n % config.block_size_n == 0,
         "EVEN_K": operands.k % config.block_size_k == 0,
         "WIDE_B": operands.b.stride(1) * config.block_size_n >= 2**31,
@@ -330,3 +331,5 @@ def tile_options(operands: GemmOperands, config: KernelConfig, allow_tf32: bool)
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    path.note("promoted_every", options["WINDOW"])
+    return options
