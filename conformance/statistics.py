@@ -13,8 +13,8 @@ from .budget import Budget, projected_error
 
 # Rows beyond which the gains (which cost top_k times the second GEMM) are judged on the first rows alone.
 MAX_GAIN_ELEMENTS = 1 << 27
-# Columns by which rows are compared with each other.
-COMPARED_COLUMNS = 32
+# Columns by which rows are compared with each other, and numbers that are compared at a time.
+COMPARED_COLUMNS, COMPARED_AT_ONCE = 32, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ def _alike(trace: Trace, storage: torch.dtype) -> Tensor:
         alike = torch.zeros(len(token), len(token), dtype=torch.bool, device=token.device)
         for rows in (trace.gate[token, slot], trace.expert_output[token, slot]):
             some = rows[:, :: max(1, rows.shape[1] // COMPARED_COLUMNS)][:, :COMPARED_COLUMNS]
-            near = torch.zeros(alike.shape, device=token.device)
-            for column in some.unbind(dim=1):
-                near += (column[:, None] - column[None, :]).abs() <= two_steps * column.abs()[:, None]
+            near = torch.zeros(alike.shape, dtype=torch.int64, device=token.device)
+            for columns in some.split(max(1, COMPARED_AT_ONCE // max(1, alike.numel())), dim=1):
+                differences = (columns[:, None] - columns[None, :]).abs()
+                near += (differences <= two_steps * columns.abs()[:, None]).sum(dim=2)
             alike |= near >= some.shape[1] / 4
         counts[token, slot] = alike.sum(dim=1).to(counts.dtype).clamp(min=1)
     return counts
