@@ -136,10 +136,16 @@ def _multiplicity(trace: Trace) -> Tensor:
     return (trace.local_ids[:, :, None] == trace.local_ids[:, None, :]).sum(dim=2).to(trace.output.dtype)
 
 
-def _rows_of_each_expert(trace: Trace, num_local: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    for expert in range(num_local):
-        token, slot = (trace.local_ids == expert).nonzero(as_tuple=True)
-        if token.numel():
+def rows_of_each_expert(trace: Trace, num_local: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The expert's number, and its pairs' tokens and slots, in their order, for each expert that has any."""
+    ids = trace.local_ids.flatten()
+    # One question to the device, and not one for each expert.
+    counts = torch.bincount(ids.clamp(min=-1) + 1, minlength=num_local + 1).tolist()
+    order = ids.argsort(stable=True)[counts[0] :]
+    top_k = max(1, trace.local_ids.shape[1])
+    tokens, slots = ((order // top_k).split(counts[1:]), (order % top_k).split(counts[1:]))
+    for expert, (token, slot) in enumerate(zip(tokens, slots, strict=True)):
+        if counts[expert + 1]:
             yield expert, token, slot
 
 
@@ -179,7 +185,7 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     # First GEMM, where needed with the routing weight on its input (applied to the accumulator, one rounding).
     gate_up_squares = trace.gate.new_zeros(*trace.gate.shape[:2], call.w13.shape[1])
     from_input = torch.zeros_like(gate_up_squares)
-    for expert, token, slot in _rows_of_each_expert(trace, num_local):
+    for expert, token, slot in rows_of_each_expert(trace, num_local):
         squared = (expert_weight(call.w13, expert, wide) ** 2).T
         factor = call.topk_weights[token, slot, None].to(wide) ** 2 if on_input else 1.0
         gate_up_squares[token, slot] = trace.x[token] ** 2 @ squared * factor
@@ -261,7 +267,7 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     squares = torch.zeros_like(trace.expert_output)
     moved = trace.output.new_zeros(common.shape[2], *trace.output.shape)
     of_causes, one_way_rows = torch.zeros_like(trace.output_weights), torch.zeros_like(trace.output_weights)
-    for expert, token, slot in _rows_of_each_expert(trace, num_local):
+    for expert, token, slot in rows_of_each_expert(trace, num_local):
         exact = expert_weight(call.w2, expert, wide).T
         squared, of_common = exact**2, (hidden_common[token, slot] @ exact) ** 2
         shared[token, slot] = hidden_variance[token, slot] @ squared + of_common
@@ -385,7 +391,7 @@ def projected_error(budget: Budget, trace: Trace, w2: Tensor | QuantizedWeight, 
     single = torch.zeros_like(typical)
     moved = typical.new_zeros(budget.common.shape[2], *typical.shape)
     times = _multiplicity(trace)
-    for expert, token, slot in _rows_of_each_expert(trace, w2.shape[0]):
+    for expert, token, slot in rows_of_each_expert(trace, w2.shape[0]):
         along = directions[token]
         through = along @ expert_weight(w2, expert, directions.dtype)  # [P, D, I]
         own = torch.einsum("pdh,ph->pd", along, trace.expert_output[token, slot])

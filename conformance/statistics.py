@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference.experts import Trace
 from ..reference.quantization import QuantizedWeight
-from .budget import Budget, projected_error
+from .budget import Budget, projected_error, rows_of_each_expert
 
 # Rows beyond which the gains (which cost top_k times the second GEMM) are judged on the first rows alone.
 MAX_GAIN_ELEMENTS = 1 << 27
@@ -39,7 +39,7 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(numerator == 0, 0.0, numerator / denominator)
 
 
-def _alike(trace: Trace, storage: torch.dtype) -> Tensor:
+def _alike(trace: Trace, storage: torch.dtype, num_local: int) -> Tensor:
     """How many pairs of an expert round as each pair does, `[M, top_k]`, the pair itself included.
 
     Rows that differ by no more than roundings do (of tokens of zeros, or beside biases that are larger than all else)
@@ -48,8 +48,7 @@ def _alike(trace: Trace, storage: torch.dtype) -> Tensor:
     """
     counts = torch.ones_like(trace.output_weights)
     two_steps = 4 * torch.finfo(storage).eps / 2
-    for expert in range(int(trace.local_ids.max()) + 1 if trace.local_ids.numel() else 0):
-        token, slot = (trace.local_ids == expert).nonzero(as_tuple=True)
+    for _, token, slot in rows_of_each_expert(trace, num_local):
         alike = torch.zeros(len(token), len(token), dtype=torch.bool, device=token.device)
         for rows in (trace.gate[token, slot], trace.expert_output[token, slot]):
             some = rows[:, :: max(1, rows.shape[1] // COMPARED_COLUMNS)][:, :COMPARED_COLUMNS]
@@ -93,7 +92,7 @@ def statistics(output: Tensor, trace: Trace, budget: Budget, w2: Tensor | Quanti
 
     expert_norm = of_experts(norm[:, 1:])
     # What rows have in common adds up before it is squared.
-    alike = _alike(part, output.dtype)
+    alike = _alike(part, output.dtype, num_local)
     expert_variance = of_experts(alike * allowed.typical[:, 1:])
     one_flip = zeros.scatter_reduce(0, ids, (alike * allowed.single[:, 1:].sqrt()).flatten(), "amax")[:num_local]
     for moved in allowed.moved:
