@@ -91,7 +91,7 @@ def test_a_slot_is_loaded_anew_and_emptied():
 
 def test_shared_experts_are_not_overlapped_and_the_reason_is_told():
     def body(ranks):
-        layer = sharded_layer(ranks, shared=shared_of(), overlap=True)
+        layer = sharded_layer(ranks, shared=shared_of(), ways={"overlap": True})
         with record_path() as record:
             layer(tokens(3))
         return record.last("shared_experts_order"), record.last("shared_experts_reasons")[-1]
@@ -104,7 +104,7 @@ def test_shared_experts_are_not_overlapped_and_the_reason_is_told():
 def test_beside_adapters_that_are_whole_shared_experts_are_overlapped():
     def body(ranks):
         with record_path() as record:
-            sharded_layer(ranks, shared=shared_of(), overlap=True, fully_sharded_over=None)(tokens(3))
+            sharded_layer(ranks, shared=shared_of(), ways={"overlap": True}, fully_sharded_over=None)(tokens(3))
         return record.last("shared_experts_order")
 
     assert results_of(body) == ["mk_internal_overlapped"] * 2
@@ -197,6 +197,11 @@ def test_a_table_of_the_ranks_of_another_mesh_is_refused_on_every_rank():
     assert text in str(same_error_of(over_all, Mesh(tp_size=2, ep_size=2)))
     text = "adapters: expected a table of whole matrices, got one of 2 ranks of another mesh"
     assert text in str(same_error_of(where_experts_are_whole, Mesh(ep_size=2)))
+
+
+def test_own_tokens_first_beside_a_sharded_table_is_refused_on_every_rank():
+    error = same_error_of(lambda ranks: sharded_layer(ranks, ways={"own_first": True}), Mesh(tp_size=2, dp_size=2))
+    assert str(error) == "rank 0: own_first: expected False beside fully sharded adapters, got True"
 
 
 def test_a_layer_that_ranks_do_not_share_refuses_a_sharded_table():
