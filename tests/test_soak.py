@@ -156,3 +156,21 @@ def test_an_interrupted_check_ends_its_child_and_says_what_it_had(
     report = {"verdict": "holds", "properties": [1]}
     assert check._exit_code(report, status) == exit_codes.INCONCLUSIVE
     assert check._exit_code(report | {"verdict": "violated"}, status) == exit_codes.FINDING
+
+
+ENDED = """
+import os, signal
+from moegate import main
+def told_to_end():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        print("interrupted")
+main.app = told_to_end
+main.run()
+"""
+
+
+def test_a_command_that_is_told_to_end_is_interrupted_and_can_say_what_it_had() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "interrupted"), ended.stderr
