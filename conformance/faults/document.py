@@ -64,28 +64,39 @@ def _row_of(name: str, faults: Sequence[Fault], witnesses: Mapping[str, Killed])
 
 def _properties(faults: Sequence[Fault], witnesses: Mapping[str, Killed]) -> Iterator[str]:
     yield "### Kills by property\n"
+    seen = {fault.id: list(witnesses[fault.id].by) for fault in faults if fault.id in witnesses}
+    yield (
+        "Of the one case that killed a fault: every property that it violated (*kills*), and the faults that no other "
+        "property saw in that case (*unique*).\n"
+    )
+    columns = [*_kills(seen)]
+    head = ["property", "kills", "unique"]
     if MATRIX.exists():
         outcomes = json.loads(MATRIX.read_text())
-        seen = {id: [p for p, (kills, _) in row.items() if kills and p in PROPERTIES] for id, row in outcomes.items()}
+        matrix = {id: [p for p, (kills, _) in row.items() if kills and p in PROPERTIES] for id, row in outcomes.items()}
         yield (
-            f"`moegate faults --matrix --scale 0.1` on {len(seen)} faults of all areas, drawn by hash, with a few "
-            "cases of every applicable property: how many of them a property saw (*kills*), and it alone (*unique*).\n"
+            f"`moegate faults --matrix --scale 0.1` on {len(matrix)} faults of all areas, drawn by hash, with a few "
+            "cases of every applicable property: how many a property saw (*of the matrix*), and it alone (*unique*).\n"
         )
-    else:
-        seen = {fault.id: list(witnesses[fault.id].by) for fault in faults if fault.id in witnesses}
-        yield (
-            "Of the one case that killed a fault: every property that it violated (*kills*), and the faults that no "
-            "other property saw in that case (*unique*).\n"
-        )
-    kills = Counter(id for by in seen.values() for id in by)
-    unique = Counter(by[0] for by in seen.values() if len(by) == 1)
+        columns += _kills(matrix)
+        head += ["of the matrix", "unique"]
     expected = Counter(id for fault in faults if not fault.equivalent for id in fault.expect)
+    known = {*PROPERTIES, *(id for column in columns for id in column)}
     rows = [
-        (id, kills[id], unique[id], expected[id], PROPERTIES[id].sentence if id in PROPERTIES else "")
-        for id in sorted({*PROPERTIES, *kills}, key=lambda id: (id not in PROPERTIES, id))
+        (
+            id,
+            *(column[id] for column in columns),
+            expected[id],
+            PROPERTIES[id].sentence if id in PROPERTIES else "",
+        )
+        for id in sorted(known, key=lambda id: (id not in PROPERTIES, id))
     ]
-    head = ("property", "kills", "unique", "expected of", "what must hold")
-    yield from _table(head, rows, head[1:4])
+    yield from _table((*head, "expected of", "what must hold"), rows, (*head[1:], "expected of"))
+
+
+def _kills(seen: Mapping[str, Sequence[str]]) -> tuple[Counter[str], Counter[str]]:
+    """How many faults each property saw, and how many it alone."""
+    return Counter(id for by in seen.values() for id in by), Counter(by[0] for by in seen.values() if len(by) == 1)
 
 
 def _added(faults: Sequence[Fault]) -> Iterator[str]:

@@ -68,10 +68,10 @@ def write_witnesses(faults: Iterable[Fault], outcomes: Mapping[str, Outcome], pa
 
 
 def write_matrix(faults: Iterable[Fault], outcomes: Mapping[str, Outcome], path: Path = MATRIX) -> None:
-    """Keep how often each property saw each fault: by fault and property, cases in which it did, and cases in all."""
-    rows = [
-        f" {json.dumps(fault.id)}: {json.dumps(outcomes[fault.id].kills)}" for fault in faults if fault.id in outcomes
-    ]
+    """Keep how often properties saw each fault: by fault and property, cases in which it did, and cases in all."""
+    counted = {fault.id: outcomes[fault.id].kills for fault in faults if fault.id in outcomes}
+    seen = {id: {prop: count for prop, count in kills.items() if count[0]} for id, kills in counted.items()}
+    rows = [f" {json.dumps(id)}: {json.dumps(kills)}" for id, kills in seen.items()]
     path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
