@@ -51,6 +51,18 @@ DELAYS = ((), *((place,) for place in PLACES), *combinations(PLACES, 2))
 TURNS = 6
 
 
+def _explore(session, variant, judge, name, runs, pinned=()):
+    session.explore(
+        shared_specs(session.device, session.subject.capabilities),
+        judge,
+        name=f"{name}/{variant}",
+        variant=variant,
+        examples=EXAMPLES,
+        pinned=pinned,
+        runs=runs,
+    )
+
+
 @pytest.mark.moegate_facets("shared")
 @pytest.mark.moegate_executions(EXAMPLES, RUNS)
 def test_shared_experts_stay_within_budget_beside_the_routed_ones(moegate_session, moegate_variant):
@@ -67,15 +79,8 @@ def test_shared_experts_stay_within_budget_beside_the_routed_ones(moegate_sessio
         verdicts = [judge_memory(case, output), *judge_element(output, truth), *judge_unscaled(case, run)]
         return [*verdicts, judge_again(output, run(case))] if subject.numerics.repeatable else verdicts
 
-    session.explore(
-        shared_specs(session.device, subject.capabilities),
-        judge,
-        name=f"SHARED/{variant}",
-        variant=variant,
-        examples=EXAMPLES,
-        pinned=pinned_shared(session.device, subject.capabilities),
-        runs=RUNS,
-    )
+    pinned = pinned_shared(session.device, subject.capabilities)
+    _explore(session, variant, judge, "SHARED", RUNS, pinned=pinned)
 
 
 def _skip_without_streams(session):
@@ -102,14 +107,7 @@ def test_two_streams_give_the_bits_of_one(moegate_session, moegate_variant):
             verdicts.append(judge_overlap(serial, late_and_gone(run, x, held, delays), places))
         return verdicts
 
-    session.explore(
-        shared_specs(session.device, subject.capabilities),
-        judge,
-        name=f"OVERLAP/{variant}",
-        variant=variant,
-        examples=EXAMPLES,
-        runs=1 + len(DELAYS),
-    )
+    _explore(session, variant, judge, "OVERLAP", 1 + len(DELAYS))
 
 
 @pytest.mark.moegate_facets("shared")
@@ -138,14 +136,7 @@ def test_two_callers_give_the_bits_of_one(moegate_session, moegate_variant):
         torch.cuda.synchronize()
         return [judge_callers(serial[turn % 2], output, turn) for turn, output in enumerate(outputs)]
 
-    session.explore(
-        shared_specs(session.device, subject.capabilities),
-        judge,
-        name=f"CALLERS/{variant}",
-        variant=variant,
-        examples=EXAMPLES,
-        runs=2 + TURNS,
-    )
+    _explore(session, variant, judge, "CALLERS", 2 + TURNS)
 
 
 @pytest.mark.moegate_facets("shared")
@@ -163,11 +154,4 @@ def test_two_streams_wait_for_no_third(moegate_session, moegate_variant):
 
         return [judge_held(serial, *while_default_stream_is_held(run))]
 
-    session.explore(
-        shared_specs(session.device, subject.capabilities),
-        judge,
-        name=f"HELD/{variant}",
-        variant=variant,
-        examples=EXAMPLES,
-        runs=3,
-    )
+    _explore(session, variant, judge, "HELD", 3)

@@ -41,42 +41,33 @@ class AllGather(Exchange):
 
     def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
         """One collective."""
-        peers, ticket = self._peers, _Ticket(tokens.num_tokens)
+        peers = self._peers
         if peers is None:
-            return Launched(lambda: Received(tokens, ticket))
+            return Launched(lambda: Received(tokens, _Ticket(tokens.num_tokens)))
         sent = self._wire.quantized(tokens)
         packed = self._wire.pack(sent, padded_tokens)
         arrived = packed.new_empty((padded_tokens * peers.size, packed.shape[1]))
         work = peers.all_gather(arrived, packed)
-        if not own_first:
-
-            def finish() -> Received:
-                work.wait()
-                return Received(self._wire.tokens(arrived, sent, ids_are_local=False), ticket)
-
-            return Launched(finish)
         first, end = peers.rank * padded_tokens, (peers.rank + 1) * padded_tokens
-        if first > 0 and end < len(arrived):
+        is_between = first > 0 and end < len(arrived)
+        rows, sums = slice(None), None
+        if own_first and not is_between:
+            rows = slice(0, first) if first else slice(end, None)
+            sums = tokens.hidden_states.new_empty((len(arrived), tokens.hidden_states.shape[1]))
 
-            def finish_around() -> Received:
-                work.wait()
-                others = self._wire.tokens(arrived, sent, ids_are_local=False)
-                # The other ranks' rows lie on both sides: one call takes them all, with no expert in between.
-                others.topk_ids[first:end].fill_(-1)
-                if others.lora_ids is not None:
-                    others.lora_ids[first:end].fill_(-1)
-                return Received(others, ticket)
-
-            return Launched(finish_around, Received(sent))
-        sums = tokens.hidden_states.new_empty((len(arrived), tokens.hidden_states.shape[1]))
-        others = slice(0, first) if first else slice(end, len(arrived))
-
-        def finish_beside() -> Received:
+        def finish() -> Received:
             work.wait()
-            there = self._wire.tokens(arrived[others], sent, ids_are_local=False)
-            return Received(there, _Ticket(ticket.num_tokens, sums), sums[others])
+            there = self._wire.tokens(arrived[rows], sent, ids_are_local=False)
+            if own_first and is_between:
+                # The other ranks' rows lie on both sides: one call takes them all, with no expert in between.
+                there.topk_ids[first:end].fill_(-1)
+                if there.lora_ids is not None:
+                    there.lora_ids[first:end].fill_(-1)
+            return Received(there, _Ticket(tokens.num_tokens, sums), None if sums is None else sums[rows])
 
-        return Launched(finish_beside, Received(sent, sums=sums[first : first + ticket.num_tokens]))
+        if not own_first:
+            return Launched(finish)
+        return Launched(finish, Received(sent, sums=None if sums is None else sums[first : first + tokens.num_tokens]))
 
     def combine(
         self,
