@@ -28,6 +28,7 @@ import torch
 
 from ...impl import path
 from ...impl.kernels import combine
+from ..spread import robust_deviation
 from ..timer import Captured, Clock, interleave
 
 _PREFIX = """\
@@ -218,10 +219,8 @@ class Injection:
 
 
 def error_of_median(values: Sequence[float]) -> float:
-    """The standard error of a median, from the median absolute deviation as if the middle of them were Gaussian."""
-    middle = statistics.median(values)
-    spread = 1.4826 * statistics.median(abs(value - middle) for value in values)
-    return 1.2533 * spread / len(values) ** 0.5
+    """The standard error of a median."""
+    return 1.2533 * robust_deviation(values) / len(values) ** 0.5
 
 
 def _gain(points: Sequence[tuple[float, float]]) -> float:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import optimize, special, stats
 
+from ..spread import robust_deviation
 from .record import Verdict
 
 # Pairs agree by chance to the last bit, on a host's clock above all; no measurement is better than this.
@@ -142,11 +143,8 @@ def effect_error(base: Sequence[float], head: Sequence[float]) -> float:
         ValueError: no round, or another number of both.
     """
     ratios = _ratios(base, head)
-    middle = statistics.median(ratios)
-    # Of Gaussian rounds, the deviation that half of them exceed is 0.6745 times the standard one. Of a few, whose own
-    # middle is taken, it is smaller: as if there were two less.
-    spread = statistics.median(abs(ratio - middle) for ratio in ratios) / 0.6745
-    return spread / math.sqrt(max(1, len(ratios) - 2))
+    # Of a few rounds, whose own middle is taken, the deviation is smaller: as if there were two less.
+    return robust_deviation(ratios) / math.sqrt(max(1, len(ratios) - 2))
 
 
 def _ratios(base: Sequence[float], head: Sequence[float]) -> list[float]:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ..spread import robust_deviation
+
 LEAST = 3
 """Points on either side of a change; fewer say nothing of whether it stays."""
 MAX_P = 0.001
@@ -68,7 +70,7 @@ def find_changes(
     logs = np.log(np.asarray(seconds, dtype=np.float64))
     steps = np.diff(logs)
     # The noise of one point from neighbours' differences, which a change touches once.
-    noise = max(1.4826 * float(np.median(np.abs(steps - np.median(steps)))) / math.sqrt(2), _LEAST_NOISE)
+    noise = max(robust_deviation(steps.tolist()) / math.sqrt(2), _LEAST_NOISE)
     search = ruptures.KernelCPD(kernel="rbf", min_size=LEAST, params={"gamma": _KERNEL_WIDTH})
     breaks = search.fit((logs / noise)[:, None]).predict(pen=math.log(len(logs)))[:-1]
     while breaks:
