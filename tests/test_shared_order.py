@@ -49,11 +49,11 @@ def test_every_property_holds_on_every_point_of_the_space():
 
 def test_tensor_parallelism_with_external_experts_keeps_its_overlap():
     setting = SharedExpertsSetting(uses_external_experts=True)
-    decision = shared_experts_order(setting, HOPPER, has_auxiliary_stream=True, num_tokens=256)
+    decision = shared_experts_order(setting, HOPPER, has_auxiliary_stream=True, num_tokens=2048)
     assert decision.order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED
-    beyond = shared_experts_order(setting, HOPPER, has_auxiliary_stream=True, num_tokens=257)
+    beyond = shared_experts_order(setting, HOPPER, has_auxiliary_stream=True, num_tokens=2049)
     assert beyond.order is SharedExpertsOrder.EXTERNAL
-    assert "257 tokens are more than the threshold of 256" in str(beyond)
+    assert "2049 tokens are more than the threshold of 2048" in str(beyond)
 
 
 # --- its tests in another order ---------------------------------------------------------------------------------
