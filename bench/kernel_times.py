@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .timer import Pass
+from .timer import CudaClock, Pass
 
 _PASSES = 3
-# So long a device is kept busy before the pass that counts: one that comes out of idleness has other clocks than the
-# replays that it is compared with, by several per cent either way. Beyond so many kernels records take seconds to read.
+# So long a device is kept busy before the pass that counts: one that comes out of idleness, or from other work at its
+# power limit, has other clocks, by several per cent either way. So the replays that kernels are compared with are
+# timed here too, after as much of the same. Beyond so many kernels records take seconds to read.
 _BUSY_SECONDS, _MOST_KERNELS = 0.2, 20_000
 
 
@@ -24,10 +25,12 @@ class KernelTimes:
     Attributes:
         count: how many.
         seconds: of all of them, one after the other.
+        replay: seconds of the call that they are of, with what lies between them, at the same clocks.
     """
 
     count: float
     seconds: float
+    replay: float
 
 
 def kernel_times(run: Pass, calls: int, device: torch.device) -> KernelTimes | None:
@@ -46,20 +49,25 @@ def kernel_times(run: Pass, calls: int, device: torch.device) -> KernelTimes | N
     start = time.perf_counter()
     run()
     torch.cuda.synchronize(device)
-    repeats = min(_BUSY_SECONDS / (time.perf_counter() - start), _MOST_KERNELS / max(1, kernels))
-    passes = [_durations(run, max(1, round(repeats)), device) for _ in range(_PASSES)]
-    return summarise(passes, calls)
+    most = min(_BUSY_SECONDS / (time.perf_counter() - start), _MOST_KERNELS / max(1, kernels))
+    repeats = max(1, round(most))
+    passes, replays = [], []
+    for _ in range(_PASSES):
+        passes.append(_durations(run, repeats, device))
+        replays.append(_replay(run, repeats, device))
+    return summarise(passes, replays, calls)
 
 
-def summarise(passes: Sequence[Sequence[float]], calls: int) -> KernelTimes | None:
-    """The kernels of one call from the seconds of every kernel of each pass.
+def summarise(passes: Sequence[Sequence[float]], replays: Sequence[float], calls: int) -> KernelTimes | None:
+    """The kernels of one call, from the seconds of every kernel of each pass, and of passes without records.
 
     None where a pass has none, or another number than the next: then records were lost, and a sum would be too small.
     """
     counts = {len(durations) for durations in passes}
     if len(counts) != 1 or 0 in counts:
         return None
-    return KernelTimes(counts.pop() / calls, statistics.median(sum(durations) for durations in passes) / calls)
+    seconds = statistics.median(sum(durations) for durations in passes)
+    return KernelTimes(counts.pop() / calls, seconds / calls, statistics.median(replays) / calls)
 
 
 def last_pass(events: Sequence[tuple[float, float]], repeats: int) -> list[float]:
@@ -69,6 +77,16 @@ def last_pass(events: Sequence[tuple[float, float]], repeats: int) -> list[float
     """
     count, rest = divmod(len(events), repeats)
     return [] if rest else [duration for _, duration in sorted(events)[len(events) - count :]]
+
+
+def _replay(run: Pass, repeats: int, device: torch.device) -> float:
+    """Seconds of the last of `repeats` equal passes."""
+    for _ in range(repeats - 1):
+        run()
+    clock = CudaClock(device)
+    read = clock.time(run)
+    clock.finish()
+    return read()
 
 
 def _durations(run: Pass, repeats: int, device: torch.device) -> list[float]:

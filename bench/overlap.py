@@ -86,12 +86,12 @@ class OverlapCell:
         """Seconds that the serial graph takes beyond its kernels, for each of them; None where they were not timed."""
         if self.kernels is None:
             return None
-        return (self.serial.median - self.kernels.seconds) / self.kernels.count
+        return (self.kernels.replay - self.kernels.seconds) / self.kernels.count
 
     @property
     def excess(self) -> float | None:
         """The same for all of them, over the kernels' times."""
-        return None if self.kernels is None else self.serial.median / self.kernels.seconds - 1
+        return None if self.kernels is None else self.kernels.replay / self.kernels.seconds - 1
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data: the fields, and what follows from them."""

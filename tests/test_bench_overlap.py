@@ -43,7 +43,7 @@ def _cell(layer="deepseek-v3-tp8", num_tokens=1, **changes):
         calls=16,
         is_cold=True,
         method="cuda-graph",
-        kernels=KernelTimes(12, 24e-6),
+        kernels=KernelTimes(12, 24e-6, 30e-6),
         machine=describe_machine(CPU),
     )
 
@@ -98,9 +98,10 @@ def test_a_threshold_is_the_last_m_before_the_first_loss():
 
 
 def test_kernels_are_summed_a_call_and_lost_records_give_no_sum():
-    assert summarise([[1.0, 2.0], [1.0, 4.0], [1.0, 3.0]], calls=2) == KernelTimes(1, 2.0)
-    assert summarise([[1.0, 2.0], [1.0], [1.0, 3.0]], calls=2) is None
-    assert summarise([[], [], []], calls=2) is None
+    replays = [6.0, 5.0, 4.0]
+    assert summarise([[1.0, 2.0], [1.0, 4.0], [1.0, 3.0]], replays, calls=2) == KernelTimes(1, 2.0, 2.5)
+    assert summarise([[1.0, 2.0], [1.0], [1.0, 3.0]], replays, calls=2) is None
+    assert summarise([[], [], []], replays, calls=2) is None
 
 
 def test_of_passes_that_keep_a_device_busy_the_last_counts_and_uneven_ones_do_not():
