@@ -21,12 +21,12 @@ from .formats import FORMATS
 from .gate.timed_subject import TimedSubject
 from .installed_peers import NAMES
 from .layers import LAYERS, choose_layers
-from .lora import LoraOptions, extra_times
+from .lora import extra_times
 from .overlap_runner import GPU_TOKENS, run_overlap
 from .report import as_json, run_table
 from .selection import choose_device, parse_counts, select_workloads, split_words
 from .session import EXIT_BAD_ARGUMENTS, EXIT_MEASURED, EXIT_NOTHING, EXIT_WRONG, OURS, LayerBench, Run, run_workloads
-from .workloads import Workload
+from .workloads import LoraOptions, Workload
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if simulation is not None:
         try:
-            return simulate(bench, workloads, *simulation, console, options.json)
+            return simulate(bench, [w for w in workloads if w.lora is None], *simulation, console, options.json)
         except ValueError as error:
             parser.error(str(error))
     run = run_workloads(
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if run.records:
         console.print(run_table(run))
-        machine, ceilings = run.records[0].machine, bench.ceilings(run.records[0].dtype)
+        machine, ceilings = run.records[0].machine, bench.ceilings(workloads[0].dtype)
         peaks = ", ".join(f"{peak / 1e12:.3g} TFLOP/s {dtype}" for dtype, peak in ceilings.peak.items())
         console.print(
             f"{machine.device}, driver {machine.driver or '-'}, torch {machine.torch}, triton {machine.triton}"

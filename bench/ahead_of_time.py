@@ -26,6 +26,7 @@ from ..impl import path
 from ..impl.fused_moe import fused_experts
 from ..impl.path import PathRecord, record_path
 from ..impl.platform import Platform, Vendor
+from .adapters import empty_table
 from .formats import Format
 from .operands import WeightBank
 from .workloads import Model, Workload
@@ -85,7 +86,7 @@ def imagine(platform: Platform) -> Iterator[Imagined]:
 def imagine_workload(workload: Workload, platform: Platform) -> Imagined:
     """What our Triton experts would do with a workload's layer on `platform`."""
     bank = _meta_bank(workload.model, workload.format)
-    tokens, model = workload.num_tokens, workload.model
+    tokens, model, lora = workload.num_tokens, workload.model, workload.lora
     with imagine(platform) as imagined:
         fused_experts(
             torch.empty((tokens, model.hidden_size), dtype=workload.torch_dtype, device="meta"),
@@ -100,6 +101,8 @@ def imagine_workload(workload: Workload, platform: Platform) -> Imagined:
             w2_bias=bank.w2_bias,
             quant=bank.quant,
             interleaved=model.interleaved,
+            adapters=None if lora is None else empty_table(model, lora, workload.torch_dtype, torch.device("meta")),
+            lora_ids=None if lora is None else torch.empty(tokens, dtype=torch.int32, device="meta"),
             backend="triton",
         )
     return imagined

@@ -1,8 +1,8 @@
 """How fast a layer could be: the bytes that must move over the bandwidth, or the operations over the peak.
 
-Bytes are counted once: the weights of the experts that the routing touches on this rank, the tokens that have a pair
-here, and the whole output. A kernel that reads more (padding, weights again for each tile of rows) is slower than its
-floor; one that is clearly faster did less than the work, or read from a cache.
+Bytes are counted once: the weights of the experts that the routing touches on this rank, the adapters that tokens have
+on them, the tokens that have a pair here, and the whole output. A kernel that reads more (padding, weights again for
+each tile of rows) is slower than its floor; one that is clearly faster did less than the work, or read from a cache.
 """
 
 from __future__ import annotations
@@ -90,11 +90,31 @@ def activation_bytes(workload: Workload, rotation: int = 0) -> int:
     return (tokens_here + workload.num_tokens) * model.hidden_size * workload.torch_dtype.itemsize
 
 
-def operations(workload: Workload, rotation: int = 0) -> int:
-    """Floating-point operations of the GEMMs over this rank's pairs; the activation and the sum are left out."""
+def adapter_bytes(workload: Workload, rotation: int = 0) -> int:
+    """Bytes of the adapters that one call must read: both pairs of matrices of each expert that a token meets."""
+    model, lora, ids = workload.model, workload.lora, workload.lora_ids(rotation)
+    if lora is None or ids is None:
+        return 0
+    experts = workload.topk_ids(rotation).astype(np.int64)
+    met = (ids[:, None] * model.num_experts + experts)[experts < model.local_experts]
+    columns = _adapter_columns(workload) + model.w13_rows + model.hidden_size
+    return len(np.unique(met)) * lora.rank * columns * workload.torch_dtype.itemsize
+
+
+def _adapter_columns(workload: Workload) -> int:
+    """K of all As of an expert: gate and up have one each."""
     model = workload.model
+    return (2 if model.is_gated else 1) * model.hidden_size + model.intermediate_size
+
+
+def operations(workload: Workload, rotation: int = 0) -> int:
+    """Floating-point operations of the products over this rank's pairs; the activation and the sum are left out."""
+    model, lora = workload.model, workload.lora
     pairs = int(workload.rows_by_local_expert(rotation).sum())
-    return 2 * pairs * (model.w13_rows + model.intermediate_size) * model.hidden_size
+    of_a_pair = (model.w13_rows + model.intermediate_size) * model.hidden_size
+    if lora is not None:
+        of_a_pair += lora.rank * (_adapter_columns(workload) + model.w13_rows + model.hidden_size)
+    return 2 * pairs * of_a_pair
 
 
 def floor(workload: Workload, ceilings: Ceilings, rotations: Sequence[int] = (0,)) -> Floor:
@@ -114,6 +134,7 @@ def floor(workload: Workload, ceilings: Ceilings, rotations: Sequence[int] = (0,
     for rotation in rotations:
         touched = int(np.count_nonzero(workload.rows_by_local_expert(rotation)))
         moved = touched * expert_bytes(workload) + activation_bytes(workload, rotation)
+        moved += adapter_bytes(workload, rotation)
         rows.append((moved / ceilings.read_bandwidth, operations(workload, rotation) / peak, moved, touched))
     memory_seconds, compute_seconds, moved, touched = (statistics.fmean(column) for column in zip(*rows, strict=True))
     return Floor(

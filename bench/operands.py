@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
+from ..impl.lora.table import AdapterTable
 from ..impl.quantization import ExpertsQuantization
 from ..impl.quantize import quantize_weights
+from .adapters import full_table
 from .floor import expert_bytes
 from .formats import Format
-from .workloads import Model, Workload
+from .workloads import LoraOptions, Model, Workload
 
 # Of the memory that is free: graphs keep their intermediates beside the weights.
 _WEIGHTS_SHARE = 0.75
@@ -37,8 +39,10 @@ class ExpertsCall(Protocol):
         w2_bias: torch.Tensor | None = None,
         quant: ExpertsQuantization | None = None,
         interleaved: bool = False,
+        adapters: AdapterTable | None = None,
+        lora_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The experts' weighted sum, `[M, H]`; the last four are passed only where they are not as by default."""
+        """The experts' weighted sum, `[M, H]`; the last six are passed only where they are not as by default."""
         ...
 
 
@@ -60,6 +64,8 @@ class Operands:
         w2_bias: `[E_local, H]` or None.
         quant: how the weights are stored; None where they are plain.
         interleaved: gate and up rows of w13 alternate.
+        adapters: of the tokens, or None.
+        lora_ids: `[M]` int32, the slot of each token's adapter, or None.
     """
 
     hidden_states: torch.Tensor
@@ -74,6 +80,8 @@ class Operands:
     w2_bias: torch.Tensor | None = None
     quant: ExpertsQuantization | None = None
     interleaved: bool = False
+    adapters: AdapterTable | None = None
+    lora_ids: torch.Tensor | None = None
 
     @property
     def is_gated(self) -> bool:
@@ -88,7 +96,8 @@ class Operands:
     @cached_property
     def _beside(self) -> dict[str, Any]:
         """What a contender need not know of where it is not there."""
-        beside = {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias, "quant": self.quant}
+        names = ("w13_bias", "w2_bias", "quant", "adapters", "lora_ids")
+        beside = {name: getattr(self, name) for name in names}
         given = {name: value for name, value in beside.items() if value is not None}
         return given | ({"interleaved": True} if self.interleaved else {})
 
@@ -124,6 +133,7 @@ class WeightBank:
     def __init__(self, model: Model, stored: Format, device: torch.device) -> None:
         self.model, self.stored, self.device = model, stored, device
         self._copies: list[LayerWeights] = []
+        self._adapters: tuple[LoraOptions, AdapterTable] | None = None
         expert_map = model.expert_map()
         self.expert_map = None if expert_map is None else expert_map.to(device)
 
@@ -148,6 +158,13 @@ class WeightBank:
         while len(self._copies) <= index:
             self._copies.append(self._make(len(self._copies)))
         return self._copies[index]
+
+    def adapters(self, options: LoraOptions) -> AdapterTable:
+        """A full table of adapters, beside every copy; the last one is kept."""
+        if self._adapters is None or self._adapters[0] != options:
+            self._adapters = None
+            self._adapters = (options, full_table(self.model, options, self.stored.activations, self.device))
+        return self._adapters[1]
 
     def _make(self, index: int) -> LayerWeights:
         model, stored = self.model, self.stored
@@ -197,6 +214,7 @@ def make_operands(workload: Workload, bank: WeightBank, call: int, weight_copy: 
     generator = torch.Generator(bank.device).manual_seed(call)
     shape = (workload.num_tokens, workload.model.hidden_size)
     dtype = bank.stored.activations
+    lora_ids = workload.lora_ids(call)
     return Operands(
         hidden_states=torch.empty(shape, dtype=dtype, device=bank.device).normal_(generator=generator),
         topk_weights=torch.from_numpy(workload.topk_weights(call)).to(bank.device),
@@ -205,5 +223,7 @@ def make_operands(workload: Workload, bank: WeightBank, call: int, weight_copy: 
         expert_map=bank.expert_map,
         global_num_experts=workload.model.num_experts,
         interleaved=workload.model.interleaved,
+        adapters=None if workload.lora is None else bank.adapters(workload.lora),
+        lora_ids=None if lora_ids is None else torch.from_numpy(lora_ids).to(bank.device),
         **vars(bank.copy(weight_copy)),
     )

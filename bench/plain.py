@@ -6,8 +6,6 @@ quantised as the format says, the second GEMM's after they were rounded to stora
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional
 
@@ -16,12 +14,9 @@ from ..impl.quantization import ActivationScale, ExpertsQuantization, WeightScal
 from ..impl.quantize import quantize_activations
 from .operands import Operands
 
-Added = Callable[[str, int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""What is added to an expert's product: of `w13` or `w2`, the expert, the tokens `[P]` and their rows `[P, K]`."""
 
-
-def plain_experts(operands: Operands, added: Added | None = None) -> torch.Tensor:
-    """`[M, H]`: the layer in float64 for float32 operands, else in float32; `added` is added to both products."""
+def plain_experts(operands: Operands) -> torch.Tensor:
+    """`[M, H]`: the layer, with its adapters, in float64 for float32 operands, else in float32."""
     x, quant = operands.hidden_states, operands.quant
     precise = torch.float64 if x.dtype == torch.float32 else torch.float32
     ids = operands.topk_ids.long()
@@ -33,8 +28,7 @@ def plain_experts(operands: Operands, added: Added | None = None) -> torch.Tenso
     for expert, (rows, _) in enumerate(pairs):
         if rows.numel():
             gate_up = seen[rows] @ plain_weight(operands, "w13", expert, precise).T
-            if added is not None:
-                gate_up += added("w13", expert, rows, x[rows].to(precise))
+            gate_up += _of_adapters(operands, "w13", expert, rows, x[rows].to(precise))
             if operands.w13_bias is not None:
                 gate_up += operands.w13_bias[expert]
             hidden.append(_activated(gate_up, operands))
@@ -45,8 +39,7 @@ def plain_experts(operands: Operands, added: Added | None = None) -> torch.Tenso
     for expert, ((rows, slots), inner) in enumerate(zip(pairs, every.split([len(r) for r, _ in pairs]), strict=True)):
         if rows.numel():
             result = inner @ plain_weight(operands, "w2", expert, precise).T
-            if added is not None:
-                result += added("w2", expert, rows, inner)
+            result += _of_adapters(operands, "w2", expert, rows, inner)
             if operands.w2_bias is not None:
                 result += operands.w2_bias[expert]
             out.index_add_(0, rows, result * operands.topk_weights[rows, slots, None].to(precise))
@@ -82,6 +75,29 @@ def plain_weight(operands: Operands, name: str, expert: int, dtype: torch.dtype)
             rows = weight.shape[0] // parts
             grids = [grid.repeat_interleave(bn, dim=0)[:rows] for grid in scale.chunk(parts)]
             return weight * torch.cat(grids).repeat_interleave(bk, dim=1)[:, : weight.shape[1]]
+
+
+def _of_adapters(
+    operands: Operands, name: str, expert: int, rows: torch.Tensor, inner: torch.Tensor
+) -> torch.Tensor | float:
+    """`[P, N]`: what adapters of tokens `rows [P]` add to an expert's product with `inner [P, K]`; 0 for nothing."""
+    table, lora_ids = operands.adapters, operands.lora_ids
+    if table is None or lora_ids is None:
+        return 0.0
+    stacked = table.w13 if name == "w13" else table.w2
+    total = inner.new_zeros(len(rows), stacked.b.shape[2])
+    for slot in lora_ids[rows].unique().tolist():
+        if slot < 0:
+            continue
+        mine = lora_ids[rows] == slot
+        for part, rank in enumerate(stacked.ranks[slot, expert].tolist()):
+            start, place = part * stacked.width, stacked.rows_of(part)
+            a = stacked.a[slot, expert, start : start + rank].to(inner.dtype)
+            b = stacked.b[slot, expert, place, :rank].to(inner.dtype)
+            delta = torch.zeros_like(total)
+            delta[:, place] = stacked.scales[slot, expert, part] * (inner @ a.T @ b.T)
+            total += torch.where(mine[:, None], delta, 0.0)
+    return total
 
 
 def _as_seen(x: torch.Tensor, quant: ExpertsQuantization | None, which: str) -> torch.Tensor:

@@ -130,7 +130,7 @@ def measure_workload(
                 model=workload.model.name,
                 num_tokens=workload.num_tokens,
                 routing=str(workload.routing),
-                dtype=workload.dtype,
+                dtype=workload.stored,
                 subject=name,
                 timing=timings[name],
                 method=contender.captured.method,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from .formats import find_format
-from .workloads import MODELS, SMALL_MODELS, Routing, Workload, find_model
+from .workloads import MODELS, SMALL_MODELS, LoraOptions, Routing, Workload, find_model
 
 GPU_TOKENS = (1, 8, 64, 512, 4096)
 CPU_TOKENS = (1, 64)
+# Whose layer is timed with adapters too, where nobody names models: they take kernels of their own.
+LORA_MODEL, SMALL_LORA_MODEL, LORA = "qwen3-30b-a3b", "qwen3-30b-a3b/16", LoraOptions(16, 8)
+LORA_TOKENS = (1, 64)
 MOST_TOKENS = 2**24
 
 
@@ -44,8 +47,8 @@ def select_workloads(
     Args:
         device: decides the defaults: full layers, bf16 and a cold cache on a GPU; small layers, fp32 and a warm cache
             on a CPU.
-        models: comma-separated names; None: all that can be stored so. One named here is kept even if it cannot, so
-            that the reason is reported.
+        models: comma-separated names; None: all that can be stored so, and one with LoRA adapters. One named here is
+            kept even if it cannot, so that the reason is reported.
         tokens: comma-separated numbers of tokens.
         routings: comma-separated routings (`Routing.parse`).
         dtype: a key of `FORMATS`: "bf16", "fp8-block", "int4-g128", ...
@@ -62,13 +65,15 @@ def select_workloads(
     else:
         chosen = [find_model(name) for name in split_words(models, "models")]
     counts = (GPU_TOKENS if on_gpu else CPU_TOKENS) if tokens is None else parse_counts(tokens)
-    workloads = [
-        Workload(model, count, Routing.parse(routing), dtype, "cold" if on_gpu else "warm")
-        for model in chosen
-        for routing in split_words(routings, "routing")
-        for count in counts
-    ]
-    return list(dict.fromkeys(workloads))
+    cache_state = "cold" if on_gpu else "warm"
+    each_routing = [Routing.parse(routing) for routing in split_words(routings, "routing")]
+    workloads = []
+    for model in chosen:
+        workloads += [Workload(model, m, routing, dtype, cache_state) for routing in each_routing for m in counts]
+        if models is None and model.name == (LORA_MODEL if on_gpu else SMALL_LORA_MODEL):
+            adapted = LORA_TOKENS if tokens is None else counts
+            workloads += [Workload(model, m, each_routing[0], dtype, cache_state, LORA) for m in adapted]
+    return [w for w in dict.fromkeys(workloads) if models is not None or w.unsupported is None]
 
 
 def split_words(text: str, option: str) -> list[str]:

@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..impl.fused_moe import fused_experts
 from .floor import H200_PUBLISHED, Ceilings, measure_ceilings
 from .formats import find_format
-from .lora import LoraContenders, LoraOptions
+from .lora import LoraContenders
 from .operands import ExpertsCall, WeightBank, make_operands
 from .peers import load_peer
 from .record import Record
 from .runner import Measurement, expect_right, measure_workload
 from .verification import Verify, verify_by_budget
-from .workloads import Workload
+from .workloads import LoraOptions, Workload
 
 OURS = "moegate"
 EXIT_MEASURED, EXIT_WRONG, EXIT_NOTHING, EXIT_BAD_ARGUMENTS = 0, 1, 3, 4

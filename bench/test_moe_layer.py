@@ -28,7 +28,7 @@ def test_moe_layer(workload: Workload, benchmark: BenchmarkFixture, pytestconfig
     if benchmark.enabled:
         measured = layer_bench.measure(workload)
         record = measured.records[0]
-        benchmark.group = f"{workload.model.name} {workload.dtype} {workload.routing} {record.cache_state}"
+        benchmark.group = f"{workload.model.name} {workload.stored} {workload.routing} {record.cache_state}"
         benchmark.extra_info.update(record.as_dict())
         benchmark.extra_info["peers"] = [peer.as_dict() for peer in measured.records[1:]]
         benchmark.extra_info["peer_failures"] = dict(measured.failures)

@@ -78,6 +78,8 @@ def verify_by_budget(
         quant=operands.quant,
         activation=operands.activation,
         interleaved=operands.interleaved,
+        adapters=operands.adapters,
+        lora_ids=operands.lora_ids,
     )
     return verify_experts(
         operands.pass_to(experts),

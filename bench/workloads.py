@@ -247,6 +247,31 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class LoraOptions:
+    """LoRA adapters of one rank on every expert; token t of a call has the next adapter after token t - 1.
+
+    Attributes:
+        rank: of each adapter.
+        adapters: how many.
+
+    Raises:
+        ValueError: a rank or a number out of its range.
+    """
+
+    rank: int
+    adapters: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= 256:
+            raise ValueError(f"lora: expected a rank in [1, 256], got {self.rank}")
+        if not 1 <= self.adapters <= 64:
+            raise ValueError(f"adapters: expected a number in [1, 64], got {self.adapters}")
+
+    def __str__(self) -> str:
+        return f"lora{self.rank}x{self.adapters}"
+
+
+@dataclass(frozen=True)
 class Workload:
     """One measurement's whole identity.
 
@@ -256,6 +281,7 @@ class Workload:
         routing: who chooses what.
         dtype: how activations and weights are stored, a key of `FORMATS`.
         cache_state: "cold" (each call's weights come from device memory) or "warm" (whatever the cache holds).
+        lora: the tokens' adapters; None without.
     """
 
     model: Model
@@ -263,6 +289,7 @@ class Workload:
     routing: Routing = Routing()
     dtype: str = "bf16"
     cache_state: str = "cold"
+    lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
@@ -277,6 +304,11 @@ class Workload:
         return FORMATS[self.dtype]
 
     @property
+    def stored(self) -> str:
+        """How the layer is stored, for tables: its dtype, and the adapters beside it."""
+        return self.dtype if self.lora is None else f"{self.dtype}+{self.lora}"
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The activations' dtype as torch names it."""
         return self.format.activations
@@ -286,6 +318,9 @@ class Workload:
         """Why there is no such layer, in words; None where moegate can run it."""
         if self.model.interleaved and self.format.weight_scale is WeightScale.BLOCK:
             return f"{self.dtype} needs all gate rows before the up rows, and those of {self.model.name} alternate"
+        if self.lora is not None and self.format.is_quantized:
+            # Their deltas are judged by conformance.
+            return f"adapters are timed on plain weights, and {self.dtype} are none"
         return self.format.unfit(self.model.hidden_size, self.model.intermediate_size)
 
     @property
@@ -297,7 +332,7 @@ class Workload:
         rows = "-interleaved" if model.interleaved else ""
         bias = "-bias" if model.has_bias else ""
         return (
-            f"{model.name}-{shape}-{model.activation}{rows}{bias}-{self.dtype}-M{self.num_tokens}"
+            f"{model.name}-{shape}-{model.activation}{rows}{bias}-{self.stored}-M{self.num_tokens}"
             f"-{self.routing}-{_routing_digest(model, self.num_tokens, self.routing)}-{self.cache_state}"
         )
 
@@ -315,6 +350,12 @@ class Workload:
         bits = _hash(self.routing.seed, 3 + 8 * rotation, self.num_tokens, model.top_k)
         raw = 0.5 + (bits >> np.uint64(40)).astype(np.float64) / 2**24
         return (raw / raw.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    def lora_ids(self, rotation: int = 0) -> np.ndarray | None:
+        """`[M]` int32, each token's adapter, another one in each rotation; None without adapters."""
+        if self.lora is None:
+            return None
+        return ((np.arange(self.num_tokens) + rotation) % self.lora.adapters).astype(np.int32)
 
     def rows_by_local_expert(self, rotation: int = 0) -> np.ndarray:
         """`[E_local]` int64: how many routed pairs each expert of this rank gets."""

@@ -21,6 +21,7 @@ from .spec import SCHEMES, BatchedSpec, ExpertsSpec, Spec
 from .strategies import MEAN_ROWS, POOLS, SEEDS, compiled_dtypes, may_go_together
 from .subject import Capabilities
 from .values import integers, on_grid
+from .words import reference_adapter
 
 RANKS = {
     "one": (8,),
@@ -101,10 +102,6 @@ class LoraMatrix:
     a: Tensor
     b: Tensor
     scale: float
-
-    def exact(self, b: Tensor | None = None) -> reference.LowRank:
-        """The reference's, with other rows of B where given."""
-        return reference.LowRank(self.a.double(), (self.b if b is None else b).double(), self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,27 +184,8 @@ class LoraCase:
             local: the index among the weights of each global expert.
             sees_quantized: as the reference says.
         """
-        exact = {index: self._exact(adapter, local) for index, adapter in enumerate(self.adapters)}
+        exact = {i: reference_adapter(each, local, self.layer.activation) for i, each in enumerate(self.adapters)}
         return reference.TokenAdapters(exact, self.rows(self.lora_ids).long(), sees_quantized)
-
-    def _exact(self, adapter: LoraAdapter, local: Mapping[int, int]) -> reference.Adapter:
-        """By local expert, over all of w13's rows."""
-        activation = self.layer.activation
-
-        def widened(matrix: LoraMatrix, is_gate: bool) -> reference.LowRank:
-            if not activation.is_gated:
-                return matrix.exact()
-            b, zero = matrix.b.T, torch.zeros_like(matrix.b.T)
-            return matrix.exact((activation.joined(b, zero) if is_gate else activation.joined(zero, b)).T)
-
-        gate_up: dict[int, tuple[reference.LowRank, ...]] = {}
-        for e, place in local.items():
-            found = [widened(adapter.gate[e], True)] if e in adapter.gate else []
-            found += [widened(adapter.up[e], False)] if e in adapter.up else []
-            found += [adapter.gate_up[e].exact()] if e in adapter.gate_up else []
-            gate_up[place] = tuple(found)
-        down = {place: (adapter.down[e].exact(),) for e, place in local.items() if e in adapter.down}
-        return reference.Adapter(gate_up, down)
 
 
 def ranks_of(device: str) -> tuple[str, ...]:

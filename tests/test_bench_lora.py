@@ -1,26 +1,28 @@
 """The cost of adapters, measured on the CPU: contenders, their judge, and the lines that are printed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moegate.bench import __main__ as command
-from moegate.bench.floor import Ceilings
+from moegate.bench.floor import Ceilings, adapter_bytes, floor
+from moegate.bench.gate.worker import workload_as_data, workload_from
 from moegate.bench.lora import (
     ADAPTED,
     DEVICE_KNOWN,
     HOST_KNOWN,
     LoraContender,
     LoraContenders,
-    LoraOptions,
     extra_times,
 )
 from moegate.bench.operands import WeightBank, make_operands
 from moegate.bench.runner import measure_workload
+from moegate.bench.selection import select_workloads
 from moegate.bench.session import LayerBench, run_workloads
-from moegate.bench.verification import verify_rows
-from moegate.bench.workloads import MODELS, Model, Workload
+from moegate.bench.verification import verify_by_budget, verify_rows
+from moegate.bench.workloads import MODELS, LoraOptions, Model, Routing, Workload
 from moegate.impl.fused_moe import fused_experts
 
 TOY = Model("toy", 8, 2, 32, 48, "none", num_local_experts=4)
@@ -68,7 +70,69 @@ def test_the_judge_of_adapters_knows_one_adapter_from_another(contenders):
     assert verify_rows(none, operands).holds
 
 
+ADAPTED_WORKLOAD = replace(WORKLOAD, lora=LoraOptions(4, 3))
+
+
+def test_a_workload_has_adapters_of_its_own_and_says_so():
+    assert "-fp32+lora4x3-M6-" in ADAPTED_WORKLOAD.id
+    operands = make_operands(ADAPTED_WORKLOAD, WeightBank(TOY, WORKLOAD.format, DEVICE), call=2, weight_copy=0)
+    assert operands.lora_ids is not None
+    assert operands.lora_ids.tolist() == [2, 0, 1, 2, 0, 1]
+    assert verify_by_budget(fused_experts, operands).holds
+    assert verify_rows(fused_experts, operands).holds
+    measured = measure_workload(
+        ADAPTED_WORKLOAD, {"moegate": fused_experts}, device="cpu", ceilings=CEILINGS, budget=0.005
+    )
+    assert measured.records[0].dtype == "fp32+lora4x3"
+
+
+@pytest.mark.parametrize("verify", [verify_by_budget, verify_rows])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda operands: {"adapters": None, "lora_ids": None},
+        lambda operands: {"lora_ids": operands.lora_ids.roll(1)},
+        lambda operands: {"lora_ids": torch.full_like(operands.lora_ids, -1)},
+    ],
+    ids=["forgotten", "of another token", "of no token"],
+)
+def test_a_layer_with_wrong_adapters_is_never_timed(verify, changes):
+    operands = make_operands(ADAPTED_WORKLOAD, WeightBank(TOY, WORKLOAD.format, DEVICE), call=0, weight_copy=0)
+    wrong = replace(operands, **changes(operands)).pass_to(fused_experts)
+    assert not verify(lambda *_, **__: wrong, operands).holds
+
+
+def test_an_adapter_is_read_once_for_each_expert_that_its_tokens_meet():
+    one = replace(ADAPTED_WORKLOAD, num_tokens=1)
+    local = int((one.topk_ids() < TOY.local_experts).sum())
+    # Two As over H, one B over gate and up, an A over I, a B over H; ranks of 4, in float32.
+    assert adapter_bytes(one) == local * 4 * (2 * 32 + 2 * 48 + 48 + 32) * 4
+    many = replace(ADAPTED_WORKLOAD, num_tokens=600, routing=Routing("all-to-one"))
+    assert adapter_bytes(many) == 3 * 2 * 4 * (2 * 32 + 2 * 48 + 48 + 32) * 4
+    assert adapter_bytes(WORKLOAD) == 0
+    assert floor(ADAPTED_WORKLOAD, CEILINGS).bytes == floor(WORKLOAD, CEILINGS).bytes + adapter_bytes(ADAPTED_WORKLOAD)
+    assert floor(ADAPTED_WORKLOAD, CEILINGS).operations > floor(WORKLOAD, CEILINGS).operations
+
+
+def test_adapters_are_among_what_is_timed_where_nobody_names_models():
+    chosen = select_workloads(torch.device("cuda"))
+    assert [(w.model.name, w.num_tokens, str(w.lora)) for w in chosen if w.lora] == [
+        ("qwen3-30b-a3b", 1, "lora16x8"),
+        ("qwen3-30b-a3b", 64, "lora16x8"),
+    ]
+    assert len({workload.id for workload in chosen}) == len(chosen)
+    assert [w.num_tokens for w in select_workloads(DEVICE, tokens="8") if w.lora] == [8]
+    assert not any(w.lora for w in select_workloads(torch.device("cuda"), models="qwen3-30b-a3b"))
+    assert not any(w.lora for w in select_workloads(torch.device("cuda"), dtype="fp8-block"))
+
+
+def test_another_process_gets_the_same_adapters():
+    small = next(w for w in select_workloads(DEVICE) if w.lora)
+    assert workload_from(json.loads(json.dumps(workload_as_data(small)))) == small
+
+
 def test_quantised_weights_are_no_workload_of_adapters():
+    assert "plain weights" in str(replace(ADAPTED_WORKLOAD, dtype="int8-w8a8").unsupported)
     bench = LayerBench(DEVICE, fixed_ceilings=True, budget=0.005, lora=LoraOptions(4, 2))
     run = run_workloads(bench, [Workload(TOY, 2, dtype="int8-w8a8", cache_state="warm")])
     assert [reason for *_, reason in run.failures + run.skipped] == [

@@ -14,6 +14,7 @@ from moegate.bench.gate.measuring import Measuring, Plan
 from moegate.bench.gate.record import Change
 from moegate.bench.gate.sides import BadSidesError, Repository, SideError, choose_sides, trees_as_sides
 from moegate.bench.gate.store import Store
+from moegate.bench.selection import LORA, LORA_MODEL
 from moegate.bench.workloads import MODELS, Workload
 from moegate.impl.kernels import combine
 
@@ -137,8 +138,9 @@ def test_the_example_of_the_docs_is_gated(repository, tmp_path):
     assert "❌ SLOWER" in report.read_text()
 
 
-# Three regressions of public engines that changed no number: the naive blocks lost, the second stream asked for after
-# external experts, FlashInfer the default on Hopper. Each as an edit of one line.
+# Regressions that change no number, three of them of public engines: the naive blocks lost, the second stream asked for
+# after external experts, FlashInfer the default on Hopper; and a kernel of adapters launched once more. Each as an edit
+# of one line.
 LOST = {
     "naive blocks": (
         "impl/align.py",
@@ -153,6 +155,11 @@ LOST = {
         "    (OrderTest.MULTI_STREAM, SharedExpertsOrder.MULTI_STREAM_OVERLAPPED, _multi_stream),\n",
     ),
     "hopper": ("impl/oracle/rules.py", "lambda config, platform: platform.is_hopper", "lambda config, platform: False"),
+    "shrinking once": (
+        "impl/experts/stages.py",
+        "return self._shrink(hidden, self._table.w2, make_lists=False)",
+        "return [self._shrink(hidden, self._table.w2, make_lists=False) for _ in range(2)][0]",
+    ),
 }
 
 
@@ -166,8 +173,8 @@ def test_lost_fast_paths_are_flagged_without_a_clock(tmp_path):
         (head / name).write_text(text.replace(old, new))
     sides = trees_as_sides(ROOT, head, tmp_path / "cache")
     store = Store(tmp_path / "state")
-    workload = Workload(MODELS["qwen3-30b-a3b"], 1)
-    said = Measuring(sides, "cpu", Plan(), store).describe([workload], compiled=0)
+    workloads = [Workload(MODELS[LORA_MODEL], 1, lora=lora) for lora in (None, LORA)]
+    said = Measuring(sides, "cpu", Plan(), store).describe(workloads, compiled=0)
     changes = compare(Described(**said["base"]), Described(**said["head"]))
     failing = {(change.what, str(change.base), str(change.head)) for change in changes if change.fails}
     assert ("assignment", "naive", "aligned") in failing
@@ -176,6 +183,12 @@ def test_lost_fast_paths_are_flagged_without_a_clock(tmp_path):
     hopper = [each for each in changes if "on cuda:9.0" in each.where and "flashinfer" in str(each.head)]
     assert hopper
     assert {each.base for each in hopper} == {"triton"}
+    shrinks = {
+        f"+{LORA}-" in change.where: (change.base.get("lora_shrink_kernel"), change.head.get("lora_shrink_kernel"))
+        for change in changes
+        if change.what == "launches" and change.fails
+    }
+    assert shrinks == {False: (None, None), True: (2, 3)}
     # Each kind of change is one that a run may be told to take, and only that.
     taken = accept(changes, ["decision:backend on cuda:9.0*"])
     assert {each for each in taken if each.accepted} == {

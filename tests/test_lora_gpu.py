@@ -11,9 +11,10 @@ from itertools import product
 import pytest
 import torch
 
-from moegate.bench.lora import LoraContender, LoraOptions, full_table
+from moegate.bench.adapters import full_table
+from moegate.bench.lora import LoraContender
 from moegate.bench.operands import Operands, WeightBank, make_operands
-from moegate.bench.workloads import MODELS, Model, Workload
+from moegate.bench.workloads import MODELS, LoraOptions, Model, Workload
 from moegate.impl.batched import batched_experts
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.lora.adapter import Adapter, LowRank

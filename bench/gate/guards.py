@@ -21,7 +21,7 @@ from ...impl.oracle.select import select_backend
 from ...impl.platform import Platform
 from ...impl.shared_experts import SharedExpertsSetting, shared_experts_order
 from ..ahead_of_time import Imagined, compile_launch, imagine_workload, resources
-from ..floor import activation_bytes, expert_bytes
+from ..floor import activation_bytes, adapter_bytes, expert_bytes
 from ..workloads import Workload
 from .record import Change
 
@@ -88,7 +88,7 @@ def _variants(workload: Workload, imagined: Imagined) -> Iterable[tuple[str, Any
     for launch in imagined.launches:
         name = launch.kernel.__name__
         counts[name] = counts.get(name, 0) + 1
-        yield f"{workload.model.name} {workload.dtype} M={workload.num_tokens} {name} {counts[name]}", launch
+        yield f"{workload.model.name} {workload.stored} M={workload.num_tokens} {name} {counts[name]}", launch
 
 
 def facts_of(path: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,12 +105,13 @@ def bytes_over_needed(workload: Workload, path: Mapping[str, Any]) -> float:
     """
     model = workload.model
     rows = workload.rows_by_local_expert()
-    needed = int((rows > 0).sum()) * expert_bytes(workload) + activation_bytes(workload)
+    each_way = activation_bytes(workload) + adapter_bytes(workload)
+    needed = int((rows > 0).sum()) * expert_bytes(workload) + each_way
     config = (path.get("config") or [{}])[-1]
     block = int(config.get("block_size_m", 1)) if (path.get("assignment") or [""])[-1] != "naive" else 1
     blocks = int((-(-rows // block)).sum())
     between = int(rows.sum()) * (model.w13_rows + model.intermediate_size + model.hidden_size)
-    moved = blocks * expert_bytes(workload) + activation_bytes(workload) + 2 * between * workload.torch_dtype.itemsize
+    moved = blocks * expert_bytes(workload) + each_way + 2 * between * workload.torch_dtype.itemsize
     return moved / needed
 
 

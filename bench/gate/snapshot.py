@@ -13,6 +13,7 @@ from typing import Any
 import triton
 
 from ...impl.whole_file import write_whole
+from ..selection import LORA, LORA_MODEL
 from ..workloads import MODELS, Workload
 from .guards import Described, compare, describe
 from .record import Change
@@ -22,17 +23,18 @@ SCHEMA = "moegate-guards/1"
 PLATFORMS = ("cuda:9.0", "rocm:gfx942")
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _TOKENS = (1, 4, 64, 4096)
-_COMPILED = 12
+_COMPILED = 20
 _GUARDED = ("backend", "assignment", "launches", "bytes", "refusal")
 
 
 def current(*, compiled: int = _COMPILED) -> Described:
-    """What the checkout does now: every model in bf16, and one in other kinds of format.
+    """What the checkout does now: every model in bf16, and one in other kinds of format and with adapters.
 
     A process that interprets kernels compiles none.
     """
-    workloads = [Workload(model, count) for model in MODELS.values() for count in _TOKENS]
-    model = MODELS["qwen3-30b-a3b"]
+    model = MODELS[LORA_MODEL]
+    workloads = [Workload(model, count, lora=LORA) for count in _TOKENS]
+    workloads += [Workload(each, count) for each in MODELS.values() for count in _TOKENS]
     workloads += [Workload(model, count, dtype=dtype) for dtype in ("fp8-block", "int4-g128") for count in (1, 64)]
     said = describe(workloads, compiled=0 if INTERPRETED else compiled, platforms=PLATFORMS)
     paths = {name: {fact: path[fact] for fact in _GUARDED if fact in path} for name, path in said["paths"].items()}

@@ -57,7 +57,7 @@ def plain_row(
         model=workload.model.name,
         num_tokens=workload.num_tokens,
         routing=str(workload.routing),
-        dtype=workload.dtype,
+        dtype=workload.stored,
         cache_state=_cache_state(workload, head),
         state=state,
         why=why,

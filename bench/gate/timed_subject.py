@@ -60,8 +60,12 @@ class TimedSubject:
 
     def unsupported(self, workload: Workload, device: torch.device) -> str | None:
         """Why the subject does not run a workload, by what it declares; None where it does."""
-        if workload.unsupported or self._subject is None:
+        if workload.unsupported:
             return workload.unsupported
+        if workload.lora is not None and self.name != MOEGATE:
+            return f"{self.name} is called without adapters"
+        if self._subject is None:
+            return None
         subject, can = self._subject, self._subject.capabilities
         model = workload.model
         missing = subject.unavailable(subject.variants[0], device.type)

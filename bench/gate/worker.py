@@ -26,7 +26,7 @@ from ..runner import HOST_CALLS, expect_right
 from ..selection import choose_device
 from ..timer import Captured, Clock, CudaClock, HostClock, capture_graph, interleave, one_after_another
 from ..verification import verify_rows
-from ..workloads import Routing, Workload, find_model
+from ..workloads import LoraOptions, Routing, Workload, find_model
 from .guards import bytes_over_needed, describe, facts_of
 from .inject import Injection
 from .process import serve
@@ -41,8 +41,15 @@ _WARM_UP_SECONDS = 0.02
 
 def workload_from(data: Mapping[str, Any]) -> Workload:
     """The workload that `workload_as_data` wrote."""
-    model = find_model(data["model"])
-    return Workload(model, data["num_tokens"], Routing.parse(data["routing"]), data["dtype"], data["cache_state"])
+    lora = data["lora"]
+    return Workload(
+        find_model(data["model"]),
+        data["num_tokens"],
+        Routing.parse(data["routing"]),
+        data["dtype"],
+        data["cache_state"],
+        None if lora is None else LoraOptions(*lora),
+    )
 
 
 def workload_as_data(workload: Workload) -> dict[str, Any]:
@@ -53,6 +60,7 @@ def workload_as_data(workload: Workload) -> dict[str, Any]:
         "routing": str(workload.routing),
         "dtype": workload.dtype,
         "cache_state": workload.cache_state,
+        "lora": None if workload.lora is None else (workload.lora.rank, workload.lora.adapters),
     }
 
 
