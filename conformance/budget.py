@@ -24,9 +24,14 @@ from .activation_budget import activation_floor, activation_variance, saturated,
 from .lora_budget import first_product_variance, second_product_variance
 from .numerics import FLOAT32, TF32_UNIT_ROUNDOFF, Format, Numerics, format_of
 from .operands import ExpertsOperands
-from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, leaning, quantized
+from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, leaning, leant, quantized
 from .rounding import Accumulator, accumulation, beside_bias, floor, rounding
 
+# Rows whose every error is a sum's: how many of them one counts as. How far partial sums wander before they end where
+# they end is chance too: their mean square is the integral of a squared Brownian bridge, of a mean of 1/6 and a variance
+# of 1/45 (Anderson and Darling, Annals of Mathematical Statistics 23(2), 1952). So a sum's error has a kurtosis of
+# 3 (1 + 36 / 45) = 5.4 where a normal one has 3, and its square a relative variance of 4.4 for 2.
+WANDERING = 2 / 4.4
 # What a normal number exceeds once in a million cases, which is what the limits are fitted for (`calibrate.PER_CASE`).
 NORMAL_QUANTILE = 4.753
 
@@ -53,6 +58,7 @@ class Budget:
         weight_error: `[M, top_k]`, relative error of the routing weights where they are rounded on the output, else 0.
         columns_of_a_scale: how many columns of `hidden` share one scale.
         is_quantized: activations are, so that errors come in whole steps.
+        is_summed: what sums round is no less than what storage does, as in float32.
     """
 
     sigma: Tensor
@@ -71,6 +77,7 @@ class Budget:
     weight_error: Tensor
     columns_of_a_scale: int
     is_quantized: bool
+    is_summed: bool
 
     def of_row(self) -> Tensor:
         """`[M]`, what the root of a row's squared errors' sum may be, in the units of the others: see `chance_of_row`.
@@ -83,6 +90,8 @@ class Budget:
         variance = columns.sum(dim=1)
         squares = self.of_causes + (columns**2).sum(dim=1)
         freedom = torch.where(squares == 0, 1.0, variance**2 / squares)
+        if self.is_summed:
+            freedom = freedom * WANDERING
         return (variance + self.one_way).sqrt() * chance_of_row(freedom)
 
     def first_rows(self, rows: int) -> Budget:
@@ -100,7 +109,7 @@ def chance_of_row(freedom: Tensor) -> Tensor:
     element; one of many averages them.
 
     Args:
-        freedom: n, at least 1.
+        freedom: n; under 1 where errors have heavier tails than normal ones.
     """
     ninth = 2 / (9 * freedom)
     return ((1 - ninth + NORMAL_QUANTILE * ninth.sqrt()) ** 1.5 / 3**0.5).clamp(min=1)
@@ -250,7 +259,12 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
     of_scales = trace.hidden * scale_error
     how = call.quantize_hidden
     is_one_scale = how is not None and (is_shared_by_rows(how) or how.static_scale is not None)
-    causes = [] if how is None else [of_scales, trace.hidden * leaning(how, at_hidden)]
+    causes = []
+    if how is not None:
+        causes = [of_scales, trace.hidden * leaning(how, at_hidden)]
+        if numerics.hidden == "storage":
+            causes.append(torch.zeros_like(trace.hidden))
+            causes[-1][here] = leant(trace.activated[here], how, storage)
     common, common_of_runs = (causes, []) if is_one_scale else ([], causes)
     for mask in saturated(activation, trace.gate, trace.up):
         common.append(torch.where(mask, trace.hidden.sign() * hidden_variance.sqrt(), 0.0))
@@ -354,6 +368,7 @@ def experts_budget(trace: Trace, call: ExpertsOperands, numerics: Numerics) -> B
         weight_error=weight_error,
         columns_of_a_scale=columns,
         is_quantized=call.quantize_input is not None,
+        is_summed=output.unit_roundoff <= FLOAT32.unit_roundoff,
     )
 
 

@@ -90,6 +90,19 @@ def leaning(how: ActivationQuantization, storage: Format) -> float:
     return storage.unit_roundoff / math.sqrt(MIDPOINTS[how.dtype])
 
 
+def leant(rows: Tensor, how: ActivationQuantization, storage: torch.dtype) -> Tensor:
+    """What rounding `rows [rows, K]` to storage before they are quantised moves each by: a step, or nothing.
+
+    `leaning` says what that is worth where values are spread over midpoints. Where most lie at few of them (of numbers
+    under a format's smallest normal one there is one midpoint below its least number), it is what these values make it.
+    """
+    if rows.numel() == 0:
+        return torch.zeros_like(rows)
+    scales = how.scales(rows)
+    exact, twice = (nearest(values / scales, how.dtype) for values in (rows, rows.to(storage).to(rows.dtype)))
+    return (twice - exact) * scales
+
+
 @dataclass(frozen=True)
 class Quantized:
     """What quantising adds around the rows that a GEMM reads.

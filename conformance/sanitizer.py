@@ -263,6 +263,7 @@ class Outcome:
         unsupported: why a tool cannot work here, by tool.
         cases: how many ran under each tool.
         seconds: for each tool.
+        again: why a tool was run once more, by tool.
     """
 
     findings: list[SanitizerFinding] = field(default_factory=list)
@@ -271,6 +272,7 @@ class Outcome:
     unsupported: dict[str, str] = field(default_factory=dict)
     cases: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    again: dict[str, str] = field(default_factory=dict)
 
     @property
     def code(self) -> int:
@@ -287,7 +289,7 @@ class Outcome:
         self.findings += other.findings
         self.violated += other.violated
         self.inconclusive += other.inconclusive
-        for name in ("unsupported", "cases", "seconds"):
+        for name in ("unsupported", "cases", "seconds", "again"):
             getattr(self, name).update(getattr(other, name))
 
     def as_dict(self) -> dict[str, object]:
@@ -336,13 +338,23 @@ def check(sanitizer: str, tool: str, subject: str, seconds: float, run: Run = ru
 
 
 def check_all(sanitizer: str, tools: Sequence[str], subject: str, seconds: float, run: Run = run_child) -> Outcome:
-    """The proof, then the tools side by side; a device that no tool supports ends it at once."""
+    """The proof, then the tools side by side; a device that no tool supports ends it at once.
+
+    A tool that proved nothing beside the others (their processes share the device's memory) is run once more, alone.
+    """
     outcome = prove(sanitizer, subject, seconds, run)
     if outcome.unsupported or outcome.inconclusive:
         return outcome
     # Each has its process and hardly any use for the device's width.
     with ThreadPoolExecutor(max(1, len(tools))) as pool:
-        for found in pool.map(lambda tool: check(sanitizer, tool, subject, seconds, run), tools):
+        every = list(pool.map(lambda tool: check(sanitizer, tool, subject, seconds, run), tools))
+    for tool, found in zip(tools, every, strict=True):
+        if found.code == INCONCLUSIVE and not found.unsupported:
+            alone = check(sanitizer, tool, subject, seconds, run)
+            alone.seconds[tool] += found.seconds[tool]
+            alone.again[tool] = found.inconclusive[0]
+            outcome.add(alone)
+        else:
             outcome.add(found)
     return outcome
 
@@ -385,6 +397,8 @@ def report(outcome: Outcome) -> None:
     for tool, seconds in outcome.seconds.items():
         found = sum(finding.tool == tool for finding in outcome.findings)
         print(f"{tool}: {outcome.cases.get(tool, 0)} cases, {found} findings, {seconds:.0f} s")
+    for tool, text in outcome.again.items():
+        print(f"{tool} was run again, alone, after this: {text}")
     for text in (*outcome.findings, *(f"violated: {text}" for text in outcome.violated)):
         print(text)
     for text in (*outcome.inconclusive, *(f"{tool}: {text}" for tool, text in outcome.unsupported.items())):

@@ -172,7 +172,7 @@ def _empty_trace(call: ExpertsOperands) -> Trace:
 
 def _empty_budget(trace: Trace, *arguments: Any) -> Budget:
     del arguments
-    made: dict[str, Any] = {"columns_of_a_scale": trace.hidden.shape[2], "is_quantized": False}
+    made: dict[str, Any] = {"columns_of_a_scale": trace.hidden.shape[2], "is_quantized": False, "is_summed": False}
     for field in fields(Budget):
         if field.name not in made:
             made[field.name] = torch.ones_like(trace.hidden if field.name.startswith("hidden") else trace.output)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from moegate.conformance.budget import chance_of_row, experts_budget
+from moegate.conformance.budget import WANDERING, chance_of_row, experts_budget
 from moegate.conformance.calibrate import PER_CASE
 from moegate.conformance.calibration import limits
-from moegate.conformance.cases import build_experts
+from moegate.conformance.cases import build_batched, build_experts
 from moegate.conformance.loading import load_subject
 from moegate.conformance.properties.num import budget_of, judge_values, reference_of
-from moegate.conformance.spec import ExpertsSpec
+from moegate.conformance.spec import BatchedSpec, ExpertsSpec
 from moegate.conformance.statistics import statistics
 
 # Of one hidden value of token 19, which makes most of the row.
@@ -31,6 +31,74 @@ def test_an_honest_row_whose_error_is_one_hidden_value_s_is_no_finding():
     assert verdict.holds
     assert verdict.budget_used is not None
     assert verdict.budget_used < 0.85
+
+
+# One of 256 products of token 266 sums to 1.4 on a way past 32: partial sums are five times what they are on average.
+WANDERING_SUM = ExpertsSpec(
+    M=267,
+    H=256,
+    I=128,
+    E=8,
+    top_k=2,
+    dtype="float32",
+    routing="one_expert",
+    weights="softmax",
+    expert_map="owns_all",
+    values="asymmetric",
+    activation="swigluoai_interleaved",
+    seed=6,
+)
+
+
+def test_an_honest_row_of_which_one_sum_wandered_is_no_finding():
+    """It was, of every subject, on CPU and GPU: 1.05 of the limit."""
+    torch_layer, case = load_subject("torch"), build_experts(WANDERING_SUM)
+    verdict = verdicts_on(case, torch_layer.experts(case, "default"), torch_layer.numerics)["NUM-02"]
+    assert verdict.holds
+    assert verdict.budget_used is not None
+    assert 0.8 < verdict.budget_used < 0.95
+
+
+# Nine hidden values of ten are under fp8's least number, so that what flips flips at the one midpoint below it: 87 of
+# 87 to zero, as bfloat16 rounds what is just above the midpoint onto it.
+AT_ONE_MIDPOINT = BatchedSpec(
+    max_tokens=200,
+    H=320,
+    I=464,
+    E=1,
+    counts="full",
+    values="spread",
+    scheme="fp8_tensor_static",
+    activation="swigluoai_interleaved",
+    seed=56,
+)
+
+
+def test_values_that_all_flip_to_zero_at_one_midpoint_scale_no_expert_s_share():
+    """They did: 1.3 of the limit by torch, 1.06 by moegate's kernels."""
+    torch_layer, case = load_subject("torch"), build_batched(AT_ONE_MIDPOINT).routed()
+    verdict = verdicts_on(case, torch_layer.experts(case, "default"), torch_layer.numerics)["NUM-04"]
+    assert verdict.holds
+    assert verdict.budget_used is not None
+    assert 0.2 < verdict.budget_used < 0.5
+
+
+def test_a_share_that_is_scaled_as_much_is_still_found_where_nothing_leans():
+    torch_layer, case = load_subject("torch"), build_batched(AT_ONE_MIDPOINT).routed()
+    case = replace(case, hidden_states=case.hidden_states * 32)
+    output = 0.97 * torch_layer.experts(case, "default").double()
+    assert not verdicts_on(case, output.to(case.hidden_states.dtype), torch_layer.numerics)["NUM-04"].holds
+
+
+def test_sums_have_the_tail_that_the_way_of_their_partial_sums_gives_them():
+    """Simulated: 4,000 sums of 512 random terms that end at zero, added up in float32's way."""
+    generator = torch.Generator().manual_seed(0)
+    terms = torch.randn(4000, 512, generator=generator, dtype=torch.float64)
+    terms -= terms.mean(dim=1, keepdim=True)
+    partial = terms.cumsum(dim=1)
+    errors = ((torch.rand(partial.shape, generator=generator, dtype=torch.float64) - 0.5) * partial).sum(dim=1)
+    kurtosis = float((errors**4).mean() / (errors**2).mean() ** 2)
+    assert 2 / (kurtosis - 1) == pytest.approx(WANDERING, rel=0.1)
 
 
 @pytest.mark.parametrize("seed", range(3))

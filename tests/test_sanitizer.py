@@ -172,6 +172,30 @@ def test_a_clean_run_counts_its_cases_and_is_proved_first():
         assert environment["TRITON_INTERPRET"] == "0"
 
 
+CRASHED = (CLEAN + "Segmentation fault", 11)
+
+
+def test_a_tool_that_crashes_beside_the_others_is_run_once_more_alone(capsys):
+    run = runs((PLANTED, sanitizer.FOUND), CRASHED, CLEAN, CLEAN, CLEAN)
+    outcome = check_all("cs", TOOLS[:1], "moegate", 60, run)
+    assert outcome.code == sanitizer.HOLDS
+    assert outcome.cases == {TOOLS[0]: 2}
+    assert outcome.seconds == {TOOLS[0]: 4.0}
+    sanitizer.report(outcome)
+    assert "memcheck was run again, alone, after this: memcheck: ended with 11 in case" in capsys.readouterr().out
+
+
+def test_a_tool_that_crashes_again_is_inconclusive():
+    run = runs((PLANTED, sanitizer.FOUND), CRASHED, CLEAN, CRASHED, CLEAN)
+    assert check_all("cs", TOOLS[:1], "moegate", 60, run).code == sanitizer.INCONCLUSIVE
+
+
+def test_what_a_tool_found_before_it_crashed_is_not_asked_again():
+    run = runs((PLANTED, sanitizer.FOUND), (RACECHECK, 11), CLEAN)
+    assert check_all("cs", TOOLS[:1], "moegate", 60, run).code == sanitizer.FINDING
+    assert len(run.commands) == 3
+
+
 def test_findings_are_exit_code_1():
     outcome = check("cs", "racecheck", "moegate", 60, runs((RACECHECK, sanitizer.FOUND), CLEAN))
     assert outcome.code == sanitizer.FINDING
