@@ -67,6 +67,8 @@ def test_a_failure_is_shrunk_and_kept_once(soaking: Path) -> None:
         with pytest.raises(AssertionError, match="too many"):
             explore(SPECS, finds, name="x", examples=1, facts=facts)
         assert facts["soak: new failures"] == new
+        (failed,) = (name for name in facts if name.startswith("soak: failed: "))
+        assert "AlignSpec(M=77, " in failed
     (file,) = soaking.iterdir()
     kept = json.loads(file.read_text())
     assert "M=77" in kept["spec"]
