@@ -27,9 +27,9 @@ from .operands import ExpertsOperands
 from .quantization_budget import RARE_INPUT, columns_of_a_scale, is_shared_by_rows, leaning, leant, quantized
 from .rounding import Accumulator, accumulation, beside_bias, floor, rounding
 
-# Rows whose every error is a sum's: how many of them one counts as. How far partial sums wander before they end where
-# they end is chance too: their mean square is the integral of a squared Brownian bridge, of a mean of 1/6 and a variance
-# of 1/45 (Anderson and Darling, Annals of Mathematical Statistics 23(2), 1952). So a sum's error has a kurtosis of
+# As how many causes one counts where every error is a sum's. How far partial sums wander before they end where they end
+# is chance too: their mean square is the integral of a squared Brownian bridge, of a mean of 1/6 and a variance of 1/45
+# (Anderson and Darling, Annals of Mathematical Statistics 23(2), 1952). So a sum's error has a kurtosis of
 # 3 (1 + 36 / 45) = 5.4 where a normal one has 3, and its square a relative variance of 4.4 for 2.
 WANDERING = 2 / 4.4
 # What a normal number exceeds once in a million cases, which is what the limits are fitted for (`calibrate.PER_CASE`).

@@ -17,6 +17,13 @@ from scipy.stats import beta
 from .report import SCHEMA
 
 LEVEL = 0.95
+HEADER = """# False alarms: what the suite says of implementations that are held to be right
+
+Written by `python -m moegate.conformance.false_alarms REPORT.json ... > docs/false-alarms.md` from reports that
+`moegate check --subject NAME --profile nightly|soak|gate --json REPORT.json` wrote. Nightly and soak draw new cases
+each time; none is one that the limits were fitted on ([calibration.md](calibration.md)). An alarm is a case that
+violated a property; its chance is bounded by Clopper and Pearson's one-sided 95 % bound.
+"""
 
 
 def upper_bound(alarms: int, cases: int) -> float:
@@ -35,7 +42,12 @@ def as_markdown(reports: Sequence[dict[str, Any]]) -> str:
     for report in reports:
         if report.get("schema") != SCHEMA:
             raise ValueError(f"reports: expected schema {SCHEMA}, got {report.get('schema')!r}")
-    lines = ["| subject | device | profile | executions | cases of values | verdict |", "|---|---|---|--:|--:|---|"]
+    lines = [
+        *HEADER.splitlines(),
+        "",
+        "| subject | device | profile | executions | cases of values | verdict |",
+        "|---|---|---|--:|--:|---|",
+    ]
     for report in reports:
         counts = f"{report['executions']:,} | {report['value_cases']:,}"
         lines.append(
