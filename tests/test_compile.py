@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from moegate.impl.platform import Platform
+from moegate.impl.whole_file import folder_locked, write_whole
 
 PLATFORMS = ("cuda:8.0", "cuda:9.0", "cuda:10.0", "rocm:gfx942")
 STREAMED = {"gate_up_rows_kernel", "down_rows_kernel"}
@@ -211,9 +212,18 @@ def compile_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
-    with ThreadPoolExecutor(2) as pool:
-        return [kernel for part in pool.map(compile_jobs, (JOBS[0::2], JOBS[1::2])) for kernel in part]
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every job compiles to, made once for all of xdist's workers: it takes minutes where nothing is cached."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the run's, in which each worker has its own
+    made = folder / "compiled.json"
+    with folder_locked(folder):
+        if not made.is_file():
+            with ThreadPoolExecutor(2) as pool:
+                parts = list(pool.map(compile_jobs, (JOBS[0::2], JOBS[1::2])))
+            write_whole(made, json.dumps(list(itertools.chain(*parts))))
+    return json.loads(made.read_text())
 
 
 def describe(kernel: dict[str, Any]) -> str:
