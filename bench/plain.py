@@ -28,7 +28,8 @@ def plain_experts(operands: Operands) -> torch.Tensor:
     for expert, (rows, _) in enumerate(pairs):
         if rows.numel():
             gate_up = seen[rows] @ plain_weight(operands, "w13", expert, precise).T
-            gate_up += _of_adapters(operands, "w13", expert, rows, x[rows].to(precise))
+            if operands.lora_ids is not None:
+                gate_up += _of_adapters(operands, "w13", expert, rows, x[rows].to(precise))
             if operands.w13_bias is not None:
                 gate_up += operands.w13_bias[expert]
             hidden.append(_activated(gate_up, operands))
@@ -39,7 +40,8 @@ def plain_experts(operands: Operands) -> torch.Tensor:
     for expert, ((rows, slots), inner) in enumerate(zip(pairs, every.split([len(r) for r, _ in pairs]), strict=True)):
         if rows.numel():
             result = inner @ plain_weight(operands, "w2", expert, precise).T
-            result += _of_adapters(operands, "w2", expert, rows, inner)
+            if operands.lora_ids is not None:
+                result += _of_adapters(operands, "w2", expert, rows, inner)
             if operands.w2_bias is not None:
                 result += operands.w2_bias[expert]
             out.index_add_(0, rows, result * operands.topk_weights[rows, slots, None].to(precise))
