@@ -13,12 +13,11 @@ import torch
 
 from ..impl.fused_moe import fused_experts
 from ..impl.lora.table import AdapterTable
-from .adapters import full_table
-from .operands import ExpertsCall, Operands
+from .operands import ExpertsCall, Operands, WeightBank
 from .plain import plain_experts
 from .record import Record
 from .verification import RowErrorVerdict, judge_rows
-from .workloads import LoraOptions, Model, Workload
+from .workloads import LoraOptions, Workload
 
 ADAPTED, DEVICE_KNOWN, HOST_KNOWN = "lora", "lora-device-none", "lora-host-none"
 
@@ -45,34 +44,23 @@ class LoraContender:
         return judge_rows(out, plain_experts(adapted), operands.hidden_states.dtype)
 
 
-class LoraContenders:
-    """The contenders of each workload; the last model's table is kept for its next workload."""
+def lora_contenders(workload: Workload, options: LoraOptions, bank: WeightBank) -> dict[str, ExpertsCall]:
+    """The contenders of a workload by name, with the bank's table; none beside one that has adapters itself.
 
-    def __init__(self, options: LoraOptions, device: torch.device) -> None:
-        self.options, self.device = options, device
-        self._made: tuple[Model, torch.dtype, AdapterTable] | None = None
-
-    def of(self, workload: Workload) -> dict[str, ExpertsCall]:
-        """By name; none beside a workload that has adapters itself.
-
-        Raises:
-            ValueError: a workload of quantised weights: their deltas are judged by conformance, not timed here.
-        """
-        if workload.lora is not None:
-            return {}
-        if workload.format.is_quantized:
-            raise ValueError(f"lora: expected plain weights, got {workload.dtype}")
-        dtype = workload.torch_dtype
-        if self._made is None or self._made[:2] != (workload.model, dtype):
-            self._made = None
-            self._made = (workload.model, dtype, full_table(workload.model, self.options, dtype, self.device))
-        table = self._made[2]
-        ids = torch.arange(workload.num_tokens, dtype=torch.int32, device=self.device) % self.options.adapters
-        return {
-            ADAPTED: LoraContender(table, ids),
-            DEVICE_KNOWN: LoraContender(table, torch.full_like(ids, -1)),
-            HOST_KNOWN: LoraContender(table, None),
-        }
+    Raises:
+        ValueError: a workload of quantised weights: their deltas are judged by conformance, not timed here.
+    """
+    if workload.lora is not None:
+        return {}
+    if workload.format.is_quantized:
+        raise ValueError(f"lora: expected plain weights, got {workload.dtype}")
+    table = bank.adapters(options)
+    ids = torch.from_numpy(replace(workload, lora=options).lora_ids()).to(bank.device)
+    return {
+        ADAPTED: LoraContender(table, ids),
+        DEVICE_KNOWN: LoraContender(table, torch.full_like(ids, -1)),
+        HOST_KNOWN: LoraContender(table, None),
+    }
 
 
 def extra_times(records: tuple[Record, ...]) -> list[str]:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..impl.fused_moe import fused_experts
 from .floor import H200_PUBLISHED, Ceilings, measure_ceilings
 from .formats import find_format
-from .lora import LoraContenders
+from .lora import lora_contenders
 from .operands import ExpertsCall, WeightBank, make_operands
 from .peers import load_peer
 from .record import Record
@@ -67,7 +67,7 @@ class LayerBench:
         self._fixed_ceilings, self._budget, self._verify = fixed_ceilings, budget, verify
         self._ceilings: dict[str, Ceilings] = {}
         self._bank: WeightBank | None = None
-        self._lora = None if lora is None else LoraContenders(lora, device)
+        self._lora = lora
 
     def ceilings(self, dtype: str) -> Ceilings:
         """The device's ceilings for a workload's dtype, measured when first asked for."""
@@ -83,7 +83,7 @@ class LayerBench:
         # Before weights take the memory that the ceilings' buffers need.
         ceilings = self.ceilings(workload.dtype)
         bank = self._weights(workload)
-        lora = {} if self._lora is None else self._lora.of(workload)
+        lora = {} if self._lora is None else lora_contenders(workload, self._lora, bank)
         return measure_workload(
             workload,
             self.subjects | lora,

@@ -14,8 +14,8 @@ from moegate.bench.lora import (
     DEVICE_KNOWN,
     HOST_KNOWN,
     LoraContender,
-    LoraContenders,
     extra_times,
+    lora_contenders,
 )
 from moegate.bench.operands import WeightBank, make_operands
 from moegate.bench.runner import measure_workload
@@ -33,7 +33,7 @@ DEVICE = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def contenders():
-    return LoraContenders(LoraOptions(4, 3), DEVICE).of(WORKLOAD)
+    return lora_contenders(WORKLOAD, LoraOptions(4, 3), WeightBank(TOY, WORKLOAD.format, DEVICE))
 
 
 def test_the_layer_with_adapters_is_timed_beside_the_layer_alone(contenders):
