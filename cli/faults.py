@@ -19,7 +19,7 @@ from moegate.conformance.console import wide_console
 from moegate.conformance.faults.client import HuntError, outcomes_of
 from moegate.conformance.faults.fault import CatalogueError, Fault, load_catalogue
 from moegate.conformance.faults.job import Job, Orders, Outcome
-from moegate.conformance.faults.record import Journal, read_witnesses, state_of, write_matrix, write_witnesses
+from moegate.conformance.faults.record import Journal, read_matrix, read_witnesses, state_of, write_matrix, write_witnesses
 from moegate.json_output import expect_json_file, expect_output, put_json
 
 SCHEMA = 1
@@ -96,8 +96,9 @@ def faults(
             fault.sources()
         runnable, left_out = _runnable(wanted, device, everything)
         if matrix:
-            # So that what there is of it, when it is cut off, is a sample of all areas.
-            runnable.sort(key=lambda fault: hashlib.sha256(fault.id.encode()).digest())
+            # What it lacks comes first, and in such an order that what there is, when it is cut off, is of all areas.
+            known_rows = read_matrix(every)
+            runnable.sort(key=lambda fault: (fault.id in known_rows, hashlib.sha256(fault.id.encode()).digest()))
         witnesses = read_witnesses() if witness else {}
         state = state_of(fault.package for fault in runnable)
         journal = Journal(resume, f"{mode} {device} {scale} {state}")

@@ -17,7 +17,7 @@ from moegate.conformance.faults.document import as_markdown
 from moegate.conformance.faults.fault import CatalogueError, Edit, Fault, load_catalogue
 from moegate.conformance.faults.job import Job, Orders, Outcome
 from moegate.conformance.faults.mutants import candidates, sample
-from moegate.conformance.faults.record import Journal, read_witnesses, write_matrix
+from moegate.conformance.faults.record import Journal, read_matrix, read_witnesses, write_matrix
 from moegate.conformance.faults.survivors import read_survivors, summary, without_equivalents
 from moegate.main import app
 
@@ -316,11 +316,36 @@ def test_a_hunt_that_is_interrupted_says_what_it_had_and_keeps_it(tmp_path, monk
     monkeypatch.setattr("moegate.faults.outcomes_of", interrupted)
     matrix = tmp_path / "matrix.json"
     monkeypatch.setattr("moegate.faults.write_matrix", partial(write_matrix, path=matrix))
-    code, text = moegate("--catalogue", path, "--matrix", "--update-witnesses", "--resume", tmp_path / "journal")
+    monkeypatch.setattr("moegate.faults.read_matrix", partial(read_matrix, path=matrix))
+    command = ("--catalogue", path, "--matrix", "--update-witnesses")
+    code, text = moegate(*command, "--resume", tmp_path / "journal")
     assert code == 2, text
     assert "interrupted after 1 of 5 faults; the same command goes on from there" in text
     assert asked != sorted(asked), "a matrix that is cut off is a sample"
-    assert json.loads(matrix.read_text()) == {asked[0]: {"NUM-01": [2, 3]}}
+    first, faults = asked[0], load_catalogue([path])
+    assert read_matrix(faults, matrix) == {first: {"NUM-01": [2, 3]}}
+    # Without the journal: what the matrix lacks comes first, and what it has stays.
+    assert moegate(*command)[0] == 2
+    assert asked[-1] == first
+    assert read_matrix(faults, matrix) == dict.fromkeys(sorted((first, asked[0])), {"NUM-01": [2, 3]})
+
+
+def test_a_matrix_forgets_a_fault_that_has_changed_and_one_that_is_gone(tmp_path):
+    kept, changed, gone = (Fault(id, "a", (Edit("x.py", "1", "2"),), ("X",), ("t",)) for id in ("kept", "changed", "g"))
+    outcomes = {id: Outcome(id, "a", kills={"X": [1, 2], "Y": [0, 2]}) for id in ("kept", "changed", "g")}
+    path = tmp_path / "matrix.json"
+    write_matrix([kept, changed, gone], outcomes, path)
+    now = [kept, replace(changed, expect=("Z",))]
+    assert read_matrix(now, path) == {"kept": {"X": [1, 2]}}
+    write_matrix(now, {}, path)
+    assert read_matrix([kept, changed, gone], path) == {"kept": {"X": [1, 2]}}
+
+
+def test_a_file_that_is_no_matrix_is_refused(tmp_path):
+    path = tmp_path / "matrix.json"
+    path.write_text('{"a-fault": {"NUM-01": [1, 2]}}')
+    with pytest.raises(CatalogueError, match="expected a matrix of schema 1"):
+        read_matrix([], path)
 
 
 def test_a_journal_forgets_a_fault_that_has_changed(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..catalogue import PROPERTIES
 from .fault import Fault, load_catalogue
-from .record import MATRIX, Killed, read_witnesses
+from .record import Killed, read_matrix, read_witnesses
 from .survivors import MUTANTS
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -71,9 +71,9 @@ def _properties(faults: Sequence[Fault], witnesses: Mapping[str, Killed]) -> Ite
     )
     columns = [*_kills(seen)]
     head = ["property", "kills", "unique"]
-    if MATRIX.exists():
-        outcomes = json.loads(MATRIX.read_text())
-        matrix = {id: [p for p, (kills, _) in row.items() if kills and p in PROPERTIES] for id, row in outcomes.items()}
+    outcomes = read_matrix(faults)
+    if outcomes:
+        matrix = {id: [p for p in row if p in PROPERTIES] for id, row in outcomes.items()}
         yield (
             f"`moegate faults --matrix --scale 0.1` on {len(matrix)} faults of all areas, drawn by hash, with a few "
             "cases of every applicable property: how many a property saw (*of the matrix*), and it alone (*unique*).\n"

@@ -67,12 +67,37 @@ def write_witnesses(faults: Iterable[Fault], outcomes: Mapping[str, Outcome], pa
     path.write_text(f'{{"schema": {SCHEMA}, "witnesses": {{\n' + ",\n".join(rows) + "\n}}\n")
 
 
+def read_matrix(faults: Iterable[Fault], path: Path = MATRIX) -> dict[str, dict[str, list[int]]]:
+    """What properties saw of each of these faults: by fault and property, cases in which it did, and cases in all.
+
+    Rows of faults that have changed since are left out.
+
+    Raises:
+        CatalogueError: a file of another form.
+    """
+    if not path.exists():
+        return {}
+    digests = {fault.id: fault.digest() for fault in faults}
+    try:
+        data = json.loads(path.read_text())
+        rows = data["faults"] if data["schema"] == SCHEMA else {}
+        return {id: row["kills"] for id, row in rows.items() if digests.get(id) == row["digest"]}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CatalogueError(f"{path}: expected a matrix of schema {SCHEMA}: {error!r}") from error
+
+
 def write_matrix(faults: Iterable[Fault], outcomes: Mapping[str, Outcome], path: Path = MATRIX) -> None:
-    """Keep how often properties saw each fault: by fault and property, cases in which it did, and cases in all."""
-    counted = {fault.id: outcomes[fault.id].kills for fault in faults if fault.id in outcomes}
-    seen = {id: {prop: count for prop, count in kills.items() if count[0]} for id, kills in counted.items()}
-    rows = [f" {json.dumps(id)}: {json.dumps(kills)}" for id, kills in seen.items()]
-    path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    """Keep what properties saw; rows of faults that were not hunted stay, as `read_matrix` gives them."""
+    faults = list(faults)
+    known = read_matrix(faults, path)
+    for id, outcome in outcomes.items():
+        known[id] = {prop: list(count) for prop, count in outcome.kills.items() if count[0]}
+    rows = [
+        f"  {json.dumps(fault.id)}: {json.dumps({'digest': fault.digest(), 'kills': known[fault.id]})}"
+        for fault in faults
+        if fault.id in known
+    ]
+    path.write_text(f'{{"schema": {SCHEMA}, "faults": {{\n' + ",\n".join(rows) + "\n}}\n")
 
 
 def state_of(packages: Iterable[str]) -> str:
