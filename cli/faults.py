@@ -19,7 +19,14 @@ from moegate.conformance.console import wide_console
 from moegate.conformance.faults.client import HuntError, outcomes_of
 from moegate.conformance.faults.fault import CatalogueError, Fault, load_catalogue
 from moegate.conformance.faults.job import Job, Orders, Outcome
-from moegate.conformance.faults.record import Journal, read_matrix, read_witnesses, state_of, write_matrix, write_witnesses
+from moegate.conformance.faults.record import (
+    Journal,
+    read_matrix,
+    read_witnesses,
+    state_of,
+    write_matrix,
+    write_witnesses,
+)
 from moegate.json_output import expect_json_file, expect_output, put_json
 
 SCHEMA = 1

@@ -348,7 +348,7 @@ def test_ten_thousand_runs_are_queried_in_two_seconds(store, monkeypatch):
         command = [sys.executable, "-m", "moegate", "history", *arguments, "--store", str(store.folder), "--json", "-"]
         seconds, start = work_of(command), work_of([sys.executable, "-c", f"import {imported}"])
         print(f"moegate history {arguments[0]}: {seconds:.2f} s of work, {start:.2f} s to start Python and libraries")
-        # A slow machine takes two seconds to import SciPy alone: what is ours is bounded, and the whole where it can be.
+        # SciPy alone may take a slow machine two seconds: then what is ours is bounded, and else the whole.
         assert seconds < max(2, start + 1)
 
 

@@ -169,7 +169,7 @@ def test_a_clean_run_counts_its_cases_and_is_proved_first():
     assert "--planted" in proof
     # The tools run side by side: whose child is started first is chance.
     started = {tool: ["--caching" in command for command, _ in others if command[2] == tool] for tool in TOOLS}
-    assert started == dict.fromkeys(TOOLS, [False, True])
+    assert started == {tool: [False, True] for tool in TOOLS}
     for command, environment in others:
         assert ("--caching" in command) != (environment.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1")
         assert environment["TRITON_INTERPRET"] == "0"
