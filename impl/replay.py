@@ -41,6 +41,7 @@ _ALIGNMENT = 256  # of parts of the scratch memory, as torch's allocator aligns 
 # Of other classes a tensor may be anything.
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _CONSTANTS = frozenset({type(None), bool, int, float, str})
+_LAUNCH = path.launch
 _PASSED = (Tensor, int, float, str, type(None))
 
 Form = tuple[Any, ...]
@@ -86,7 +87,8 @@ def replayable(around: Callable[[], tuple[Any, ...]]) -> Callable[[Function], Fu
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             after = _in_force.get()
-            if after is None or debugging():
+            # Whoever put another launcher in its place (a tuner, the gate's own test) wants every launch.
+            if after is None or debugging() or path.launch is not _LAUNCH:
                 return function(*args, **kwargs)
             tensors: list[Tensor] = []
             try:

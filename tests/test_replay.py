@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moegate.conformance.subjects.moegate_replayed import elsewhere
-from moegate.impl import replay
+from moegate.impl import path, replay
 from moegate.impl.checks import debug_checks
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.lora.table import AdapterTable
@@ -327,6 +327,21 @@ def test_a_profiler_of_triton_s_launches_hears_them():
                 knobs.runtime.launch_enter_hook.remove(heard.append)
     assert "replay" not in heard[1:]
     assert plans() == [plan]
+
+
+def test_another_launcher_sees_every_launch(monkeypatch):
+    given, seen = arguments(), []
+    launch = path.launch
+
+    def listening(kernel, *rest, **meta):
+        seen.append(kernel.__name__)
+        return launch(kernel, *rest, **meta)
+
+    with replaying(after=0):
+        fused_experts(**given)
+        monkeypatch.setattr(path, "launch", listening)
+        fused_experts(**given)
+    assert len(seen) == 5
 
 
 def test_forms_are_forgotten_before_they_fill_the_memory(monkeypatch):
