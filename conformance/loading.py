@@ -38,6 +38,7 @@ SHIPPED = {
     "moegate": "moegate:MoegateSubject",
     "moegate:flashinfer_cutlass": "moegate_flashinfer:MoegateFlashinferSubject",
     "moegate:kernel_forms": "moegate_forms:MoegateFormsSubject",
+    "moegate:replayed": "moegate_replayed:MoegateReplayedSubject",
     "torch": "eager:EagerSubject",
     "transformers": "transformers_blocks:TransformersSubject",
     "transformers:deepseek_v3": "transformers_blocks:DeepseekV3Subject",

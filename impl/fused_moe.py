@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from . import path
@@ -19,14 +21,26 @@ from .checks import (
 )
 from .config import Activation, ActivationFormat
 from .experts.base import ExpertsCall
+from .experts.kernel_form import choice_in_force
 from .kernels.device import current_device
 from .lora.table import AdapterTable, expect_token_adapters
 from .oracle.call import experts_of_call
+from .oracle.select import ENVIRONMENT_VARIABLE
 from .platform import Platform
 from .quantization import ActivationScale, ExpertsQuantization
+from .replay import replayable
+from .tuning.kernel_config import override_in_force
+from .tuning.lookup import FOLDER_VARIABLE
 from .weights import debug_expect_scales, expect_experts_weights
 
 
+def _in_force() -> tuple[object, ...]:
+    """What decides on a call beside its arguments."""
+    asked = os.environ.get(ENVIRONMENT_VARIABLE), os.environ.get(FOLDER_VARIABLE)
+    return (*asked, override_in_force(), choice_in_force())
+
+
+@replayable(_in_force)
 def fused_experts(
     hidden_states: torch.Tensor,
     w13: torch.Tensor,

@@ -7,7 +7,7 @@ a context variable per event when nobody listens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,6 +36,16 @@ class PathRecord:
         values = self.all(name)
         return values[-1] if values else default
 
+    def launch(self, kernel: Any, grid: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Any:
+        """Launch a kernel, counted."""
+        self.launches[kernel.__name__] += 1
+        return kernel[grid](*args, **meta)
+
+    def add(self, facts: Iterable[tuple[str, Any]], launches: Mapping[str, int]) -> None:
+        """Take over what another record heard."""
+        self.facts.extend(facts)
+        self.launches.update(launches)
+
     def as_dict(self) -> Mapping[str, Any]:
         """Plain data: every fact under its name, and the launches."""
         return {**{name: self.all(name) for name, _ in self.facts}, "launches": dict(self.launches)}
@@ -45,14 +55,23 @@ _listener: ContextVar[PathRecord | None] = ContextVar("moegate_path_listener", d
 
 
 @contextmanager
-def record_path() -> Iterator[PathRecord]:
-    """Collect what runs in this block, in this thread or task; blocks nest, and the innermost one listens."""
-    record = PathRecord()
+def record_path(record: PathRecord | None = None) -> Iterator[PathRecord]:
+    """Collect what runs in this block, in this thread or task; blocks nest, and the innermost one listens.
+
+    Args:
+        record: that collects; None makes one.
+    """
+    record = PathRecord() if record is None else record
     token = _listener.set(record)
     try:
         yield record
     finally:
         _listener.reset(token)
+
+
+def listener() -> PathRecord | None:
+    """The record of the innermost block; None where nobody listens."""
+    return _listener.get()
 
 
 def is_recording() -> bool:
@@ -70,6 +89,4 @@ def note(name: str, value: Any) -> None:
 def launch(kernel: Any, grid: Any, *args: Any, **meta: Any) -> Any:
     """`kernel[grid](*args, **meta)`, counted. Every Triton launch of `impl` goes through here."""
     record = _listener.get()
-    if record is not None:
-        record.launches[kernel.__name__] += 1
-    return kernel[grid](*args, **meta)
+    return kernel[grid](*args, **meta) if record is None else record.launch(kernel, grid, args, meta)

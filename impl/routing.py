@@ -19,10 +19,12 @@ from .kernels.topk_routing import (
     topk_routing,
 )
 from .platform import Platform
+from .replay import replayable
 
 RoutingFunction = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
+@replayable(tuple)
 def select_experts(
     router_logits: torch.Tensor,
     top_k: int,

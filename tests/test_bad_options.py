@@ -136,6 +136,7 @@ VARIABLES: dict[str, tuple[Callable[[str, str], Any], tuple[str, ...]]] = {
         lambda variable, value: kernel_form.form_choice({variable: value}),
         ("on", "1", "fastest", "sorted", "\x1b[2J", LONG),
     ),
+    "MOEGATE_REPLAY": (lambda variable, value: switch(variable, {variable: value}), ("maybe", "2", "\x1b[2J", "tru")),
     "MOEGATE_HISTORY": (_history, ("file.json", "\x1b[2J")),
     "MOEGATE_DEBUG": (lambda variable, value: switch(variable, {variable: value}), ("maybe", "2", "\x1b[2J", "tru")),
 }

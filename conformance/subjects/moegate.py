@@ -91,6 +91,30 @@ def _layer_arguments(case: LayerCase) -> dict[str, Any]:
     }
 
 
+def routing_arguments(case: RoutingCase, variant: str) -> dict[str, Any]:
+    """The arguments of `select_experts`."""
+    method = case.method()
+    by_default = "max" if case.e_score_correction_bias is None else "top2_sum"
+    if case.group_ranking == by_default and len(case.router_logits) % 2:
+        del method["group_ranking"]  # what it is where nothing is said
+    backend = "triton" if variant == "triton" else "torch"
+    return {"router_logits": case.router_logits, "top_k": case.top_k, **method, "backend": backend}
+
+
+def experts_arguments(case: ExpertsCase, variant: str) -> dict[str, Any]:
+    """The arguments of `fused_experts`."""
+    return {
+        "hidden_states": case.hidden_states,
+        "topk_weights": case.topk_weights,
+        "topk_ids": case.topk_ids,
+        **_layer_arguments(case),
+        "apply_router_weight_on_input": case.apply_router_weight_on_input,
+        "expert_map": case.expert_map,
+        "global_num_experts": case.num_experts,
+        "backend": variant,
+    }
+
+
 class MoegateSubject(Subject):
     """`fused_experts`, `select_experts` and `moe_align_block_size`, on each backend of the device."""
 
@@ -125,13 +149,9 @@ class MoegateSubject(Subject):
         return tuple(f for f in super().facets(variant) if f not in lacks)
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
-        """`select_experts`."""
-        backend, method = "triton" if variant == "triton" else "torch", case.method()
-        by_default = "max" if case.e_score_correction_bias is None else "top2_sum"
-        if case.group_ranking == by_default and len(case.router_logits) % 2:
-            del method["group_ranking"]  # what it is where nothing is said
+        """`select_experts`, with the checks that synchronise the device."""
         with debug_checks():
-            return select_experts(case.router_logits, case.top_k, **method, backend=backend)
+            return select_experts(**routing_arguments(case, variant))
 
     def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:
         """`moe_align_block_size`."""
@@ -141,16 +161,7 @@ class MoegateSubject(Subject):
     def experts(self, case: ExpertsCase, variant: str) -> Tensor:
         """`fused_experts` on the backend named by `variant`, with the checks that synchronise the device."""
         with debug_checks():
-            return fused_experts(
-                case.hidden_states,
-                topk_weights=case.topk_weights,
-                topk_ids=case.topk_ids,
-                **_layer_arguments(case),
-                apply_router_weight_on_input=case.apply_router_weight_on_input,
-                expert_map=case.expert_map,
-                global_num_experts=case.num_experts,
-                backend=variant,
-            )
+            return fused_experts(**experts_arguments(case, variant))
 
     def batched(self, case: BatchedCase, variant: str, out: Tensor | None) -> Tensor:
         """`batched_experts` on the backend that `variant` means in the batched format."""

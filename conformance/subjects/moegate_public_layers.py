@@ -14,6 +14,7 @@ from ...impl.layer import Gate, MoELayer, RoutingMethod
 from ...impl.lora.adapter import Adapter, LowRank, lora_scaling
 from ...impl.lora.table import AdapterTable
 from ...impl.quantization import ActivationScale, WeightScale
+from ...impl.replay import replaying
 from ..properties.bad_input import (
     Arguments,
     Bad,
@@ -108,6 +109,12 @@ LAYER_CALLS: tuple[PublicCall, ...] = (
         lambda **a: entered(debug_checks(**a)),
         lambda: {"enabled": False},
         {"enabled": BoolKind()},
+    ),
+    PublicCall(
+        "replay.replaying",
+        lambda **a: entered(replaying(**a)),
+        lambda: {"after": 1},
+        {"after": IntKind(0, optional=True)},
     ),
     PublicCall(
         "experts_module.RoutedExperts",

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import replay
 from ..checks import expect_bool, expect_dtype, expect_instance, expect_int, expect_one_of
 from ..config import QuantScheme
 from ..once import log_once
@@ -345,6 +346,7 @@ def _validated(file: TunedFile, layer: Layer) -> _Table:
 
 
 def forget() -> None:
-    """Forget every file that was read (tests, and after a search has written one)."""
+    """Forget every file that was read, and what was launched for it (tests, and after a search has written one)."""
+    replay.forget()
     _found.clear()
     _table.cache_clear()
