@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,12 @@ from rich.table import Table
 
 from ..impl.layer import RoutingMethod
 from ..impl.replay import replaying
+from ..impl.whole_file import write_whole
+from .formats import find_format
 from .layers import LayerBank, LayerModel, hidden_states_of
 from .machine import describe_machine
+from .selection import parse_counts, split_words
+from .timer import synchronise
 from .workloads import find_model
 
 CALLS, ROUNDS = 10, 150
@@ -33,12 +36,12 @@ Row = dict[str, Any]
 
 def host_seconds(run: Callable[[], Any], device: torch.device, calls: int = CALLS) -> float:
     """Seconds of the host to enqueue one call, of `calls` in a row on an idle device."""
-    _wait(device)
+    synchronise(device)
     started = time.perf_counter()
     for _ in range(calls):
         run()
     seconds = (time.perf_counter() - started) / calls
-    _wait(device)
+    synchronise(device)
     return seconds
 
 
@@ -55,14 +58,14 @@ def measure(model: str, num_tokens: int, device: torch.device, dtype: str = "bf1
     samples: dict[str, list[float]] = {AS_IT_STANDS: [], REPLAYED: []}
     with torch.inference_mode():
         expected = layer(x)
+        with replaying(after=0):
+            layer(x)  # is recorded
+            if not torch.equal(layer(x), expected):
+                raise AssertionError(f"{model}, M = {num_tokens}: a replay gives other bits than the call")
         for _ in range(rounds):
             samples[AS_IT_STANDS].append(host_seconds(lambda: layer(x), device))
             with replaying(after=0):
-                layer(x)
                 samples[REPLAYED].append(host_seconds(lambda: layer(x), device))
-        with replaying(after=0):
-            if not torch.equal(layer(x), expected):
-                raise AssertionError(f"{model}, M = {num_tokens}: a replay gives other bits than the call")
     return [
         {
             "model": model,
@@ -77,11 +80,6 @@ def measure(model: str, num_tokens: int, device: torch.device, dtype: str = "bf1
     ]
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def show(rows: Sequence[Row], console: Console) -> None:
     """A table in microseconds."""
     table = Table("model", "M", "dtype", "way", title="host time of an eager layer, us a call")
@@ -94,27 +92,34 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """The command line; exit codes as `moegate bench`: 0 measured, 3 nothing to measure on, 4 bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m moegate.bench.launch_overhead", description=__doc__)
     parser.add_argument("--models", default="qwen3-30b-a3b,deepseek-v3-tp8", help="names, with commas between")
     parser.add_argument("--tokens", default="1,64", help="numbers of tokens, with commas between")
     parser.add_argument("--dtype", default="bf16", help="how experts are stored")
     parser.add_argument("--json", metavar="FILE", help="write what was measured")
     asked = parser.parse_args(arguments)
+    try:
+        models, tokens = split_words(asked.models, "models"), parse_counts(asked.tokens)
+        for name in models:
+            find_model(name)
+        find_format(asked.dtype)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 4
     if not torch.cuda.is_available():
         print("nothing was measured: torch sees no GPU here", file=sys.stderr)
         return 3
     device = torch.device("cuda")
     rows: list[Row] = []
-    for model in asked.models.split(","):
-        for tokens in map(int, asked.tokens.split(",")):
-            rows += measure(model, tokens, device, asked.dtype)
+    for model in models:
+        for num_tokens in tokens:
+            rows += measure(model, num_tokens, device, asked.dtype)
             torch.cuda.empty_cache()
     show(rows, Console())
     if asked.json:
-        Path(asked.json).write_text(
-            json.dumps({"machine": asdict(describe_machine(device)), "rows": rows}, indent=1) + "\n"
-        )
+        report = {"machine": asdict(describe_machine(device)), "rows": rows}
+        write_whole(asked.json, json.dumps(report, indent=1) + "\n")
     return 0
 
 

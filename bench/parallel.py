@@ -36,6 +36,7 @@ from ..impl.parallel.wire import Tokens
 from ..impl.whole_file import write_whole
 from .formats import find_format
 from .operands import Operands, WeightBank, make_operands
+from .timer import synchronise
 from .verification import verify_reduced
 from .workloads import Workload, find_model
 
@@ -47,23 +48,18 @@ ROUNDS, CALLS, WARM_UP = 20, 5, 3
 FACTOR, FIXED = 1.5, 60e-6
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Median seconds of a call on the slowest rank."""
     for _ in range(WARM_UP):
         run()
     samples = []
     for _ in range(ROUNDS):
-        _synchronise(device)
+        synchronise(device)
         dist.barrier()
         start = time.perf_counter()
         for _ in range(CALLS):
             run()
-        _synchronise(device)
+        synchronise(device)
         samples.append((time.perf_counter() - start) / CALLS)
     slowest = torch.tensor(samples, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)

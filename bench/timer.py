@@ -84,6 +84,12 @@ class PairedRatio:
         return PairedRatio(statistics.median(ratios), *quartiles(ratios))
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for a device; a CPU is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Clock(Protocol):
     """Times passes. A reading may be available only after `finish`."""
 

@@ -42,11 +42,20 @@ def test_a_replay_of_other_bits_is_not_timed_silently(monkeypatch):
 
     def changed(self, *arguments):
         taken.append(1)
-        return torch.zeros_like(arguments[0]) if len(taken) > 3 else torch.ones_like(arguments[0])
+        return torch.zeros_like(arguments[0]) if len(taken) > 2 else torch.ones_like(arguments[0])
 
     monkeypatch.setattr("moegate.impl.layer.MoELayer.forward", changed)
     with pytest.raises(AssertionError, match="a replay gives other bits"):
         measure("qwen3-30b-a3b/16", 2, DEVICE, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [("--models", "nosuch", "model"), ("--tokens", "1,two", "tokens: expected"), ("--dtype", "bf17", "dtype")],
+)
+def test_bad_arguments_are_refused_by_name(option, value, named, capsys):
+    assert launch_overhead.main([option, value]) == 4
+    assert named in capsys.readouterr().err
 
 
 def test_without_a_gpu_nothing_is_measured_and_said_so(capsys, monkeypatch):
