@@ -245,7 +245,7 @@ def test_ci_runs_the_readmes_commands_and_stops_at_the_first_that_fails(tmp_path
     (step,) = [step for step in load(WORKFLOWS[0])["jobs"]["cpu"]["steps"] if "run" in step]
     targets = re.findall(r"^make (\w+)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
     assert {"lint", "check", "test"} <= set(targets)
-    beside = {"lint": {"check"}}
+    one_by_one = [target for target in targets if target != "lint"]  # which runs beside `check`
     for failing in ("", *targets):
         log = tmp_path / f"log{failing}"
         for name, script in (("make", f'echo "$1" >> {log}; [ "$1" != "{failing}" ]'), ("chromedriver", "")):
@@ -254,12 +254,10 @@ def test_ci_runs_the_readmes_commands_and_stops_at_the_first_that_fails(tmp_path
         environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
         done = subprocess.run(["bash", "-e", "-c", step["run"]], cwd=ROOT, env=environment, check=False)
         ran = log.read_text().split()
-        assert (done.returncode != 0) == bool(failing)
-        if not failing:
-            assert sorted(ran) == sorted(targets)
-        else:
-            behind = set(targets[targets.index(failing) + 1 :]) - beside.get(failing, set())
-            assert not behind & set(ran), failing
+        last = {"": one_by_one[-1], "lint": "check"}.get(failing, failing)
+        expected = one_by_one[: one_by_one.index(last) + 1]
+        assert ([target for target in ran if target != "lint"], done.returncode != 0) == (expected, bool(failing))
+        assert "lint" in ran or failing in ("setup", "check")  # a lint that has just started may be cut off
 
 
 def blocks(language):
