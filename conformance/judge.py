@@ -208,6 +208,16 @@ class Ledger:
         if findings:
             raise findings[0] from cause
 
+    def failed(self, test: str, error: BaseException) -> None:
+        """Keep what a test ended with, unless that is findings alone, which were counted when they were settled."""
+        errors = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
+        for each in errors:
+            if isinstance(each, BaseExceptionGroup):
+                self.failed(test, each)
+            elif not isinstance(each, Finding):
+                said = next(iter(str(each).splitlines()), "")
+                self.inconclusive[f"{test} ended with {type(each).__name__}: {said:.300}"] += 1
+
     def ran(self, variant: str, spec: Spec, executions: int = 1) -> None:
         """Count executions of the subject and the spec's feature pairs."""
         self.executions[variant] += executions

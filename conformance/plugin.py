@@ -219,8 +219,15 @@ def _announce(config: pytest.Config, items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With a test's last report a worker sends what it has judged so far: it may not live to its end."""
+    """Keep why a test failed without a finding; with its last report a worker sends what it has judged so far.
+
+    It may not live to its end.
+    """
     report = yield
+    if report.failed and call.excinfo is not None and item.nodeid in _collected:
+        from .session import current_session
+
+        current_session().ledger.failed(item.nodeid, call.excinfo.value)
     if call.when == "teardown" and _collected:
         from .session import current_session
 

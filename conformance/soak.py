@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import statistics
 import time
@@ -97,6 +98,9 @@ def soak(batch: Callable[[], None], selection: Selection, facts: Counter[str]) -
     if now >= until:
         facts["soak: tests for which no time was left"] += 1
         return
+    disabled = logging.root.manager.disable
+    # pytest keeps what is logged until the test is over, which here is no end of warnings.
+    logging.disable(max(disabled, logging.WARNING))
     try:
         while not samples or time.monotonic() < part:
             batch()
@@ -108,6 +112,7 @@ def soak(batch: Callable[[], None], selection: Selection, facts: Counter[str]) -
             facts[f"soak: failed: {spec}"] += 1
         raise
     finally:
+        logging.disable(disabled)
         facts[f"soak: batches of {BATCH} cases"] += len(samples)
     facts["soak: tests long enough to see growth"] += len(samples) >= FEWEST_BATCHES
     grown = growth(samples)

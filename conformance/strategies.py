@@ -393,8 +393,7 @@ def is_declared(spec: ExpertsSpec, capabilities: Capabilities) -> bool:
         and (capabilities.empty or spec.M > 0)
         and spec.H % capabilities.hidden_multiple == 0
         and spec.I % capabilities.intermediate_multiple == 0
-        and capabilities.min_experts <= spec.E <= (capabilities.max_experts or spec.E)
-        and spec.top_k <= (capabilities.max_top_k or spec.top_k)
+        and _is_within(capabilities, spec)
     )
 
 
@@ -406,18 +405,24 @@ def pinned_aligns(device: str, capabilities: Capabilities) -> tuple[AlignSpec, .
         for routing in capabilities.routings
         for seed in range(3)
     )
-    if "uniform" not in capabilities.routings:
-        return few
     # As many pairs as one launch sorts, and more: some of them go to the last expert.
     tokens = (MANY_PAIRS // 8, MANY_PAIRS // 8 + 1)
-    return few + tuple(
+    many = tuple(
         AlignSpec(M=M, E=EXPERTS_BEYOND_A_BLOCK, top_k=8, block_size=block_size, routing="uniform") for M in tokens
     )
+    pinned = few + (many if "uniform" in capabilities.routings else ())
+    return tuple(spec for spec in pinned if _is_within(capabilities, spec))
+
+
+def _is_within(capabilities: Capabilities, spec: AlignSpec | ExpertsSpec) -> bool:
+    """Whether a spec has as many experts, and as many a token, as a subject takes."""
+    most, most_top_k = capabilities.max_experts, capabilities.max_top_k
+    return capabilities.min_experts <= spec.E <= (most or spec.E) and spec.top_k <= (most_top_k or spec.top_k)
 
 
 def align_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[AlignSpec]:
     """Alignments, from no token to several blocks an expert; now and then more pairs than one launch sorts."""
-    pools = POOLS[device]
+    pools, most_top_k = pools_of(device, capabilities), min(8, capabilities.max_top_k or 8)
 
     @st.composite
     def specs(draw: st.DrawFn) -> AlignSpec:
@@ -427,7 +432,7 @@ def align_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[Al
         routing = draw(st.sampled_from((*capabilities.routings, *edges)))
         block_size = draw(st.sampled_from(pools.block_sizes))
         least, spare = _needs(routing, block_size, capabilities)
-        top_k = draw(st.integers(1, max(1, min(num_experts - spare, 8))))
+        top_k = draw(st.integers(1, max(1, min(num_experts - spare, most_top_k))))
         if draw(st.sampled_from((False, False, False, False, True))):
             least = MANY_PAIRS // top_k
         return AlignSpec(

@@ -80,6 +80,13 @@ class Stuck(Mine):
     variants = ("drops_an_expert", "hangs")
 
 
+class Unready(Mine):
+    """What the suite asks of it beside its calls is an error."""
+
+    def configs(self):
+        raise RuntimeError("no folder for its files")
+
+
 class Forgotten(Mine):
     """Routes, and declares experts that the run below never asks for."""
 
@@ -105,6 +112,11 @@ RUNS = {
         repr(SPEC),
         "--moegate-report",
         "wrong.json",
+    ),
+    "unready": (
+        *SUITE,
+        *("--moegate-subject", "mine.py:Unready", "--moegate-scale", "0.05"),
+        *("-k", "test_files_are_found or stay and float32 and one", "--moegate-report", "unready.json"),
     ),
     "all skipped": (*SUITE, "--moegate-subject", "mine.py:Mine", "-k", "test_align or test_api"),
     "unjudged": (*SUITE, "--moegate-subject", "mine.py:Forgotten", "--ignore-glob", "/*/test_[aemo]*.py"),
@@ -238,6 +250,21 @@ def test_a_spec_runs_only_the_tests_that_take_it(runs):
     families = {row["id"].split("-")[0] for row in runs["wrong"].report["properties"]}
     assert families == {"NUM", "META", "HYGIENE", "SUBJECT"}
     assert set(re.findall(r"_table\[\w+-(\w+)-\w+\]", runs["wrong"].text)) == {"float32"}
+
+
+def test_a_test_that_fails_without_a_finding_leaves_the_run_inconclusive_and_says_why(runs):
+    run = runs["unready"]
+    assert run.code == pytest.ExitCode.INTERRUPTED, run.text
+    assert run.report["verdict"] == "inconclusive"
+    (reason,) = run.report["inconclusive"]
+    assert re.search(r"test_files_are_found\S* ended with RuntimeError: no folder for its files", reason), reason
+    assert not findings(run)
+    assert f"INCONCLUSIVE: {reason}" in run.text
+
+
+def test_findings_alone_leave_a_run_violated_and_nothing_inconclusive(runs):
+    assert runs["wrong"].report["verdict"] == "violated"
+    assert runs["wrong"].report["inconclusive"] == []
 
 
 def test_a_run_in_which_everything_is_skipped_fails(runs):

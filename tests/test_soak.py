@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,8 @@ from moegate.conformance.profiles import explore
 from moegate.conformance.selection import SELECTION, Selection
 from moegate.conformance.soak import BATCH, FEWEST_BATCHES, GrowthError, Usage, growth, keep_failure, soak
 from moegate.conformance.spec import AlignSpec
+from moegate.impl import once
+from moegate.impl.once import log_once
 
 SPECS = st.builds(AlignSpec, M=st.integers(1, 1000), E=st.just(8), top_k=st.just(2))
 
@@ -107,6 +111,28 @@ def test_memory_that_leaks_a_batch_is_a_finding(clock: None) -> None:
     leaked = []
     with pytest.raises(GrowthError, match="memory from"):
         soak(lambda: leaked.append(b"x" * (40 << 20)), Selection(until=24.0, waiting=1), Counter())
+
+
+def test_what_is_logged_in_a_soak_is_kept_by_nobody(clock: None, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("moegate.test")
+    soak(lambda: logger.warning("of a batch"), Selection(until=24.0, waiting=1), Counter())
+    assert not caplog.records
+    logger.warning("of afterwards")
+    assert [record.message for record in caplog.records] == ["of afterwards"]
+
+
+def test_messages_that_are_said_once_are_not_remembered_without_end() -> None:
+    logger = logging.getLogger("moegate.test")
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for number in range(20_000):
+            log_once(logger, logging.DEBUG, f"{number:01000}")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        once.forget()
+    assert held < 10 << 20
 
 
 def test_handles_that_leak_are_a_finding(clock: None) -> None:

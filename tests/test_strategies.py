@@ -5,6 +5,7 @@ alignment 150, batched format 80), and, so that no lucky seed hides a hole, as m
 must come up three times in each of them.
 """
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -355,6 +356,14 @@ FEW = Capabilities(
     padded_rows=False,
     empty=False,
 )
+
+
+@pytest.mark.parametrize("device", POOLS)
+def test_alignments_have_no_more_experts_than_a_subject_takes(device):
+    able = replace(ANY, min_experts=2, max_experts=40, max_top_k=3)
+    specs = [*pinned_aligns(device, able), *drawn(align_specs(device, able), "limits", 150)]
+    assert {spec.routing for spec in specs} == set(able.routings)
+    assert all(2 <= spec.E <= 40 and spec.top_k <= 3 for spec in specs)
 
 
 @pytest.mark.parametrize("device", POOLS)

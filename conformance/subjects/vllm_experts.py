@@ -23,7 +23,9 @@ class VllmSubject(Subject):
 
     name = "vllm"
     variants = ("triton",)
-    last_run = "untested (written for vllm 0.33)"
+    last_run = (
+        "vllm 0.33.0 on an H200, 2026-11-29: experts and alignment, its kernels and launches apart from the engine"
+    )
     capabilities = Capabilities(
         devices=("cuda",),
         dtypes=("bfloat16", "float16"),
