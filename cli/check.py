@@ -151,6 +151,7 @@ def check(
         raise typer.Exit(exit_codes.BAD_ARGUMENTS if status == 4 else exit_codes.NOTHING_DONE)
     report["seconds"] = round(seconds, 1)
     report["inconclusive"] += watch.complaints()
+    # A GPU that went or slowed itself down explains errors, and no wrong numbers.
     if report["inconclusive"] and report["verdict"] != "violated":
         report["verdict"] = "inconclusive"
     is_written = put_json(console, "check", json_file, report)
@@ -292,7 +293,7 @@ def _print(report: dict[str, Any], status: int, output: str, console: Console) -
         console.print(f"{fact}: {count}", highlight=False)
     for line in known_lines(report):
         console.print(line, style="yellow", highlight=False)
-    for kind in ("not_judged", "stale", "inconclusive"):
+    for kind in ("not_judged", "stale", "errors", "inconclusive"):
         for reason in report[kind]:
             console.print(f"{kind.replace('_', ' ')}: {reason}", style="red", highlight=False)
     style = "green" if _exit_code(report, status) == exit_codes.HOLDS else "red"

@@ -139,7 +139,7 @@ class Tally:
         return None
 
 
-_COUNTERS = ("executions", "pairs", "skipped", "kernels", "facts", "known", "inconclusive")
+_COUNTERS = ("executions", "pairs", "skipped", "kernels", "facts", "known", "inconclusive", "errors")
 
 
 @dataclass
@@ -155,6 +155,7 @@ class Ledger:
         facts: whatever else the run counts (the time that compiling took, say).
         known: by entry of the known failures, how many cases it met and how many of these failed.
         inconclusive: why a case has no verdict though it should, through no fault of the subject, and how often.
+        errors: what a test ended with that is no finding, and how often: growth in a soak, an error of the suite's own.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -165,6 +166,7 @@ class Ledger:
     facts: Counter[str] = field(default_factory=Counter)
     known: Counter[str] = field(default_factory=Counter)
     inconclusive: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
 
     def settle(
         self,
@@ -216,7 +218,7 @@ class Ledger:
                 self.failed(test, each)
             elif not isinstance(each, Finding):
                 said = next(iter(str(each).splitlines()), "")
-                self.inconclusive[f"{test} ended with {type(each).__name__}: {said:.300}"] += 1
+                self.errors[f"{test} ended with {type(each).__name__}: {said:.300}"] += 1
 
     def ran(self, variant: str, spec: Spec, executions: int = 1) -> None:
         """Count executions of the subject and the spec's feature pairs."""

@@ -329,6 +329,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     report = _report(config, merged)
     complaints = [f"NOT JUDGED: {reason}" for reason in report["not_judged"]]
     complaints += [f"STALE: {reason}" for reason in report["stale"]]
+    complaints += [f"ERROR: {reason}" for reason in report["errors"]]
     complaints += [f"INCONCLUSIVE: {reason}" for reason in report["inconclusive"]]
     for line in (*as_lines(report), *complaints, *_notes):
         terminalreporter.line(line)

@@ -70,6 +70,7 @@ def as_json(ledger: Ledger, vacuous: list[str], stale: list[str]) -> dict[str, A
     rows = [_property(id, tally) for id, tally in sorted(ledger.tallies.items())]
     kinds = (
         (violated, "violated"),
+        (ledger.errors, "errors"),
         (ledger.inconclusive, "inconclusive"),
         (vacuous, "nothing judged"),
         (stale, "stale known failures"),
@@ -91,6 +92,7 @@ def as_json(ledger: Ledger, vacuous: list[str], stale: list[str]) -> dict[str, A
         "deviations": dict(session.subject.deviations),
         "not_judged": vacuous,
         "stale": stale,
+        "errors": [f"{reason} ({count} times)" for reason, count in ledger.errors.items()],
         "inconclusive": [f"{reason} ({count} times)" for reason, count in ledger.inconclusive.items()],
         "known_failures": session.known.report(ledger.known),
         "skipped": dict(ledger.skipped),

@@ -57,7 +57,7 @@ def known_lines(report: Report) -> Iterator[str]:
 def as_junit(report: Report) -> str:
     """One test case a property; what was not judged is a skipped one, and what makes the run fail a failed one."""
     rows = report["properties"]
-    whole = [(kind, reason) for kind in ("not_judged", "stale", "inconclusive") for reason in report.get(kind, ())]
+    whole = [(kind, reason) for kind in ("not_judged", "stale", "errors", "inconclusive") for reason in report.get(kind, ())]
     failures = sum(row["verdict"] == "violated" for row in rows) + len(whole)
     suite = ElementTree.Element(
         "testsuite",
@@ -103,6 +103,7 @@ def as_markdown(report: Report) -> str:
         lines += ["", f"**{row['id']}**: {row['sentence']}", "", "```", *_undented(body), "```"]
     lines += [f"\n**not judged**: {reason}" for reason in report["not_judged"]]
     lines += [f"\n**stale**: {reason}" for reason in report["stale"]]
+    lines += [f"\n**error**: {reason}" for reason in report.get("errors", ())]
     lines += [f"\n**inconclusive**: {reason}" for reason in report.get("inconclusive", ())]
     known = list(known_lines(report))
     lines += ["", *(f"* {line}" for line in known)] if known else []

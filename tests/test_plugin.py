@@ -252,19 +252,19 @@ def test_a_spec_runs_only_the_tests_that_take_it(runs):
     assert set(re.findall(r"_table\[\w+-(\w+)-\w+\]", runs["wrong"].text)) == {"float32"}
 
 
-def test_a_test_that_fails_without_a_finding_leaves_the_run_inconclusive_and_says_why(runs):
+def test_a_test_that_fails_without_a_finding_fails_the_run_and_says_why(runs):
     run = runs["unready"]
-    assert run.code == pytest.ExitCode.INTERRUPTED, run.text
-    assert run.report["verdict"] == "inconclusive"
-    (reason,) = run.report["inconclusive"]
+    assert run.code == 1, run.text
+    assert run.report["verdict"] == "errors"
+    (reason,) = run.report["errors"]
     assert re.search(r"test_files_are_found\S* ended with RuntimeError: no folder for its files", reason), reason
     assert not findings(run)
-    assert f"INCONCLUSIVE: {reason}" in run.text
+    assert f"ERROR: {reason}" in run.text
 
 
-def test_findings_alone_leave_a_run_violated_and_nothing_inconclusive(runs):
+def test_findings_alone_leave_a_run_violated_and_no_error(runs):
     assert runs["wrong"].report["verdict"] == "violated"
-    assert runs["wrong"].report["inconclusive"] == []
+    assert runs["wrong"].report["errors"] == []
 
 
 def test_a_run_in_which_everything_is_skipped_fails(runs):
