@@ -57,7 +57,9 @@ def known_lines(report: Report) -> Iterator[str]:
 def as_junit(report: Report) -> str:
     """One test case a property; what was not judged is a skipped one, and what makes the run fail a failed one."""
     rows = report["properties"]
-    whole = [(kind, reason) for kind in ("not_judged", "stale", "errors", "inconclusive") for reason in report.get(kind, ())]
+    whole = [
+        (kind, reason) for kind in ("not_judged", "stale", "errors", "inconclusive") for reason in report.get(kind, ())
+    ]
     failures = sum(row["verdict"] == "violated" for row in rows) + len(whole)
     suite = ElementTree.Element(
         "testsuite",
