@@ -344,6 +344,15 @@ def test_workers_without_a_gpu_are_left_alone(monkeypatch, visible, device):
     assert workers(monkeypatch, 2, visible=visible, device=device) == ([None, None], None)
 
 
+@pytest.fixture
+def interruptible():
+    """Processes started here take an interrupt, though a shell that runs the tests behind it has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_what_a_worker_has_judged_is_there_when_the_run_is_interrupted(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     arguments = (*SUITE, "--moegate-subject", "mine.py:Stuck", "-k", "stay and many", "--moegate-scale", "0.05")
@@ -355,7 +364,10 @@ def test_what_a_worker_has_judged_is_there_when_the_run_is_interrupted(tmp_path)
             if "FAILED" in line:  # what follows never ends
                 run.send_signal(signal.SIGINT)
                 break
-        rest = run.communicate(timeout=60)[0]
+        try:
+            rest = run.communicate(timeout=60)[0]
+        finally:
+            run.kill()
     assert run.returncode == 2, rest
     found = {row["id"]: row["verdict"] for row in json.loads((tmp_path / "stuck.json").read_text())["properties"]}
     assert found["NUM-01"] == "violated"
