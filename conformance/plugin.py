@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Of each worker, by its name: what it has judged so far, or in all.
 _ledgers: dict[str, Any] = {}
 _collected: list[str] = []
+# Tests that ended their worker's process, and so never report.
+_crashed: list[str] = []
 _notes: list[str] = []
 # Why nothing can be run, each with pytest's exit code for it.
 _refusals: list[tuple[int, str]] = []
@@ -244,6 +246,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _ledgers[report.node.gateway.id] = report.moegate_ledger
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """Keep the test in which a worker died: nobody else says so."""
+    _crashed.append(crashitem)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A worker hands its ledger over; the controller refuses to call a run green that judged nothing."""
     ledger = _own_ledger()
@@ -290,6 +298,7 @@ def _merged(own: Ledger | None) -> Ledger | None:
         merged.merge(Ledger.from_dict(ledger))
     if own is not None:
         merged.merge(own)
+    merged.errors.update(f"{test} ended its worker's process" for test in _crashed)
     return merged
 
 

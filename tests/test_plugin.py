@@ -76,6 +76,10 @@ class Deadly(Mine):
     variants = ("honest", "crashes", "hangs")
 
 
+class Dying(Mine):
+    variants = ("honest", "crashes")
+
+
 class Stuck(Mine):
     variants = ("drops_an_expert", "hangs")
 
@@ -117,6 +121,11 @@ RUNS = {
         *SUITE,
         *("--moegate-subject", "mine.py:Unready", "--moegate-scale", "0.05"),
         *("-k", "test_files_are_found or stay and float32 and one", "--moegate-report", "unready.json"),
+    ),
+    "dying": (
+        *SUITE,
+        *("--moegate-subject", "mine.py:Dying", "--moegate-scale", "0.05", "-n", "1"),
+        *("-k", "stay and float32 and many", "--moegate-report", "dying.json"),
     ),
     "all skipped": (*SUITE, "--moegate-subject", "mine.py:Mine", "-k", "test_align or test_api"),
     "unjudged": (*SUITE, "--moegate-subject", "mine.py:Forgotten", "--ignore-glob", "/*/test_[aemo]*.py"),
@@ -260,6 +269,15 @@ def test_a_test_that_fails_without_a_finding_fails_the_run_and_says_why(runs):
     assert re.search(r"test_files_are_found\S* ended with RuntimeError: no folder for its files", reason), reason
     assert not findings(run)
     assert f"ERROR: {reason}" in run.text
+
+
+def test_a_test_in_which_a_worker_dies_fails_the_run_and_is_named(runs):
+    run = runs["dying"]
+    assert run.code == 1, run.text
+    assert run.report["verdict"] == "errors"
+    (reason,) = run.report["errors"]
+    assert re.search(r"stay_within_budget\S*\[crashes-float32-\S*\] ended its worker's process", reason), reason
+    assert run.report["executions_by_variant"]["honest"]
 
 
 def test_findings_alone_leave_a_run_violated_and_no_error(runs):
