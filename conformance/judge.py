@@ -212,13 +212,12 @@ class Ledger:
 
     def failed(self, test: str, error: BaseException) -> None:
         """Keep what a test ended with, unless that is findings alone, which were counted when they were settled."""
-        errors = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
-        for each in errors:
-            if isinstance(each, BaseExceptionGroup):
+        if isinstance(error, BaseExceptionGroup):
+            for each in error.exceptions:
                 self.failed(test, each)
-            elif not isinstance(each, Finding):
-                said = next(iter(str(each).splitlines()), "")
-                self.errors[f"{test} ended with {type(each).__name__}: {said:.300}"] += 1
+        elif not isinstance(error, Finding):
+            said = next(iter(str(error).splitlines()), "")
+            self.errors[f"{test} ended with {type(error).__name__}: {said:.300}"] += 1
 
     def ran(self, variant: str, spec: Spec, executions: int = 1) -> None:
         """Count executions of the subject and the spec's feature pairs."""
