@@ -37,6 +37,17 @@ def on_ranks(mesh, body):
     return [outcome.result for outcome in outcomes]
 
 
+def shared_with(ranks, hook, **options):
+    """A layer of two ranks whose shared experts run `hook` first."""
+    placement = linear_placement(8, 2)
+    parallel = ParallelExperts(ranks, placement, max_tokens=4, **options)
+    whole, mine = experts_of(), list(placement.experts_of_rank[parallel.ep_rank])
+    shared = shared_of()
+    shared.register_forward_pre_hook(lambda *arguments: hook())
+    experts = RoutedExperts(whole.w13[mine], whole.w2[mine])
+    return MoELayer(gate_of(), experts, RoutingMethod(TOP_K), shared_experts=shared, parallel=parallel)
+
+
 def test_an_exchange_without_a_dispatch_or_a_combine_cannot_be_made():
     class Nothing(Exchange):
         name = "nothing"
@@ -72,18 +83,7 @@ def test_shared_experts_run_while_tokens_travel(monkeypatch):
     monkeypatch.setattr(Launched, "wait", lambda self: (happened.append("wait"), wait(self))[1])
 
     def body(ranks):
-        placement = linear_placement(8, 2)
-        parallel = ParallelExperts(ranks, placement, max_tokens=4, overlap=True)
-        whole, mine = experts_of(), list(placement.experts_of_rank[parallel.ep_rank])
-        shared = shared_of()
-        shared.register_forward_pre_hook(lambda *arguments: happened.append("shared"))
-        layer = MoELayer(
-            gate_of(),
-            RoutedExperts(whole.w13[mine], whole.w2[mine]),
-            RoutingMethod(TOP_K),
-            shared_experts=shared,
-            parallel=parallel,
-        )
+        layer = shared_with(ranks, lambda: happened.append("shared"), overlap=True)
         assert layer.setting.dispatch_runs_shared_experts
         with record_path() as path:
             layer(tokens(2))
@@ -95,6 +95,39 @@ def test_shared_experts_run_while_tokens_travel(monkeypatch):
     # The shared output is each rank's own, and joins the sum after its one reduction.
     assert collectives[0] == collectives[1]
     assert [name for name, _ in collectives[0]] == ["all_gather", "reduce_scatter"]
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_an_error_while_other_ranks_tokens_are_on_their_way_is_every_ranks(exchange):
+    def body(ranks):
+        def hook():
+            if ranks.rank == 1:
+                raise ValueError("no shared experts today")
+
+        layer = shared_with(ranks, hook, exchange=exchange, overlap=True, own_first=True)
+        with debug_checks():
+            return layer(tokens(2))
+
+    outcomes = run_simulated(2, lambda rank, links: body(ranks_of(TWO, links)))
+    assert [str(outcome.error) for outcome in outcomes] == ["rank 1: no shared experts today"] * 2
+
+
+def test_own_tokens_are_given_to_the_experts_before_the_host_waits_for_numbers_of_rows(monkeypatch):
+    happened = []
+
+    def body(ranks):
+        layer = shared_layer(ranks, exchange="all_to_all", own_first=True)
+        if ranks.rank == 0:
+            assert layer.parallel is not None
+            for owner, name in ((layer.parallel, "partial_sums"), (layer.parallel.exchange._peers, "all_to_all")):
+                monkeypatch.setattr(owner, name, listening(name, getattr(owner, name)))
+        layer(tokens(3))
+
+    def listening(name, call):
+        return lambda *arguments: (happened.append(name), call(*arguments))[1]
+
+    on_ranks(TWO, body)
+    assert happened == ["all_to_all", "partial_sums", "all_to_all", "partial_sums", "all_to_all"]
 
 
 def test_tensor_parallel_parts_are_reduced_once():

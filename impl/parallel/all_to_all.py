@@ -3,19 +3,29 @@
 It carries the ids that its experts have there and their weights; one sum per token and rank comes back, and a token's
 sums are added in the order of the ranks, in float32, so that the same call gives the same bits. How many tokens go
 where is known on the device alone, and the host must know it: eager only.
+
+On a GPU the numbers come to the host, and the rows leave, on a stream beside the caller's. So the host waits for the
+plan alone, and not for what the caller's stream was given since, and a rank's experts work while rows travel though the
+host learns only meanwhile how many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
 
-from .collectives import Group
+from .collectives import Group, Work
 from .exchange import Exchange, Launched, Received
 from .travel import Homes, Travel, plan_travel, sum_over_ranks
 from .wire import Tokens, Wire
+
+Splits = tuple[list[int], list[int]]
+"""The rows that go to each rank, and that come from each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +33,15 @@ class _Ticket:
     travel: Travel
     sent: list[int]
     received: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _UnderWay:
+    """Rows that come here; whoever reads them waits first."""
+
+    rows: torch.Tensor
+    wait: Callable[[], object]
+    ticket: _Ticket
 
 
 def is_capturing() -> bool:
@@ -47,6 +66,9 @@ class AllToAll(Exchange):
     def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
         """Two collectives: the numbers of rows, for which the host waits, and the rows, which are packed meanwhile.
 
+        With `own_first` the host waits, and the rows leave, only once the rank's own tokens have been given to its
+        experts.
+
         Raises:
             RuntimeError: under the capture of a CUDA graph.
         """
@@ -56,24 +78,32 @@ class AllToAll(Exchange):
                 "all_to_all: expected an eager call, got the capture of a CUDA graph, which cannot hold splits that "
                 "differ from call to call: use all_gather"
             )
-        peers = self._peers
+        peers, device = self._peers, tokens.topk_ids.device
         num_tokens, top_k = tokens.topk_ids.shape
-        counts = torch.empty((2, peers.size), dtype=torch.int32, device=tokens.topk_ids.device)
+        counts = torch.empty((2, peers.size), dtype=torch.int32, device=device)
         travel = plan_travel(tokens.topk_ids, self._homes, counts[0], stays=peers.rank if own_first else None)
         ones = [1] * peers.size
-        work = peers.all_to_all(counts[1], counts[0], ones, ones)
+        splits = _to_the_host(counts, peers.all_to_all(counts[1], counts[0], ones, ones))
         going = self._wire.quantized(tokens)
         packed = self._wire.pack(going, num_tokens * min(top_k, peers.size), travel)
-        work.wait()
-        sent, received = counts.tolist()
-        arrived = packed.new_empty((sum(received), packed.shape[1]))
-        work = peers.all_to_all(arrived, packed[: sum(sent)], received, sent)
+        is_packed = _event_of_now(device)
 
-        def finish() -> Received:
-            work.wait()
-            return Received(self._wire.tokens(arrived, going, ids_are_local=True), _Ticket(travel, sent, received))
+        def leave() -> _UnderWay:
+            sent, received = splits()
+            with _beside(device, is_packed):
+                # Memory of that stream's pool: the caller's may still work with what it has freed.
+                rows = packed.new_empty((sum(received), packed.shape[1]))
+                work = peers.all_to_all(rows, packed[: sum(sent)], received, sent)
+                return _UnderWay(rows, _arrival(rows, work), _Ticket(travel, sent, received))
 
-        return Launched(finish, Received(going) if own_first else None)
+        def arrive(coming: _UnderWay) -> Received:
+            coming.wait()
+            return Received(self._wire.tokens(coming.rows, going, ids_are_local=True), coming.ticket)
+
+        if own_first:
+            return Launched(lambda: arrive(leave()), Received(going))
+        coming = leave()
+        return Launched(lambda: arrive(coming))
 
     def combine(
         self,
@@ -89,3 +119,71 @@ class AllToAll(Exchange):
         back = partial.new_empty((sum(ticket.sent), partial.shape[1]))
         self._peers.all_to_all(back, partial.contiguous(), ticket.sent, ticket.received).wait()
         return sum_over_ranks(back, ticket.travel, own)
+
+
+# --- The stream beside the caller's, on a GPU ------------------------------------------------------------------------
+
+
+@cache
+def _stream_of(index: int) -> torch.cuda.Stream:
+    """One for all layers of a device: their exchanges share the links anyway. What it launches goes first."""
+    return torch.cuda.Stream(torch.device("cuda", index), priority=-1)
+
+
+def _event_of_now(device: torch.device) -> torch.Event | None:
+    """When the current stream has done what it was given so far; None on a CPU, where that is done."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+@contextmanager
+def _beside(device: torch.device, since: torch.Event | None) -> Iterator[None]:
+    """A block on the stream beside, once `since` has happened; on a CPU a block like any other."""
+    if since is None:
+        yield
+        return
+    stream = _stream_of(torch.cuda.current_device() if device.index is None else device.index)
+    stream.wait_event(since)
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _arrival(rows: torch.Tensor, work: Work) -> Callable[[], object]:
+    """What makes the caller's stream wait for rows that come on the current one; on a CPU the caller itself."""
+    if not rows.is_cuda:
+        return work.wait
+    work.wait()
+    has_arrived = torch.cuda.current_stream(rows.device).record_event()
+
+    def wait() -> None:
+        here = torch.cuda.current_stream(rows.device)
+        here.wait_event(has_arrived)
+        rows.record_stream(here)
+
+    return wait
+
+
+def _to_the_host(counts: torch.Tensor, work: Work) -> Callable[[], Splits]:
+    """Start to bring `counts [2, ranks]` int32 to the host once `work` is done; the answer waits until they are there.
+
+    Whoever calls keeps the counts until then.
+    """
+    if not counts.is_cuda:
+
+        def read_here() -> Splits:
+            work.wait()
+            sent, received = counts.tolist()
+            return sent, received
+
+        return read_here
+    with _beside(counts.device, _event_of_now(counts.device)):
+        work.wait()
+        there = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+        there.copy_(counts, non_blocking=True)
+        is_there = torch.cuda.current_stream(counts.device).record_event()
+
+    def read() -> Splits:
+        is_there.synchronize()
+        sent, received = there.tolist()
+        return sent, received
+
+    return read

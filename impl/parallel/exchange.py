@@ -30,16 +30,29 @@ class Received:
 class Launched:
     """A dispatch under way; other work may be enqueued before `wait`.
 
+    As a context it waits after an error in its block, if nobody has: what is under way is still written, and a
+    collective that is still to come has peers that wait for it.
+
     Attributes:
         own: the rank's own tokens, for its experts here; None where they come with the others.
     """
 
     def __init__(self, finish: Callable[[], Received], own: Received | None = None) -> None:
         self._finish, self.own = finish, own
+        self._received: Received | None = None
 
     def wait(self) -> Received:
         """What arrived: everybody's tokens, or, with `own`, the other ranks'."""
-        return self._finish()
+        if self._received is None:
+            self._received = self._finish()
+        return self._received
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.wait()
 
 
 class Exchange(ABC):

@@ -256,7 +256,7 @@ class ParallelExperts:
             tokens = Tokens(hidden_states, topk_weights, topk_ids.to(torch.int32), lora_ids)
         launched = exchange.dispatch(tokens, rows, own_first=self.own_first)
         # Ranks whose adapters are cut in both matrices meet between them: once for each of the two products.
-        with self._together(2 if adapters is not None and adapters.shards is not None else 0):
+        with self._together(2 if adapters is not None and adapters.shards is not None else 0), launched:
             if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:
                 with beside(lambda: shared(hidden_states), stream, hidden_states) as side:
                     received, partial, own = self._work_on(launched, experts, adapters)
@@ -277,12 +277,8 @@ class ParallelExperts:
         self, launched: Launched, experts: RoutedExperts, adapters: AdapterTable | None
     ) -> tuple[Received, torch.Tensor, torch.Tensor | None]:
         """What arrived, the experts' part of its sums, and that of the rank's own tokens where those stayed apart."""
-        own = None
-        try:
-            if launched.own is not None:
-                own = self.partial_sums(launched.own, experts, adapters)
-        finally:
-            received = launched.wait()  # after an error too: what is under way is still written
+        own = None if launched.own is None else self.partial_sums(launched.own, experts, adapters)
+        received = launched.wait()
         return received, self.partial_sums(received, experts, adapters), own
 
     def partial_sums(
