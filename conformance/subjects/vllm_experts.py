@@ -56,11 +56,13 @@ return fused_experts(hidden_states, w13, w2, topk_weights, topk_ids, expert_map=
 """
 
     def align(self, case: AlignCase, variant: str) -> tuple[Tensor, Tensor, Tensor]:
-        """`moe_align_block_size`."""
+        """`moe_align_block_size`, without rows for pairs of remote experts."""
         from importlib import import_module
 
         align: Any = import_module(f"{_LAYERS}.moe_align_block_size").moe_align_block_size
-        return align(case.topk_ids, case.block_size, case.num_experts, case.expert_map)
+        return align(
+            case.topk_ids, case.block_size, case.num_experts, case.expert_map, ignore_invalid_experts=True
+        )
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
         """`fused_topk`, which looks at the hidden states' rows alone."""
