@@ -48,9 +48,17 @@ Form = tuple[Any, ...]
 Result = Tensor | tuple[Tensor, ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_in_force: ContextVar[int | None] = ContextVar(
-    "moegate_replay", default=AFTER if switch(VARIABLE, os.environ) else None
-)
+# Nobody said whether calls are replayed.
+_UNSAID = -1
+
+
+def _said() -> int | None:
+    if switch(VARIABLE, os.environ):
+        return AFTER
+    return None if os.environ.get(VARIABLE, "").strip() else _UNSAID
+
+
+_in_force: ContextVar[int | None] = ContextVar("moegate_replay", default=_said())
 # By form: how often it was seen, its plan, or why it has none.
 _forms: dict[Form, int | Plan | str] = {}
 
@@ -71,6 +79,23 @@ def replaying(after: int | None = AFTER) -> Iterator[None]:
         _in_force.reset(token)
 
 
+@contextmanager
+def replaying_unless_said() -> Iterator[None]:
+    """A block that would rather be replayed, as the device waits for the host in it; what was said elsewhere counts."""
+    token = _in_force.set(AFTER) if _in_force.get() == _UNSAID else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _in_force.reset(token)
+
+
+def is_replaying() -> bool:
+    """Whether calls are replayed here."""
+    after = _in_force.get()
+    return after is not None and after != _UNSAID and not debugging()
+
+
 def forget() -> None:
     """Forget every form (tests; and where what decides on launches has changed)."""
     _forms.clear()
@@ -88,7 +113,7 @@ def replayable(around: Callable[[], tuple[Any, ...]]) -> Callable[[Function], Fu
         def call(*args: Any, **kwargs: Any) -> Any:
             after = _in_force.get()
             # Whoever put another launcher in its place (a tuner, the gate's own test) wants every launch.
-            if after is None or debugging() or path.launch is not _LAUNCH:
+            if after is None or after == _UNSAID or debugging() or path.launch is not _LAUNCH:
                 return function(*args, **kwargs)
             tensors: list[Tensor] = []
             try:

@@ -4,21 +4,23 @@ It carries the ids that its experts have there and their weights; one sum per to
 sums are added in the order of the ranks, in float32, so that the same call gives the same bits. How many tokens go
 where is known on the device alone, and the host must know it: eager only.
 
-On a GPU the numbers come to the host, and the rows leave, on a stream beside the caller's. So the host waits for the
-plan alone, and not for what the caller's stream was given since, and a rank's experts work while rows travel though the
-host learns only meanwhile how many.
+The device has nothing to do while the host learns the numbers and launches what follows, so little is launched anew:
+kernels are replayed (`impl.replay`), and rows that arrive are rounded up to a number that comes again, with rows that
+have no expert. With own tokens first numbers come to the host, and rows leave, on a stream beside the caller's: the
+host waits for the plan alone, and not for what the caller's stream was given since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
 import torch
 
+from ..replay import is_replaying, replaying_unless_said
 from .collectives import Group, Work
 from .exchange import Exchange, Launched, Received
 from .travel import Homes, Travel, plan_travel, sum_over_ranks
@@ -31,6 +33,7 @@ Splits = tuple[list[int], list[int]]
 @dataclass(frozen=True, eq=False)
 class _Ticket:
     travel: Travel
+    most: int  # rows that could have been sent
     sent: list[int]
     received: list[int]
 
@@ -42,6 +45,12 @@ class _UnderWay:
     rows: torch.Tensor
     wait: Callable[[], object]
     ticket: _Ticket
+
+
+def _round_up(num_rows: int) -> int:
+    """At most a sixteenth more rows, and one of few numbers: calls whose rows differ by little have one form."""
+    step = max(1, 1 << max(0, num_rows.bit_length() - 5))
+    return -(-num_rows // step) * step
 
 
 def is_capturing() -> bool:
@@ -62,6 +71,8 @@ class AllToAll(Exchange):
 
     def __init__(self, peers: Group, homes: Homes, wire: Wire) -> None:
         self._peers, self._homes, self._wire = peers, homes, wire
+        # Memory of the host for numbers, which nobody uses now: pinning it anew takes longer than the whole exchange.
+        self._landings: list[torch.Tensor] = []
 
     def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
         """Two collectives: the numbers of rows, for which the host waits, and the rows, which are packed meanwhile.
@@ -78,23 +89,30 @@ class AllToAll(Exchange):
                 "all_to_all: expected an eager call, got the capture of a CUDA graph, which cannot hold splits that "
                 "differ from call to call: use all_gather"
             )
+        with replaying_unless_said():
+            return self._dispatch(tokens, own_first)
+
+    def _dispatch(self, tokens: Tokens, own_first: bool) -> Launched:
         peers, device = self._peers, tokens.topk_ids.device
         num_tokens, top_k = tokens.topk_ids.shape
         counts = torch.empty((2, peers.size), dtype=torch.int32, device=device)
         travel = plan_travel(tokens.topk_ids, self._homes, counts[0], stays=peers.rank if own_first else None)
         ones = [1] * peers.size
-        splits = _to_the_host(counts, peers.all_to_all(counts[1], counts[0], ones, ones))
+        splits = self._to_the_host(counts, peers.all_to_all(counts[1], counts[0], ones, ones), beside=own_first)
         going = self._wire.quantized(tokens)
         packed = self._wire.pack(going, num_tokens * min(top_k, peers.size), travel)
-        is_packed = _event_of_now(device)
+        is_packed = _event_of_now(device) if own_first else None
 
         def leave() -> _UnderWay:
             sent, received = splits()
             with _beside(device, is_packed):
                 # Memory of that stream's pool: the caller's may still work with what it has freed.
-                rows = packed.new_empty((sum(received), packed.shape[1]))
-                work = peers.all_to_all(rows, packed[: sum(sent)], received, sent)
-                return _UnderWay(rows, _arrival(rows, work), _Ticket(travel, sent, received))
+                num_rows = sum(received)
+                rows = packed.new_empty((_round_up(num_rows) if is_replaying() else num_rows, packed.shape[1]))
+                work = peers.all_to_all(rows[:num_rows], packed[: sum(sent)], received, sent)
+                self._wire.pad(rows, num_rows, going)
+                arrival = _arrival(rows, work) if own_first else work.wait
+                return _UnderWay(rows, arrival, _Ticket(travel, len(packed), sent, received))
 
         def arrive(coming: _UnderWay) -> Received:
             coming.wait()
@@ -104,6 +122,33 @@ class AllToAll(Exchange):
             return Launched(lambda: arrive(leave()), Received(going))
         coming = leave()
         return Launched(lambda: arrive(coming))
+
+    def _to_the_host(self, counts: torch.Tensor, work: Work, *, beside: bool) -> Callable[[], Splits]:
+        """Start to bring `counts [2, ranks]` int32 to the host once `work` is done; the answer waits for them.
+
+        Whoever calls keeps the counts until then.
+        """
+        if not counts.is_cuda:
+
+            def read_here() -> Splits:
+                work.wait()
+                sent, received = counts.tolist()
+                return sent, received
+
+            return read_here
+        with _beside(counts.device, _event_of_now(counts.device)) if beside else nullcontext():
+            work.wait()
+            there = self._landings.pop() if self._landings else torch.empty_like(counts, device="cpu", pin_memory=True)
+            there.copy_(counts, non_blocking=True)
+            is_there = torch.cuda.current_stream(counts.device).record_event()
+
+        def read() -> Splits:
+            is_there.synchronize()
+            sent, received = there.tolist()
+            self._landings.append(there)
+            return sent, received
+
+        return read
 
     def combine(
         self,
@@ -116,9 +161,12 @@ class AllToAll(Exchange):
         if shared is not None:
             raise ValueError("shared: expected None, as no rank has another's tokens here, got a tensor")
         ticket: _Ticket = received.ticket
-        back = partial.new_empty((sum(ticket.sent), partial.shape[1]))
-        self._peers.all_to_all(back, partial.contiguous(), ticket.sent, ticket.received).wait()
-        return sum_over_ranks(back, ticket.travel, own)
+        num_rows = sum(ticket.sent)
+        with replaying_unless_said():
+            back = partial.new_empty((ticket.most if is_replaying() else num_rows, partial.shape[1]))
+            sums = partial[: sum(ticket.received)].contiguous()
+            self._peers.all_to_all(back[:num_rows], sums, ticket.sent, ticket.received).wait()
+            return sum_over_ranks(back, ticket.travel, own)
 
 
 # --- The stream beside the caller's, on a GPU ------------------------------------------------------------------------
@@ -148,7 +196,7 @@ def _beside(device: torch.device, since: torch.Event | None) -> Iterator[None]:
 
 
 def _arrival(rows: torch.Tensor, work: Work) -> Callable[[], object]:
-    """What makes the caller's stream wait for rows that come on the current one; on a CPU the caller itself."""
+    """What makes the caller's stream wait for rows that come on the stream beside; on a CPU the caller itself."""
     if not rows.is_cuda:
         return work.wait
     work.wait()
@@ -160,30 +208,3 @@ def _arrival(rows: torch.Tensor, work: Work) -> Callable[[], object]:
         rows.record_stream(here)
 
     return wait
-
-
-def _to_the_host(counts: torch.Tensor, work: Work) -> Callable[[], Splits]:
-    """Start to bring `counts [2, ranks]` int32 to the host once `work` is done; the answer waits until they are there.
-
-    Whoever calls keeps the counts until then.
-    """
-    if not counts.is_cuda:
-
-        def read_here() -> Splits:
-            work.wait()
-            sent, received = counts.tolist()
-            return sent, received
-
-        return read_here
-    with _beside(counts.device, _event_of_now(counts.device)):
-        work.wait()
-        there = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-        there.copy_(counts, non_blocking=True)
-        is_there = torch.cuda.current_stream(counts.device).record_event()
-
-    def read() -> Splits:
-        is_there.synchronize()
-        sent, received = there.tolist()
-        return sent, received
-
-    return read

@@ -16,6 +16,7 @@ from ..experts_module import RoutedExperts
 from ..lora.table import AdapterTable
 from ..overlap import beside
 from ..quantization import ActivationScale
+from ..replay import replaying_unless_said
 from ..shared_experts import SharedExpertsOrder
 from .adapters import adapter_facts, expect_adapters_of_rank
 from .agreement import agree, together
@@ -294,18 +295,19 @@ class ParallelExperts:
         out = received.sums
         if out is None and tokens.input_scale is not None:
             out = torch.empty(tokens.hidden_states.shape, dtype=experts.dtype, device=tokens.hidden_states.device)
-        return experts(
-            tokens.hidden_states,
-            tokens.topk_weights,
-            tokens.topk_ids,
-            expert_map,
-            self.placement.num_physical,
-            adapters,
-            None if adapters is None else tokens.lora_ids,
-            dp_size=dp_size,
-            input_scale=tokens.input_scale,
-            out=out,
-        )
+        with replaying_unless_said():
+            return experts(
+                tokens.hidden_states,
+                tokens.topk_weights,
+                tokens.topk_ids,
+                expert_map,
+                self.placement.num_physical,
+                adapters,
+                None if adapters is None else tokens.lora_ids,
+                dp_size=dp_size,
+                input_scale=tokens.input_scale,
+                out=out,
+            )
 
 
 def _travelling_ids(

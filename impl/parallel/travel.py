@@ -9,6 +9,7 @@ import torch
 
 from ..kernels import travel as kernels
 from ..platform import Platform
+from ..replay import replayable
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +59,10 @@ def plan_travel(topk_ids: torch.Tensor, homes: Homes, counts: torch.Tensor, stay
         counts: `[num_ranks]` int32, which are written.
         stays: the rank whose tokens these are, where they do not travel to it; None: they do.
     """
+    if Platform.of(topk_ids.device).runs_triton:
+        return Travel(_places_of_travel(counts, topk_ids, homes.rank_of, stays), counts, homes, stays)
     num_ranks, num_tokens = len(counts), len(topk_ids)
     places = torch.empty((num_ranks, num_tokens), dtype=torch.int32, device=topk_ids.device)
-    if Platform.of(topk_ids.device).runs_triton:
-        kernels.plan_travel(places, counts, topk_ids, homes.rank_of, stays)
-        return Travel(places, counts, homes, stays)
     ranks = ranks_of_pairs(topk_ids, homes)
     goes = torch.zeros((num_tokens, num_ranks + 1), dtype=torch.int32, device=topk_ids.device)
     # Pairs without an expert mark the column behind the last rank.
@@ -75,24 +75,41 @@ def plan_travel(topk_ids: torch.Tensor, homes: Homes, counts: torch.Tensor, stay
     return Travel(places, counts, homes, stays)
 
 
+@replayable(tuple)
+def _places_of_travel(
+    counts: torch.Tensor, topk_ids: torch.Tensor, rank_of: torch.Tensor, stays: int | None
+) -> torch.Tensor:
+    places = torch.empty((len(counts), len(topk_ids)), dtype=torch.int32, device=topk_ids.device)
+    kernels.plan_travel(places, counts, topk_ids, rank_of, stays)
+    return places
+
+
 def sum_over_ranks(back: torch.Tensor, travel: Travel, own: torch.Tensor | None = None) -> torch.Tensor:
     """`[M, H]`: the rows of each token added in the order of the ranks, in float32, and rounded once.
 
     Args:
-        back: `[S, H]`, dense, in the order of the plan.
+        back: `[S, H]`, dense, in the order of the plan; rows behind the plan's last one are not looked at.
         travel: the plan.
         own: `[M, H]`, dense, the rows of the rank that stays, of every token; beside such a plan alone.
     """
     num_tokens = travel.places.shape[1]
+    if num_tokens and Platform.of(back.device).runs_triton:
+        return _summed_over_ranks(back, travel.places, travel.counts, own, travel.stays)
     out = back.new_empty((num_tokens, back.shape[1]))
-    if Platform.of(back.device).runs_triton:
-        if num_tokens:
-            kernels.sum_ranks(out, back, travel.places, travel.counts, own, travel.stays)
-        return out
     total = torch.zeros(out.shape, dtype=torch.float32, device=back.device)
     counts = travel.counts.tolist()
-    for rank, (tokens, rows) in enumerate(zip(travel.rows[1].split(counts), back.split(counts), strict=True)):
+    planned = back[: sum(counts)]
+    for rank, (tokens, rows) in enumerate(zip(travel.rows[1].split(counts), planned.split(counts), strict=True)):
         if own is not None and rank == travel.stays:
             total += own.float()
         total[tokens] += rows.float()
     return out.copy_(total)
+
+
+@replayable(tuple)
+def _summed_over_ranks(
+    back: torch.Tensor, places: torch.Tensor, counts: torch.Tensor, own: torch.Tensor | None, stays: int | None
+) -> torch.Tensor:
+    out = back.new_empty((places.shape[1], back.shape[1]))
+    kernels.sum_ranks(out, back, places, counts, own, stays)
+    return out

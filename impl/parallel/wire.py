@@ -8,6 +8,7 @@ bits, and half of the bytes stay at home.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -15,6 +16,7 @@ from ..kernels import travel as kernels
 from ..platform import Platform
 from ..quantization import ActivationScale, ExpertsQuantization
 from ..quantize import quantize_activations
+from ..replay import replayable
 from .rows import as_bytes
 from .travel import Travel, ranks_of_pairs
 
@@ -82,33 +84,30 @@ class Wire:
                 most rows that it can have: those behind its last one are left as they are.
             travel: which rank gets which token, by its own numbers of the experts; None: every rank all of them.
         """
-        buffer = torch.empty(
-            (num_rows, _row_bytes(*self._sizes(tokens))), dtype=torch.uint8, device=tokens.topk_ids.device
-        )
-        rows, words = self._views(buffer, tokens)
+        sizes, device = self._sizes(tokens), tokens.topk_ids.device
         scales = tokens.input_scale if self.scale_travels else None
-        if not num_rows:
-            return buffer
-        if Platform.of(buffer.device).runs_triton:
-            plan = () if travel is None else (travel.places, travel.counts, *vars(travel.homes).values())
-            kernels.pack_rows(
-                as_bytes(rows),
-                words,
+        if num_rows and Platform.of(device).runs_triton:
+            return _packed_rows(
                 as_bytes(tokens.hidden_states),
                 tokens.topk_ids.contiguous(),
                 tokens.topk_weights.contiguous(),
                 tokens.lora_ids,
                 scales,
-                *plan,
+                *((None,) * 4 if travel is None else (travel.places, travel.counts, *vars(travel.homes).values())),
+                num_rows,
+                *sizes,
             )
+        buffer = torch.empty((num_rows, _row_bytes(*sizes)), dtype=torch.uint8, device=device)
+        if not num_rows:
             return buffer
+        rows, words = self._views(buffer, tokens)
         ids, hidden_states, parts = tokens.topk_ids, as_bytes(tokens.hidden_states), [tokens.topk_weights]
         parts += [] if tokens.lora_ids is None else [tokens.lora_ids[:, None]]
         parts += [] if scales is None else [scales]
         if travel is None:
             if num_rows > len(ids):
                 as_bytes(rows)[len(ids) :] = 0
-                words[len(ids) :] = self._padding(tokens, words.shape[1])
+                self.pad(buffer, len(ids), tokens)
         else:
             rank, which = travel.rows
             ids, hidden_states, parts = ids[which], hidden_states[which], [part[which] for part in parts]
@@ -118,14 +117,12 @@ class Wire:
         words[: len(ids)] = torch.cat([ids, *(part.contiguous().view(torch.int32) for part in parts)], dim=1)
         return buffer
 
-    def _padding(self, tokens: Tokens, num_words: int) -> torch.Tensor:
-        """The words of a token that is not there: no expert, no adapter, scales of 1."""
-        top_k = tokens.topk_ids.shape[1]
-        words = torch.full((num_words,), kernels.ONE, dtype=torch.int32)
-        words[:top_k], words[top_k : 2 * top_k] = -1, 0
-        if tokens.lora_ids is not None:
-            words[2 * top_k] = -1
-        return words.to(tokens.topk_ids.device)
+    def pad(self, buffer: torch.Tensor, first: int, like: Tokens) -> None:
+        """Make rows from `first` on tokens that are not there, whatever their hidden states are."""
+        if first < len(buffer):
+            words = self._views(buffer, like)[1]
+            top_k, has_lora = like.topk_ids.shape[1], like.lora_ids is not None
+            words[first:] = _words_of_padding(words.shape[1], top_k, has_lora, buffer.device)
 
     def tokens(self, buffer: torch.Tensor, like: Tokens, *, ids_are_local: bool) -> Tokens:
         """What arrived, in place; `like` is what was sent, and says how rows are laid out."""
@@ -148,9 +145,8 @@ class Wire:
 
     def _views(self, buffer: torch.Tensor, like: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states `[rows, H]` and the words `[rows, W]` int32 of a buffer."""
-        first_word, num_words = self._sizes(like)
-        rows = buffer.view(like.hidden_states.dtype)[:, : like.hidden_states.shape[1]]
-        return rows, buffer.view(torch.int32)[:, first_word : first_word + num_words]
+        hidden_states = like.hidden_states
+        return _views(buffer, hidden_states.dtype, hidden_states.shape[1], *self._sizes(like))
 
     @property
     def scale_travels(self) -> bool:
@@ -160,3 +156,42 @@ class Wire:
 
 def _row_bytes(hidden_words: int, words: int) -> int:
     return -(-4 * (hidden_words + words) // _ALIGNMENT) * _ALIGNMENT
+
+
+def _views(
+    buffer: torch.Tensor, dtype: torch.dtype, hidden_size: int, hidden_words: int, num_words: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return buffer.view(dtype)[:, :hidden_size], buffer.view(torch.int32)[:, hidden_words : hidden_words + num_words]
+
+
+@cache
+def _words_of_padding(num_words: int, top_k: int, has_lora: bool, device: torch.device) -> torch.Tensor:
+    """The words of a token that is not there: no expert, no adapter, scales of 1."""
+    words = torch.full((num_words,), kernels.ONE, dtype=torch.int32)
+    words[:top_k], words[top_k : 2 * top_k] = -1, 0
+    if has_lora:
+        words[2 * top_k] = -1
+    return words.to(device)
+
+
+@replayable(tuple)
+def _packed_rows(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    lora_ids: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    places: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    rank_of: torch.Tensor | None,
+    local_of: torch.Tensor | None,
+    num_rows: int,
+    hidden_words: int,
+    num_words: int,
+) -> torch.Tensor:
+    buffer = torch.empty((num_rows, _row_bytes(hidden_words, num_words)), dtype=torch.uint8, device=topk_ids.device)
+    rows, words = _views(buffer, hidden_states.dtype, hidden_states.shape[1], hidden_words, num_words)
+    kernels.pack_rows(
+        rows, words, hidden_states, topk_ids, topk_weights, lora_ids, scales, places, counts, rank_of, local_of
+    )
+    return buffer
