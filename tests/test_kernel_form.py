@@ -37,8 +37,11 @@ def decide(question, choice=FormChoice.MEASURED, **changes):
     return kernel_form(replace(question, **changes), choice)
 
 
-def test_without_being_asked_no_layer_takes_another_form():
-    assert form_choice({}) is FormChoice.GENERAL
+def test_without_being_asked_a_layer_takes_the_form_that_was_measured_to_be_faster():
+    assert form_choice({}) is FormChoice.MEASURED
+
+
+def test_where_general_kernels_are_asked_for_no_layer_takes_another_form():
     for question in (PREFILL, DECODE):
         assert decide(question, FormChoice.GENERAL).form is KernelForm.GENERAL
 

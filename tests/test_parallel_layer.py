@@ -57,7 +57,7 @@ def test_an_exchange_without_a_dispatch_or_a_combine_cannot_be_made():
 
 
 def test_an_all_to_all_is_refused_by_name_under_the_capture_of_a_graph(monkeypatch):
-    monkeypatch.setattr(all_to_all, "is_capturing", lambda: True)
+    monkeypatch.setattr(all_to_all, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="all_to_all: expected an eager call, got the capture of a CUDA graph"):
         on_ranks(TWO, lambda ranks: shared_layer(ranks, exchange="all_to_all")(tokens(3)))
 

@@ -161,12 +161,12 @@ def _unmeasured(question: FormQuestion, form: KernelForm) -> str | None:
 
 
 def form_choice(environment: Mapping[str, str]) -> FormChoice:
-    """What the environment's variable asks for; the general kernels where it is not set.
+    """What the environment's variable asks for; what was measured to be faster where it is not set.
 
     Raises:
         ValueError: it names no choice.
     """
-    text = environment.get(FORMS_VARIABLE, "").strip().lower() or str(FormChoice.GENERAL)
+    text = environment.get(FORMS_VARIABLE, "").strip().lower() or str(FormChoice.MEASURED)
     if text not in list(FormChoice):
         raise ValueError(f"{FORMS_VARIABLE}: expected one of {[str(c) for c in FormChoice]}, got {text!a:.80}")
     return FormChoice(text)

@@ -53,9 +53,9 @@ def _round_up(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
-def is_capturing() -> bool:
-    """Whether the current stream records a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device records a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class AllToAll(Exchange):
@@ -84,7 +84,7 @@ class AllToAll(Exchange):
             RuntimeError: under the capture of a CUDA graph.
         """
         del padded_tokens  # nothing is padded here
-        if is_capturing():
+        if is_capturing(tokens.topk_ids.device):
             raise RuntimeError(
                 "all_to_all: expected an eager call, got the capture of a CUDA graph, which cannot hold splits that "
                 "differ from call to call: use all_gather"
