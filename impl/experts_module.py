@@ -85,6 +85,14 @@ class RoutedExperts(nn.Module):
         """How w13 and w2 are stored, with the scales where the module is now."""
         return self._quant
 
+    def identity(self) -> tuple[object, ...]:
+        """What a call of these experts hangs on beside its arguments: settings, and where the parameters lie."""
+        scales = () if self._quant is None else self._quant.tensors().values()
+        tensors = (self.w13, self.w2, self.w13_bias, self.w2_bias, *scales)
+        where = [None if one is None else (one.data_ptr(), one.dtype, one.shape, one.stride()) for one in tensors]
+        scheme = None if self._quant is None else (self._quant.scheme, self._quant.block_shape)
+        return (self.function, self.apply_router_weight_on_input, self.backend, self.allow_tf32, scheme, *where)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoutedExperts:
         """Also the scales that `quant` holds move. Another dtype would be other weights, and is refused."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.w2.device)).dtype

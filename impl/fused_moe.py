@@ -34,13 +34,13 @@ from .tuning.lookup import FOLDER_VARIABLE
 from .weights import debug_expect_scales, expect_experts_weights
 
 
-def _in_force() -> tuple[object, ...]:
+def what_decides() -> tuple[object, ...]:
     """What decides on a call beside its arguments."""
     asked = os.environ.get(ENVIRONMENT_VARIABLE), os.environ.get(FOLDER_VARIABLE)
     return (*asked, override_in_force(), choice_in_force())
 
 
-@replayable(_in_force)
+@replayable(what_decides)
 def fused_experts(
     hidden_states: torch.Tensor,
     w13: torch.Tensor,

@@ -58,7 +58,8 @@ def _said() -> int | None:
     return None if os.environ.get(VARIABLE, "").strip() else _UNSAID
 
 
-_in_force: ContextVar[int | None] = ContextVar("moegate_replay", default=_said())
+_is_asked_for = _said()
+_in_force: ContextVar[int | None] = ContextVar("moegate_replay", default=_is_asked_for)
 # By form: how often it was seen, its plan, or why it has none.
 _forms: dict[Form, int | Plan | str] = {}
 
@@ -94,6 +95,11 @@ def is_replaying() -> bool:
     """Whether calls are replayed here."""
     after = _in_force.get()
     return after is not None and after != _UNSAID and not debugging()
+
+
+def may_launch_otherwise() -> bool:
+    """Whether nobody here wants to see every launch as it stands, but for a path's record."""
+    return is_replaying() and path.launch is _LAUNCH and not _is_profiled()
 
 
 def forget() -> None:
@@ -149,8 +155,8 @@ def _keep(form: Form, known: int | Plan | str) -> None:
 
 def _is_profiled() -> bool:
     """Whether somebody listens to Triton's own launches, as its profiler does."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _form(values: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
@@ -160,15 +166,17 @@ def _form(values: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
         TypeError, AttributeError, RuntimeError: an argument without one.
     """
     parts: list[Any] = []
+    add = parts.append
     for value in values:
         kind = type(value)
         if kind in _TENSORS:
             tensors.append(value)
-            parts += (value.dtype, value.shape, value.stride(), value.get_device(), value.data_ptr() & 15)
+            add((value.dtype, value.shape, value.stride(), value.get_device(), value.data_ptr() & 15))
         elif kind in _CONSTANTS or isinstance(value, Enum):
-            parts += (kind, value)  # True is 1, and is no number of ranks
+            add(kind)  # True is 1, and is no number of ranks
+            add(value)
         elif kind is ExpertsQuantization:
-            parts += (kind, value.scheme, value.block_shape, value.per_act_token_quant)
+            add((kind, value.scheme, value.block_shape, value.per_act_token_quant))
             parts += _form(value.tensors().values(), tensors)
         else:
             raise TypeError(f"no form of {kind.__name__}")
@@ -199,9 +207,16 @@ class _Compiled:
     """A launch of a compiled kernel, past everything that Triton does to find it."""
 
     def __init__(self, compiled: Any, grid: Sequence[int], arguments: list[Any], slots: Sequence[Slot]) -> None:
-        self._run = compiled.run
+        launcher, hooks = compiled.run, (compiled.packed_metadata, None, None, None)
+        scratch = [getattr(launcher, name, None) for name in ("global_scratch_size", "profile_scratch_size")]
+        if scratch == [0, 0] and hasattr(launcher, "launch_pdl"):
+            # NVIDIA's launcher looks for scratch memory in Python before it does anything; here is none.
+            self._run = launcher.launch
+            flags = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
+            self._tail = (compiled.function, *flags, *hooks)
+        else:
+            self._run, self._tail = launcher, (compiled.function, *hooks)
         self._grid = (*grid, 1, 1)[:3]
-        self._tail = (compiled.function, compiled.packed_metadata, None, None, None)
         self._arguments = arguments
         self._slots = tuple((slot.position, slot.base, slot.offset) for slot in slots)
 

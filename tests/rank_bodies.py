@@ -175,3 +175,36 @@ def replayed(links, device, counts, own_first=False):
     graph.replay()
     torch.cuda.synchronize()
     return output.cpu()
+
+
+def again_and_again(links, device, batches, own_first=False):
+    """All-to-all on batch after batch, each of so many tokens on each rank: outputs, and how often a graph was used."""
+    ranks = links.remembered("ranks", lambda: connect(Mesh(dp_size=links.size, ep_size=links.size)))
+    most = max(max(counts) for counts in batches)
+    layers = [
+        shared_layer(ranks, device=device, max_tokens=most, exchange="all_to_all", own_first=own_first)
+        for _ in range(2)
+    ]
+    graphs, replay = 0, torch.cuda.CUDAGraph.replay
+
+    def counted(graph):
+        nonlocal graphs
+        graphs += 1
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = counted
+    try:
+        outputs = []
+        for number, counts in enumerate(batches):
+            start = sum(counts[: links.rank])
+            mine = tokens(sum(counts), device=device, name=f"x{number}")[start : start + counts[links.rank]]
+            # Two layers in turn share the memory, as those of a model do.
+            outputs += [layer(mine).cpu() for layer in layers]
+        # Weights that moved leave nothing of what was captured.
+        moved = layers[0]
+        moved.experts.w13 = moved.experts.w13.clone()
+        moved.experts.w2 = -moved.experts.w2
+        outputs.append(moved(mine).cpu())
+    finally:
+        torch.cuda.CUDAGraph.replay = replay
+    return outputs, graphs

@@ -102,9 +102,7 @@ def vllm(module):
     def quant_config(w1_scale, w2_scale, a1_scale=None, a2_scale=None, block_shape=None):
         return SimpleNamespace(scales=(w1_scale, w2_scale), block_shape=block_shape)
 
-    def align(
-        topk_ids, block_size, num_experts, expert_map=None, pad_sorted_ids=False, ignore_invalid_experts=False
-    ):
+    def align(topk_ids, block_size, num_experts, expert_map=None, pad_sorted_ids=False, ignore_invalid_experts=False):
         local = num_experts if expert_map is None else int(expert_map.max()) + 1
         rows, owners = [], []
         for expert, pairs in enumerate(pairs_of_each_expert(topk_ids, local, expert_map)):

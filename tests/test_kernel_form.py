@@ -29,7 +29,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = Platform(Vendor.NVIDIA, (9, 0), "NVIDIA H200", 132, 232_448)
 INTERPRETED = Platform(Vendor.CPU, interpreted=True)
 # Qwen3-30B-A3B at M = 8,192.
-PREFILL = FormQuestion(8192 * 8, 8, 128, 128, 2048, torch.bfloat16, QuantScheme.NONE, False, False, True, H200)
+PREFILL = FormQuestion(
+    8192 * 8, 8, 128, 128, 2048, 768, True, torch.bfloat16, QuantScheme.NONE, False, False, True, H200
+)
 DECODE = replace(PREFILL, num_pairs=8, is_naive=True)
 
 
@@ -92,6 +94,8 @@ def test_what_was_never_measured_is_taken_everywhere_alone():
         assert decide(question, platform=blackwell).why.endswith("never measured on cuda:10.0")
         assert decide(question, FormChoice.EVERYWHERE, platform=blackwell).form is not KernelForm.GENERAL
     assert decide(PREFILL, num_pairs=128 * 32).why == "not sorted: 32 rows an expert, under 64"
+    assert decide(PREFILL, is_gated=False).why == "not sorted: an activation without a gate took longer"
+    assert decide(PREFILL, intermediate_size=256).why == "not sorted: I is 256, under 512"
     assert decide(PREFILL, num_experts=2048).why == "not sorted: 32 rows an expert, under 64", (
         "a rank has its share of the pairs"
     )
@@ -159,6 +163,46 @@ def test_every_form_computes_the_same_layer(case, dtype):
     assert set(record.launches) >= kernels
     assert "grouped_gemm_kernel" not in record.launches
     assert_same_rounding(found, expected, form)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="numpy's sums hang on the tile, a tensor core's do not")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("activation", "interleaved", "has_bias"),
+    [
+        ("silu", False, False),
+        ("silu", False, True),
+        ("gelu", False, False),
+        ("gelu_tanh", True, False),
+        ("swigluoai", True, True),
+        ("swigluoai", False, True),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(1024, 4, 2, 512, 512), (777, 8, 4, 1032, 520), (2048, 4, 1, 2048, 768)])
+def test_sorted_rows_have_the_bits_of_the_general_kernels(sizes, activation, interleaved, has_bias, dtype):
+    # So a token without an adapter gets the same bits whether or not others have one, which no sorted kernel knows.
+    num_tokens, num_experts, top_k, hidden_size, columns = sizes
+    torch.manual_seed(3)
+
+    def normal(*shape, std=1.0):
+        return (torch.randn(shape, device=DEVICE) * std).to(dtype)
+
+    arguments = {
+        "hidden_states": normal(num_tokens, hidden_size),
+        "w13": normal(num_experts, 2 * columns, hidden_size, std=hidden_size**-0.5),
+        "w2": normal(num_experts, hidden_size, columns, std=columns**-0.5),
+        "w13_bias": normal(num_experts, 2 * columns) if has_bias else None,
+        "w2_bias": normal(num_experts, hidden_size) if has_bias else None,
+        "topk_weights": torch.rand(num_tokens, top_k, device=DEVICE),
+        "topk_ids": torch.rand(num_tokens, num_experts, device=DEVICE).argsort(dim=1)[:, :top_k].int().contiguous(),
+        "activation": activation,
+        "interleaved": interleaved,
+        "backend": "triton",
+    }
+    expected, _ = in_form("general", **arguments)
+    found, record = in_form("everywhere", **arguments)
+    assert record.last("kernel_form")["form"] == "sorted"
+    assert torch.equal(found, expected)
 
 
 def test_weights_that_no_tile_can_read_take_the_general_kernels():

@@ -148,3 +148,32 @@ def test_all_gather_is_captured_and_replayed_on_every_gpu(own_first):
         replayed = run(processes, "replayed", "cuda", counts, own_first)
     assert [outcome.error for outcome in (*eager, *replayed)] == [None] * (2 * size)
     assert all(torch.equal(a.result, b.result) for a, b in zip(eager, replayed, strict=True))
+
+
+def expect_all_batches(outcomes, batches, device):
+    """Every rank's outputs of `again_and_again`, each batch twice and the last one with w2 negated, are right."""
+    assert [outcome.error for outcome in outcomes] == [None] * len(outcomes)
+    layer = layer_of(shared=False, device=device)
+    for number, counts in enumerate(batches):
+        expected = layer(tokens(sum(counts), device=device, name=f"x{number}")).cpu()
+        for found in (2 * number, 2 * number + 1):
+            assert_same_sum(torch.cat([outcome.result[0][found] for outcome in outcomes]), expected)
+    assert_same_sum(torch.cat([outcome.result[0][-1] for outcome in outcomes]), -expected)
+
+
+def test_rows_that_no_token_came_for_change_nothing(two):
+    # 70 tokens or fewer arrive on each rank, and are rounded up to a number that comes again.
+    batches = [(40, 30), (41, 32), (0, 37)]
+    expect_all_batches(run(two, "again_and_again", "cpu", batches), batches, "cpu")
+
+
+@pytest.mark.moegate_ranks
+@pytest.mark.skipif(_gpus() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("own_first", [False, True])
+def test_an_all_to_all_is_right_call_after_call_whatever_was_captured(own_first):
+    batches = [(40, 30)] * 4 + [(41, 32)] * 4 + [(0, 37)] * 3 + [(40, 30)] * 2
+    with rank_processes(2, "nccl") as processes:
+        outcomes = run(processes, "again_and_again", "cuda", batches, own_first)
+    expect_all_batches(outcomes, batches, "cuda")
+    for outcome in outcomes:
+        assert (outcome.result[1] > 8) != own_first, "graphs are for rows that all come at once"

@@ -60,9 +60,7 @@ return fused_experts(hidden_states, w13, w2, topk_weights, topk_ids, expert_map=
         from importlib import import_module
 
         align: Any = import_module(f"{_LAYERS}.moe_align_block_size").moe_align_block_size
-        return align(
-            case.topk_ids, case.block_size, case.num_experts, case.expert_map, ignore_invalid_experts=True
-        )
+        return align(case.topk_ids, case.block_size, case.num_experts, case.expert_map, ignore_invalid_experts=True)
 
     def route(self, case: RoutingCase, variant: str) -> tuple[Tensor, Tensor]:
         """`fused_topk`, which looks at the hidden states' rows alone."""

@@ -30,8 +30,8 @@ MOST_STREAMED_CHOICES = 32
 # The copy engine takes rows that start on 16 bytes; the activation's epilogue takes gate and up rows in groups of 8.
 _COPY_BYTES = 16
 _COLUMNS = 8
-# From so many rows an expert, and waves of the second GEMM's tiles, sorted rows gained on an H200 (15 cells of 18).
-_LEAST_ROWS, _LEAST_WAVES = 64, 12
+# From so many rows an expert, waves of the second GEMM's tiles and columns of its K on, sorted rows gained on an H200.
+_LEAST_ROWS, _LEAST_WAVES, _LEAST_COLUMNS = 64, 12, 512
 _SORTED_ROWS, _SORTED_COLUMNS = 128, 256
 
 
@@ -61,6 +61,8 @@ class FormQuestion:
         num_experts: E, over which pairs are spread.
         num_local_experts: of this rank.
         hidden_size: H.
+        intermediate_size: I.
+        is_gated: of the activation.
         dtype: of activations and weights.
         scheme: the weights' quantisation.
         is_naive: pairs are blocks of their own (`align.uses_naive_block_assignment`).
@@ -74,6 +76,8 @@ class FormQuestion:
     num_experts: int
     num_local_experts: int
     hidden_size: int
+    intermediate_size: int
+    is_gated: bool
     dtype: torch.dtype
     scheme: QuantScheme
     is_naive: bool
@@ -151,6 +155,10 @@ def _unmeasured(question: FormQuestion, form: KernelForm) -> str | None:
         return f"never measured on {question.platform}"
     if form is KernelForm.STREAMED:
         return "in whole layers they took longer than the general kernels"
+    if not question.is_gated:
+        return "an activation without a gate took longer"
+    if question.intermediate_size < _LEAST_COLUMNS:
+        return f"I is {question.intermediate_size}, under {_LEAST_COLUMNS}"
     pairs = question.num_pairs * question.num_local_experts // question.num_experts
     rows = pairs // question.num_local_experts
     if rows < _LEAST_ROWS:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
+from .. import path
 from ..align import ExpertAssignment, uses_naive_block_assignment
 from ..kernels.combine import combine
 from ..kernels.gated_gemm import SortedTile, gated_gemm
@@ -45,6 +48,8 @@ def form_of_call(call: ExpertsCall, dtype: torch.dtype, platform: Platform) -> F
         num_experts=call.global_num_experts,
         num_local_experts=weights.num_local_experts,
         hidden_size=weights.hidden_size,
+        intermediate_size=weights.intermediate_size,
+        is_gated=call.activation.kind.is_gated,
         dtype=dtype,
         scheme=weights.scheme,
         is_naive=uses_naive_block_assignment(
@@ -160,6 +165,9 @@ def run_sorted(
         "expert_ids": expert_ids,
         "used_slots": used_slots,
     }
+    if path.is_recording():
+        for name, tile in zip(("config", "config_w2"), tiles, strict=True):
+            path.note(name, asdict(tile) | {"source": "sorted rows"})
     num_pairs = call.topk_ids.numel()
     hidden = torch.empty((slots.shape[0], weights.intermediate_size), dtype=out.dtype, device=out.device)
     expert_output = torch.empty((num_pairs, weights.hidden_size), dtype=out.dtype, device=out.device)

@@ -20,9 +20,10 @@ from typing import ClassVar
 
 import torch
 
-from ..replay import is_replaying, replaying_unless_said
+from ..replay import is_replaying, may_launch_otherwise, replaying_unless_said
 from .collectives import Group, Work
 from .exchange import Exchange, Launched, Received
+from .landing import Hold, take_landing
 from .travel import Homes, Travel, plan_travel, sum_over_ranks
 from .wire import Tokens, Wire
 
@@ -36,6 +37,7 @@ class _Ticket:
     most: int  # rows that could have been sent
     sent: list[int]
     received: list[int]
+    hold: Hold | None  # of the memory in which they lie, until the sums are back
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,11 @@ def _round_up(num_rows: int) -> int:
     """At most a sixteenth more rows, and one of few numbers: calls whose rows differ by little have one form."""
     step = max(1, 1 << max(0, num_rows.bit_length() - 5))
     return -(-num_rows // step) * step
+
+
+def _lie_in_their_rows(tokens: Tokens) -> bool:
+    """Whether all that the experts take of tokens that arrive on a GPU is read where it lies."""
+    return tokens.topk_ids.is_cuda and tokens.lora_ids is None and tokens.input_scale is None
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -93,7 +100,7 @@ class AllToAll(Exchange):
             return self._dispatch(tokens, own_first)
 
     def _dispatch(self, tokens: Tokens, own_first: bool) -> Launched:
-        peers, device = self._peers, tokens.topk_ids.device
+        peers, device, dtype = self._peers, tokens.topk_ids.device, tokens.hidden_states.dtype
         num_tokens, top_k = tokens.topk_ids.shape
         counts = torch.empty((2, peers.size), dtype=torch.int32, device=device)
         travel = plan_travel(tokens.topk_ids, self._homes, counts[0], stays=peers.rank if own_first else None)
@@ -105,18 +112,24 @@ class AllToAll(Exchange):
 
         def leave() -> _UnderWay:
             sent, received = splits()
+            num_rows = sum(received)
+            most = _round_up(num_rows) if is_replaying() else num_rows
+            hold = None
+            if not own_first and _lie_in_their_rows(going) and may_launch_otherwise():
+                hold = take_landing(most, packed.shape[1], *tokens.hidden_states.shape[1:], dtype, device)
             with _beside(device, is_packed):
                 # Memory of that stream's pool: the caller's may still work with what it has freed.
-                num_rows = sum(received)
-                rows = packed.new_empty((_round_up(num_rows) if is_replaying() else num_rows, packed.shape[1]))
+                rows = packed.new_empty((most, packed.shape[1])) if hold is None else hold.landing.rows
                 work = peers.all_to_all(rows[:num_rows], packed[: sum(sent)], received, sent)
                 self._wire.pad(rows, num_rows, going)
                 arrival = _arrival(rows, work) if own_first else work.wait
-                return _UnderWay(rows, arrival, _Ticket(travel, len(packed), sent, received))
+                return _UnderWay(rows, arrival, _Ticket(travel, len(packed), sent, received, hold))
 
         def arrive(coming: _UnderWay) -> Received:
             coming.wait()
-            return Received(self._wire.tokens(coming.rows, going, ids_are_local=True), coming.ticket)
+            arrived, hold = self._wire.tokens(coming.rows, going, ids_are_local=True), coming.ticket.hold
+            where = () if hold is None else (hold.landing.sums, hold.landing)
+            return Received(arrived, coming.ticket, *where)
 
         if own_first:
             return Launched(lambda: arrive(leave()), Received(going))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from .landing import Landing
 from .wire import Tokens
 
 
@@ -20,11 +21,13 @@ class Received:
         tokens: those that came here; a token whose ids are all -1 is padding.
         ticket: what the exchange's `combine` needs of its `dispatch`.
         sums: `[rows, H]`, where the experts write their part of the sums; None: anywhere.
+        landing: whose memory the tokens and the sums are in; None: in memory of this call's own.
     """
 
     tokens: Tokens
     ticket: Any = None
     sums: torch.Tensor | None = None
+    landing: Landing | None = None
 
 
 class Launched:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from ..checks import debugging, expect_bool, expect_instance, expect_int, expect_one_of, expect_tensor
 from ..config import ActivationFormat
 from ..experts_module import RoutedExperts
+from ..fused_moe import what_decides
 from ..lora.table import AdapterTable
 from ..overlap import beside
 from ..quantization import ActivationScale
@@ -29,6 +31,7 @@ from .slabs import batched_partial
 from .travel import Homes
 from .wire import Tokens, Wire
 
+_numbers = count()
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Shared = Callable[[torch.Tensor], torch.Tensor]
 
@@ -89,6 +92,7 @@ class ParallelExperts:
         self.shared_part = SharedPart(shared_part)
         self.activation_format = ActivationFormat(activation_format)
         self._exchange: Exchange | None = None
+        self._number = next(_numbers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelExperts:
         """The ranks are there once, whoever speaks of them."""
@@ -177,6 +181,8 @@ class ParallelExperts:
             homes = Homes(tables.rank_of[only], tables.local_of[only])
         numbers = torch.arange(self.placement.num_physical, dtype=torch.int32)
         by_local = torch.where(numbers < experts.num_local_experts, numbers, -1)
+        # Graphs of earlier experts hold other maps.
+        self._number = next(_numbers)
         self._tables, self._expert_map, self._local_map = tables, local.to(device), by_local.to(device)
         wire = Wire(quant if self.activation_format is ActivationFormat.STANDARD else None)
         if self.exchange_name == AllToAll.name:
@@ -200,10 +206,8 @@ class ParallelExperts:
                 "which would depend on what a rank has of it"
             )
 
-    @contextmanager
-    def _together(self, meetings: int = 0, **facts: Any) -> Iterator[None]:
-        with together(self.ranks.world, facts, meetings=meetings):
-            yield
+    def _together(self, meetings: int = 0, **facts: Any) -> AbstractContextManager[None]:
+        return together(self.ranks.world, facts, meetings=meetings) if debugging() else nullcontext()
 
     def run(
         self,
@@ -295,7 +299,8 @@ class ParallelExperts:
         out = received.sums
         if out is None and tokens.input_scale is not None:
             out = torch.empty(tokens.hidden_states.shape, dtype=experts.dtype, device=tokens.hidden_states.device)
-        with replaying_unless_said():
+
+        def work() -> torch.Tensor:
             return experts(
                 tokens.hidden_states,
                 tokens.topk_weights,
@@ -308,6 +313,11 @@ class ParallelExperts:
                 input_scale=tokens.input_scale,
                 out=out,
             )
+
+        with replaying_unless_said():
+            if received.landing is None or adapters is not None:
+                return work()
+            return received.landing.work((self._number, *what_decides(), *experts.identity()), work)
 
 
 def _travelling_ids(

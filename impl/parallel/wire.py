@@ -120,9 +120,9 @@ class Wire:
     def pad(self, buffer: torch.Tensor, first: int, like: Tokens) -> None:
         """Make rows from `first` on tokens that are not there, whatever their hidden states are."""
         if first < len(buffer):
-            words = self._views(buffer, like)[1]
-            top_k, has_lora = like.topk_ids.shape[1], like.lora_ids is not None
-            words[first:] = _words_of_padding(words.shape[1], top_k, has_lora, buffer.device)
+            before, num_words = self._sizes(like)
+            words = buffer.view(torch.int32)[first:, before : before + num_words]
+            words.copy_(_words_of_padding(num_words, like.topk_ids.shape[1], like.lora_ids is not None, buffer.device))
 
     def tokens(self, buffer: torch.Tensor, like: Tokens, *, ids_are_local: bool) -> Tokens:
         """What arrived, in place; `like` is what was sent, and says how rows are laid out."""
