@@ -20,6 +20,7 @@ from moegate.impl.parallel.exchange import Exchange, Launched
 from moegate.impl.parallel.experts import ParallelExperts
 from moegate.impl.parallel.mesh import Mesh
 from moegate.impl.parallel.placement import linear_placement
+from moegate.impl.parallel.wire import Tokens, Wire
 from moegate.impl.path import record_path
 from moegate.impl.quantization import ActivationScale
 from moegate.impl.quantize import quantize_activations, quantize_experts
@@ -300,3 +301,14 @@ def test_simulated_ranks_that_call_different_collectives_are_reported():
     sends[1] = Call("all_to_all", (0, 1), (0, 4), "float32", (1, 0), (3, 0))
     assert disagreement(sends) == "rank 0 sends 2 rows to rank 1, which expects 3"
     assert disagreement([sends[0], sends[0]]) == "rank 0 sends 2 rows to rank 1, which expects 1"
+
+
+def test_rows_behind_the_last_token_are_made_tokens_without_an_expert_or_an_adapter():
+    wire, like = Wire(), Tokens(tokens(3), torch.ones(3, 2), torch.ones((3, 2), dtype=torch.int32), torch.ones(3).int())
+    buffer = wire.pack(like, 3).repeat(2, 1)
+    wire.pad(buffer, 2, like)
+    arrived = wire.tokens(buffer, like, ids_are_local=True)
+    assert arrived.topk_ids.tolist() == [[1, 1]] * 2 + [[-1, -1]] * 4
+    assert arrived.topk_weights.tolist() == [[1, 1]] * 2 + [[0, 0]] * 4
+    assert arrived.lora_ids is not None
+    assert arrived.lora_ids.tolist() == [1, 1, -1, -1, -1, -1]

@@ -163,7 +163,7 @@ def expect_all_batches(outcomes, batches, device):
 
 def test_rows_that_no_token_came_for_change_nothing(two):
     # 70 tokens or fewer arrive on each rank, and are rounded up to a number that comes again.
-    batches = [(40, 30), (41, 32), (0, 37)]
+    batches = [(40, 30), (41, 32), (0, 37), (60, 61), (33, 36)]
     expect_all_batches(run(two, "again_and_again", "cpu", batches), batches, "cpu")
 
 
@@ -176,4 +176,4 @@ def test_an_all_to_all_is_right_call_after_call_whatever_was_captured(own_first)
         outcomes = run(processes, "again_and_again", "cuda", batches, own_first)
     expect_all_batches(outcomes, batches, "cuda")
     for outcome in outcomes:
-        assert (outcome.result[1] > 8) != own_first, "graphs are for rows that all come at once"
+        assert (outcome.result[1] > 4) != own_first, "graphs are for rows that all come at once"

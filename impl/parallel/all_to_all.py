@@ -109,27 +109,36 @@ class AllToAll(Exchange):
         going = self._wire.quantized(tokens)
         packed = self._wire.pack(going, num_tokens * min(top_k, peers.size), travel)
         is_packed = _event_of_now(device) if own_first else None
+        hidden_size, can_land = tokens.hidden_states.shape[1], not own_first and _lie_in_their_rows(going)
+        can_land, laid_out = can_land and may_launch_otherwise(), (dtype, hidden_size, top_k)
 
         def leave() -> _UnderWay:
             sent, received = splits()
             num_rows = sum(received)
             most = _round_up(num_rows) if is_replaying() else num_rows
-            hold = None
-            if not own_first and _lie_in_their_rows(going) and may_launch_otherwise():
-                hold = take_landing(most, packed.shape[1], *tokens.hidden_states.shape[1:], dtype, device)
+            hold = take_landing(most, packed.shape[1], hidden_size, dtype, device) if can_land else None
             with _beside(device, is_packed):
                 # Memory of that stream's pool: the caller's may still work with what it has freed.
                 rows = packed.new_empty((most, packed.shape[1])) if hold is None else hold.landing.rows
+                if hold is not None:
+                    if not hold.landing.is_padding:
+                        self._wire.pad(rows, 0, going)
+                    hold.landing.is_padding = False
                 work = peers.all_to_all(rows[:num_rows], packed[: sum(sent)], received, sent)
-                self._wire.pad(rows, num_rows, going)
+                if hold is None:
+                    self._wire.pad(rows, num_rows, going)
                 arrival = _arrival(rows, work) if own_first else work.wait
                 return _UnderWay(rows, arrival, _Ticket(travel, len(packed), sent, received, hold))
 
         def arrive(coming: _UnderWay) -> Received:
             coming.wait()
-            arrived, hold = self._wire.tokens(coming.rows, going, ids_are_local=True), coming.ticket.hold
-            where = () if hold is None else (hold.landing.sums, hold.landing)
-            return Received(arrived, coming.ticket, *where)
+            if coming.ticket.hold is None:
+                return Received(self._wire.tokens(coming.rows, going, ids_are_local=True), coming.ticket)
+            landing = coming.ticket.hold.landing
+            arrived = landing.views.get(laid_out)
+            if arrived is None:
+                arrived = landing.views[laid_out] = self._wire.tokens(coming.rows, going, ids_are_local=True)
+            return Received(arrived, coming.ticket, landing.sums, landing)
 
         if own_first:
             return Launched(lambda: arrive(leave()), Received(going))
@@ -178,7 +187,13 @@ class AllToAll(Exchange):
         with replaying_unless_said():
             back = partial.new_empty((ticket.most if is_replaying() else num_rows, partial.shape[1]))
             sums = partial[: sum(ticket.received)].contiguous()
-            self._peers.all_to_all(back[:num_rows], sums, ticket.sent, ticket.received).wait()
+            work = self._peers.all_to_all(back[:num_rows], sums, ticket.sent, ticket.received)
+            if ticket.hold is not None:
+                # While the sums travel: whoever gets this memory next finds no tokens in it, and the host gains time
+                # where the device would wait for it.
+                self._wire.pad(ticket.hold.landing.rows, 0, received.tokens)
+                ticket.hold.landing.is_padding = True
+            work.wait()
             return sum_over_ranks(back, ticket.travel, own)
 
 

@@ -259,17 +259,19 @@ class ParallelExperts:
                 # Replicas have the same tokens, and must choose alike.
                 topk_ids = choose_copies(topk_ids, self._tables, self.mesh.dp_rank(self.ranks.rank))
             tokens = Tokens(hidden_states, topk_weights, topk_ids.to(torch.int32), lora_ids)
+        # Asked before the host waits for numbers of rows, and the device then for the host.
+        key = self._key(experts) if self.exchange_name == AllToAll.name else None
         launched = exchange.dispatch(tokens, rows, own_first=self.own_first)
         # Ranks whose adapters are cut in both matrices meet between them: once for each of the two products.
         with self._together(2 if adapters is not None and adapters.shards is not None else 0), launched:
             if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:
                 with beside(lambda: shared(hidden_states), stream, hidden_states) as side:
-                    received, partial, own = self._work_on(launched, experts, adapters)
+                    received, partial, own = self._work_on(launched, experts, adapters, key)
                 output = side.joined()
             else:
                 if shared is not None and order is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED:
                     output = shared(hidden_states)  # while the tokens travel
-                received, partial, own = self._work_on(launched, experts, adapters)
+                received, partial, own = self._work_on(launched, experts, adapters, key)
                 if shared is not None and output is None:
                     output = shared(hidden_states)
         if output is None:
@@ -279,17 +281,32 @@ class ParallelExperts:
         return exchange.combine(partial, received, own=own).add_(output)
 
     def _work_on(
-        self, launched: Launched, experts: RoutedExperts, adapters: AdapterTable | None
+        self,
+        launched: Launched,
+        experts: RoutedExperts,
+        adapters: AdapterTable | None,
+        key: tuple[object, ...] | None,
     ) -> tuple[Received, torch.Tensor, torch.Tensor | None]:
         """What arrived, the experts' part of its sums, and that of the rank's own tokens where those stayed apart."""
         own = None if launched.own is None else self.partial_sums(launched.own, experts, adapters)
         received = launched.wait()
-        return received, self.partial_sums(received, experts, adapters), own
+        return received, self.partial_sums(received, experts, adapters, key), own
 
     def partial_sums(
-        self, received: Received, experts: RoutedExperts, adapters: AdapterTable | None = None
+        self,
+        received: Received,
+        experts: RoutedExperts,
+        adapters: AdapterTable | None = None,
+        key: tuple[object, ...] | None = None,
     ) -> torch.Tensor:
-        """What the experts here make of what arrived: `[rows, H]`, a part of each token's sum."""
+        """What the experts here make of what arrived: `[rows, H]`, a part of each token's sum.
+
+        Args:
+            received: from the exchange.
+            experts: of this rank.
+            adapters: likewise.
+            key: what the work hangs on beside the tokens and adapters, where somebody has asked already.
+        """
         tokens, dp_size = received.tokens, self.mesh.dp_size
         expert_map = self._local_map if tokens.ids_are_local else self._expert_map
         if self.activation_format is ActivationFormat.BATCHED:
@@ -317,7 +334,11 @@ class ParallelExperts:
         with replaying_unless_said():
             if received.landing is None or adapters is not None:
                 return work()
-            return received.landing.work((self._number, *what_decides(), *experts.identity()), work)
+            return received.landing.work(self._key(experts) if key is None else key, work)
+
+    def _key(self, experts: RoutedExperts) -> tuple[object, ...]:
+        """What the experts' work hangs on beside the tokens and adapters."""
+        return (self._number, *what_decides(), *experts.identity())
 
 
 def _travelling_ids(
