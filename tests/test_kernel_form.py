@@ -93,10 +93,10 @@ def test_what_was_never_measured_is_taken_everywhere_alone():
     for question in (DECODE, PREFILL):
         assert decide(question, platform=blackwell).why.endswith("never measured on cuda:10.0")
         assert decide(question, FormChoice.EVERYWHERE, platform=blackwell).form is not KernelForm.GENERAL
-    assert decide(PREFILL, num_pairs=128 * 32).why == "not sorted: 32 rows an expert, under 64"
+    assert decide(PREFILL, num_pairs=128 * 32).why == "not sorted: 32 rows an expert, under 128"
     assert decide(PREFILL, is_gated=False).why == "not sorted: an activation without a gate took longer"
     assert decide(PREFILL, intermediate_size=256).why == "not sorted: I is 256, under 512"
-    assert decide(PREFILL, num_experts=2048).why == "not sorted: 32 rows an expert, under 64", (
+    assert decide(PREFILL, num_experts=2048).why == "not sorted: 32 rows an expert, under 128", (
         "a rank has its share of the pairs"
     )
 

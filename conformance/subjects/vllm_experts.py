@@ -24,7 +24,7 @@ class VllmSubject(Subject):
     name = "vllm"
     variants = ("triton",)
     last_run = (
-        "vllm 0.33.0 on an H200, 2026-11-29: experts and alignment, its kernels and launches apart from the engine"
+        "vllm 0.33.0 on an H200, 2026-11-30: experts and alignment, its kernels and launches apart from the engine"
     )
     capabilities = Capabilities(
         devices=("cuda",),

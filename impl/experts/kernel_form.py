@@ -31,8 +31,9 @@ MOST_STREAMED_CHOICES = 32
 _COPY_BYTES = 16
 _COLUMNS = 8
 # From so many rows an expert, waves of the second GEMM's tiles and columns of its K on, sorted rows gained on an H200.
-_LEAST_ROWS, _LEAST_WAVES, _LEAST_COLUMNS = 64, 12, 512
+_LEAST_ROWS, _LEAST_WAVES, _LEAST_COLUMNS = 128, 12, 512
 _SORTED_ROWS, _SORTED_COLUMNS = 128, 256
+_HOPPER_SMS = 132  # of a Hopper that is only spoken of
 
 
 class KernelForm(StrEnum):
@@ -164,7 +165,7 @@ def _unmeasured(question: FormQuestion, form: KernelForm) -> str | None:
     if rows < _LEAST_ROWS:
         return f"{rows} rows an expert, under {_LEAST_ROWS}"
     blocks = max_num_blocks(pairs, question.num_local_experts, _SORTED_ROWS)
-    waves = blocks * cdiv(question.hidden_size, _SORTED_COLUMNS) / max(question.platform.num_sms, 1)
+    waves = blocks * cdiv(question.hidden_size, _SORTED_COLUMNS) / (question.platform.num_sms or _HOPPER_SMS)
     return f"{waves:.1f} waves of tiles, under {_LEAST_WAVES}" if waves < _LEAST_WAVES else None
 
 
