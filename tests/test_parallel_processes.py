@@ -154,11 +154,10 @@ def expect_all_batches(outcomes, batches, device):
     """Every rank's outputs of `again_and_again`, each batch twice and the last one with w2 negated, are right."""
     assert [outcome.error for outcome in outcomes] == [None] * len(outcomes)
     layer = layer_of(shared=False, device=device)
-    for number, counts in enumerate(batches):
-        expected = layer(tokens(sum(counts), device=device, name=f"x{number}")).cpu()
-        for found in (2 * number, 2 * number + 1):
-            assert_same_sum(torch.cat([outcome.result[0][found] for outcome in outcomes]), expected)
-    assert_same_sum(torch.cat([outcome.result[0][-1] for outcome in outcomes]), -expected)
+    once = [layer(tokens(sum(counts), device=device, name=f"x{number}")).cpu() for number, counts in enumerate(batches)]
+    expected = [output for output in once for _ in range(2)] + [-once[-1]]
+    for number, output in enumerate(expected):
+        assert_same_sum(torch.cat([outcome.result[0][number] for outcome in outcomes]), output)
 
 
 def test_rows_that_no_token_came_for_change_nothing(two):
