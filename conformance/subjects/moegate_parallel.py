@@ -105,8 +105,10 @@ class _Observed(ParallelExperts):
     def exchange(self) -> Exchange:
         return self._numbered
 
-    def partial_sums(self, received: Received, experts: RoutedExperts, adapters: AdapterTable | None = None) -> Tensor:
-        partial = super().partial_sums(received, experts, adapters)
+    def partial_sums(
+        self, received: Received, experts: RoutedExperts, adapters: AdapterTable | None = None, *arguments: Any
+    ) -> Tensor:
+        partial = super().partial_sums(received, experts, adapters, *arguments)
         tokens = received.tokens
         is_own = received is self._numbered.own
         token_ids = self.token_ids if is_own else tokens.lora_ids if adapters is None else self._numbered.arrived
