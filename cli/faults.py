@@ -67,6 +67,9 @@ def faults(
         bool,
         typer.Option("--update-witnesses", help="Check in the cases that a search found, or what a matrix counted."),
     ] = False,
+    quickest: Annotated[
+        int, typer.Option(help="Look at so many cases more after a kill, and take the quickest for a witness.")
+    ] = 0,
     json_file: Annotated[
         str | None, typer.Option("--json", help="Write the result as JSON; - is standard output.")
     ] = None,
@@ -79,7 +82,7 @@ def faults(
     console = wide_console(stderr=json_file == "-")
     if not 0 < scale < math.inf:
         _refuse(console, f"--scale: expected a number above 0, got {scale}")
-    for option, number in (("--workers", workers), ("--mutate", mutate)):
+    for option, number in (("--workers", workers), ("--mutate", mutate), ("--quickest", quickest)):
         if number < 0:
             _refuse(console, f"{option}: expected at least 0, got {number}")
     expect_json_file(console, "faults", json_file)
@@ -123,6 +126,7 @@ def faults(
                 found,
                 everything=matrix,
                 any_kill=mutate > 0,
+                quickest=quickest,
                 silence_s=SILENCE_S[device],
                 limit_s=LONG_LIMIT_S if matrix or mutate else LIMIT_S,
             )

@@ -6,12 +6,14 @@ import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from moegate.conformance.catalogue import PROPERTIES
 from moegate.conformance.faults import fault as fault_module
+from moegate.conformance.faults import hunt as hunt_module
 from moegate.conformance.faults.client import outcomes_of
 from moegate.conformance.faults.document import as_markdown
 from moegate.conformance.faults.fault import CatalogueError, Edit, Fault, load_catalogue
@@ -19,6 +21,8 @@ from moegate.conformance.faults.job import Job, Orders, Outcome
 from moegate.conformance.faults.mutants import candidates, sample
 from moegate.conformance.faults.record import Journal, read_matrix, read_witnesses, write_matrix
 from moegate.conformance.faults.survivors import read_survivors, summary, without_equivalents
+from moegate.conformance.properties.align import BEYOND
+from moegate.conformance.spec import AlignSpec
 from moegate.main import app
 
 CATALOGUE = load_catalogue()
@@ -227,6 +231,28 @@ def test_a_kill_has_the_case_that_shows_it_again(ends):
     assert again.witness == first.witness
     assert ends["dies"].witness is not None  # known to the parent, though the child could not tell
     assert "AlignSpec(" in ends["dies"].witness.spec
+
+
+def test_of_many_cases_that_kill_the_quickest_becomes_the_witness(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(hunt_module, "time", SimpleNamespace(monotonic=lambda: now))
+    fault = Fault("slow", "align", (), ("ALIGN-06",), ("test_align.py",))
+    hunter = hunt_module._Hunter(fault, Orders(quickest=3), lambda *case: None)
+    # What a case takes, and whether it kills.
+    cases = [(5.0, False), (3.0, True), (1.0, False), (2.0, True), (4.0, True)]
+    specs = [AlignSpec(M=1, E=1, top_k=1, seed=seed) for seed in range(len(cases))]
+    with hunter.exploring():
+        for spec, (took, kills) in zip(specs, cases, strict=True):
+            hunter.begins(spec)
+            now += took
+            hunter.judged([BEYOND.verdict(not kills)], spec)
+    hunter.ends()
+    assert hunter.outcome.expected
+    assert hunter.outcome.cases == 2, "those behind the first kill were not needed to kill"
+    assert hunter.outcome.witness is not None
+    assert hunter.outcome.witness.spec == repr(specs[3])
+    with pytest.raises(hunt_module._Killed):
+        hunter.judged([BEYOND.verdict(True)], specs[0])
 
 
 def test_features_that_a_fault_needs_narrow_its_search():

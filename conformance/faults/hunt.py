@@ -60,6 +60,9 @@ class _Hunter:
         self.unit = ""
         self.explores = False
         self._left = PATIENCE
+        self._began = time.monotonic()
+        self._least = float("inf")
+        self._cases_to_kill = 0
 
     @contextmanager
     def exploring(self) -> Iterator[None]:
@@ -73,6 +76,7 @@ class _Hunter:
     def begins(self, spec: Spec | None) -> None:
         """A case is about to run: whoever waits for this process learns of it, should it die."""
         self._say(self.unit, None if spec is None else repr(spec))
+        self._began = time.monotonic()
 
     def judged(self, verdicts: Sequence[Verdict], spec: Spec | None) -> None:
         """A case has been judged; one without verdicts was none."""
@@ -102,16 +106,27 @@ class _Hunter:
         """Something is violated."""
         ids = list(dict.fromkeys(ids))
         wanted = [id for id in ids if self.orders.any_kill or id in self.fault.expect]
-        if not self.outcome.killed or (wanted and not self.outcome.expected):
+        took = time.monotonic() - self._began
+        is_quicker = bool(wanted) and self.orders.quickest > 0 and took < self._least
+        if not self.outcome.killed or (wanted and not self.outcome.expected) or is_quicker:
+            if wanted and not self.outcome.expected:
+                self._cases_to_kill, self._left = self.outcome.cases, self.orders.quickest + 1
+            if wanted:
+                self._least = took
             self.outcome.killed, self.outcome.expected = True, bool(wanted)
             self.outcome.by = [*wanted, *(id for id in ids if id not in wanted)]
             # A test that draws no cases is the case itself.
             self.outcome.witness = Witness(self.unit, repr(spec) if self.explores and spec is not None else None)
             self.outcome.detail = detail[:400]
         if not self.orders.everything:
-            if wanted:
+            if wanted and not self.orders.quickest:
                 raise _Killed
             self._lose_patience()
+
+    def ends(self) -> None:
+        """The hunt is over: cases behind the first that killed were looked at for their time alone."""
+        if self.orders.quickest and self._cases_to_kill:
+            self.outcome.cases = self._cases_to_kill
 
     def _count(self, id: str, kills: bool) -> None:
         counts = self.outcome.kills.setdefault(id, [0, 0])
@@ -216,6 +231,7 @@ def hunt(fault: Fault, orders: Orders, say: Callable[[str, str | None], None]) -
                         _run(unit, hunter, session)
         except _Killed:
             pass
+        hunter.ends()
     except BaseException as error:
         if not outcome.killed:
             outcome.broken = "".join(traceback.format_exception_only(error)).strip()[-600:]

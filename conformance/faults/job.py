@@ -75,6 +75,7 @@ class Orders:
         search: whether there is one where the witness does not kill.
         everything: do not stop at a kill; count the kills of each property (a matrix).
         any_kill: whatever is violated is expected.
+        quickest: so many cases more are looked at after a kill; the one that killed in the least time is the witness.
         silence_s: a hunt that is not heard of for so long hangs.
         limit_s: a hunt is ended after so long, whatever it says; what it did not kill until then survives.
     """
@@ -85,6 +86,7 @@ class Orders:
     search: bool = True
     everything: bool = False
     any_kill: bool = False
+    quickest: int = 0
     silence_s: float = 60.0
     limit_s: float = 300.0
 
