@@ -71,6 +71,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--catalogue": ("no/such.toml", ".", "list.json", "a\0b"),
         "--device": _NAME,
         "--mutate": (*_INT, "-1"),
+        "--quickest": (*_INT, "-1"),
         "--seed": _INT,
         "--scale": _NUMBER,
         "--workers": (*_INT, "-1"),

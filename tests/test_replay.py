@@ -376,6 +376,32 @@ def test_threads_replay_one_plan_at_a_time_on_tensors_of_their_own():
 # --- the switch -----------------------------------------------------------------------------------------------------
 
 
+def test_a_block_that_would_rather_be_replayed_is_unless_somebody_said_otherwise():
+    ask = """
+from moegate.impl.checks import debug_checks
+from moegate.impl.replay import is_replaying, replaying, replaying_unless_said
+with replaying_unless_said():
+    told = [is_replaying()]
+    with debug_checks():
+        told += [is_replaying()]
+with replaying(None), replaying_unless_said():
+    told += [is_replaying()]
+with replaying(3), replaying_unless_said():
+    told += [is_replaying()]
+print(*told, is_replaying())
+"""
+    told = {}
+    for value in ("", "0", "1"):
+        environment = os.environ | {"MOEGATE_REPLAY": value}
+        done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=False)
+        told[value] = done.stdout.strip() or done.stderr
+    assert told == {
+        "": "True False False True False",
+        "0": "False False False True False",
+        "1": "True False False True True",
+    }
+
+
 def test_the_environment_turns_it_on():
     ask = "from moegate.impl import replay; print(replay._in_force.get())"
     told = {}
