@@ -98,10 +98,17 @@ class Landing:
             return self.sums
         if isinstance(known, str):
             path.note("no_graph", known)
-        elif len(self._graphs) < _MOST_GRAPHS:
-            self._graphs[key] = None
+        else:
+            self._remember(key)
         call()
         return self.sums
+
+    def _remember(self, key: Hashable) -> None:
+        if len(self._graphs) >= _MOST_GRAPHS:
+            # The oldest, of a layer that may long be gone; a graph may still run.
+            if isinstance(self._graphs.pop(next(iter(self._graphs))), _Graph):
+                torch.cuda.synchronize(self.rows.device)
+        self._graphs[key] = None
 
     def _captured(self, call: Callable[[], object]) -> _Graph | str:
         try:
