@@ -104,10 +104,11 @@ class Landing:
         return self.sums
 
     def _remember(self, key: Hashable) -> None:
-        if len(self._graphs) >= _MOST_GRAPHS:
-            # The oldest, of a layer that may long be gone; a graph may still run.
-            if isinstance(self._graphs.pop(next(iter(self._graphs))), _Graph):
-                torch.cuda.synchronize(self.rows.device)
+        # The oldest is of a layer that may long be gone.
+        is_full = len(self._graphs) >= _MOST_GRAPHS
+        oldest = self._graphs.pop(next(iter(self._graphs))) if is_full else None
+        if isinstance(oldest, _Graph):
+            torch.cuda.synchronize(self.rows.device)  # it may still run
         self._graphs[key] = None
 
     def _captured(self, call: Callable[[], object]) -> _Graph | str:
