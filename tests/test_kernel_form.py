@@ -11,7 +11,9 @@ import pytest
 import torch
 from closeness import assert_same_rounding
 
+from moegate.impl.checks import expect_activation
 from moegate.impl.config import QuantScheme
+from moegate.impl.experts.base import ExpertsCall
 from moegate.impl.experts.kernel_form import (
     FormChoice,
     FormQuestion,
@@ -21,9 +23,12 @@ from moegate.impl.experts.kernel_form import (
     lies_on_copy_grid,
     use_kernel_forms,
 )
+from moegate.impl.experts.triton_forms import form_of_call
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.path import record_path
 from moegate.impl.platform import Platform, Vendor
+from moegate.impl.tuning.kernel_config import KernelConfig, use_kernel_configs
+from moegate.impl.weights import ExpertsWeights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = Platform(Vendor.NVIDIA, (9, 0), "NVIDIA H200", 132, 232_448)
@@ -99,6 +104,29 @@ def test_what_was_never_measured_is_taken_everywhere_alone():
     assert decide(PREFILL, num_experts=2048).why == "not sorted: 32 rows an expert, under 128", (
         "a rank has its share of the pairs"
     )
+
+
+def test_where_tiles_are_named_the_kernels_run_whose_tiles_they_are():
+    def of(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    call = ExpertsCall(
+        hidden_states=of(8192, 2048),
+        weights=ExpertsWeights(of(128, 1536, 2048), of(128, 2048, 768)),
+        topk_weights=of(8192, 8, dtype=torch.float32),
+        topk_ids=of(8192, 8, dtype=torch.int32),
+        activation=expect_activation("silu", 1.702, 7.0, False),
+        apply_router_weight_on_input=False,
+        expert_map=None,
+        global_num_experts=128,
+        allow_tf32=False,
+    )
+    with use_kernel_forms("measured"):
+        assert form_of_call(call, torch.bfloat16, H200).form is KernelForm.SORTED
+        with use_kernel_configs(KernelConfig(16, 16, 16), KernelConfig(16, 16, 16)):
+            decision = form_of_call(call, torch.bfloat16, H200)
+    assert decision.form is KernelForm.GENERAL
+    assert decision.why == "tiles of the general kernels are in force"
 
 
 def test_weights_off_the_copy_engine_s_grid_are_seen():

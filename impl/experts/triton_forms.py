@@ -14,17 +14,21 @@ from ..kernels.sizes import next_power_of_2
 from ..kernels.sorted_gemm import sorted_gemm
 from ..kernels.stream_rows import StreamTile, down_rows, gate_up_rows
 from ..platform import Platform, Vendor
+from ..tuning.kernel_config import override_in_force
 from .base import ExpertsCall
 from .kernel_form import (
     GENERAL,
     FormChoice,
     FormDecision,
     FormQuestion,
+    KernelForm,
     choice_in_force,
     kernel_form,
     lies_on_copy_grid,
 )
 
+# Whoever tunes or tests tiles of the general kernels means these to run.
+_TILES_ARE_NAMED = FormDecision(KernelForm.GENERAL, "tiles of the general kernels are in force")
 # Between so many rows an expert and none, a block's second half is padding often enough to be left out.
 _MOST_ROWS_OF_HALVES = 1024
 
@@ -40,6 +44,8 @@ def form_of_call(call: ExpertsCall, dtype: torch.dtype, platform: Platform) -> F
     choice = choice_in_force()
     if choice is FormChoice.GENERAL:
         return GENERAL
+    if choice is FormChoice.MEASURED and override_in_force() is not None:
+        return _TILES_ARE_NAMED
     weights = call.weights
     num_tokens, top_k = call.topk_ids.shape
     question = FormQuestion(
