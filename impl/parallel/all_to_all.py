@@ -78,8 +78,8 @@ class AllToAll(Exchange):
 
     def __init__(self, peers: Group, homes: Homes, wire: Wire) -> None:
         self._peers, self._homes, self._wire = peers, homes, wire
-        # Memory of the host for numbers, which nobody uses now: pinning it anew takes longer than the whole exchange.
-        self._landings: list[torch.Tensor] = []
+        # Pinned memory of the host for numbers, which nobody uses now.
+        self._pinned: list[torch.Tensor] = []
 
     def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
         """Two collectives: the numbers of rows, for which the host waits, and the rows, which are packed meanwhile.
@@ -160,14 +160,14 @@ class AllToAll(Exchange):
             return read_here
         with _beside(counts.device, _event_of_now(counts.device)) if beside else nullcontext():
             work.wait()
-            there = self._landings.pop() if self._landings else torch.empty_like(counts, device="cpu", pin_memory=True)
+            there = self._pinned.pop() if self._pinned else torch.empty_like(counts, device="cpu", pin_memory=True)
             there.copy_(counts, non_blocking=True)
             is_there = torch.cuda.current_stream(counts.device).record_event()
 
         def read() -> Splits:
             is_there.synchronize()
             sent, received = there.tolist()
-            self._landings.append(there)
+            self._pinned.append(there)
             return sent, received
 
         return read
