@@ -66,8 +66,7 @@ class Group(ABC):
         self._expect("all_to_all", out, x, sum(received))
         if len(x) != sum(sent):
             raise ValueError(f"all_to_all: expected {sum(sent)} rows to send, got {len(x)}")
-        if path.is_recording():
-            self._note("all_to_all", x[:0], sent=tuple(sent), received=tuple(received))
+        self._note("all_to_all", x, sent=sent, received=received)
         return self._all_to_all(as_bytes(out), as_bytes(x), list(received), list(sent))
 
     def _expect(self, name: str, larger: torch.Tensor, smaller: torch.Tensor, rows: int) -> None:
@@ -78,9 +77,12 @@ class Group(ABC):
                 f"{list(larger.shape)} {larger.dtype} and {list(smaller.shape)} {smaller.dtype}"
             )
 
-    def _note(self, name: str, x: torch.Tensor, **splits: tuple[int, ...]) -> None:
+    def _note(self, name: str, x: torch.Tensor, **splits: Sequence[int]) -> None:
+        """Note a call; with splits, which say how many rows there are, `x` has none."""
         if path.is_recording():
-            path.note("collective", (name, self.name, tuple(x.shape), str(x.dtype), splits))
+            shape = (0, *x.shape[1:]) if splits else tuple(x.shape)
+            rows = {each: tuple(numbers) for each, numbers in splits.items()}
+            path.note("collective", (name, self.name, shape, str(x.dtype), rows))
 
     @abstractmethod
     def _all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Work: ...

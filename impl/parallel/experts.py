@@ -92,7 +92,6 @@ class ParallelExperts:
         self.shared_part = SharedPart(shared_part)
         self.activation_format = ActivationFormat(activation_format)
         self._exchange: Exchange | None = None
-        self._number = next(_numbers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelExperts:
         """The ranks are there once, whoever speaks of them."""
