@@ -125,7 +125,7 @@ def test_own_tokens_are_given_to_the_experts_before_the_host_waits_for_numbers_o
         layer(tokens(3))
 
     def listening(name, call):
-        return lambda *arguments: (happened.append(name), call(*arguments))[1]
+        return lambda *arguments, **options: (happened.append(name), call(*arguments, **options))[1]
 
     on_ranks(TWO, body)
     assert happened == ["all_to_all", "partial_sums", "all_to_all", "partial_sums", "all_to_all"]

@@ -72,12 +72,13 @@ class AllToAll(Exchange):
         peers: all ranks, in the order of the placement.
         homes: of the placement, on the device.
         wire: how tokens travel.
+        runs_beside: the caller enqueues work that is to run while rows travel.
     """
 
     name: ClassVar[str] = "all_to_all"
 
-    def __init__(self, peers: Group, homes: Homes, wire: Wire) -> None:
-        self._peers, self._homes, self._wire = peers, homes, wire
+    def __init__(self, peers: Group, homes: Homes, wire: Wire, *, runs_beside: bool = True) -> None:
+        self._peers, self._homes, self._wire, self._runs_beside = peers, homes, wire, runs_beside
         # Pinned memory of the host for numbers, which nobody uses now.
         self._pinned: list[torch.Tensor] = []
 
@@ -105,26 +106,29 @@ class AllToAll(Exchange):
         counts = torch.empty((2, peers.size), dtype=torch.int32, device=device)
         travel = plan_travel(tokens.topk_ids, self._homes, counts[0], stays=peers.rank if own_first else None)
         ones = [1] * peers.size
-        splits = self._to_the_host(counts, peers.all_to_all(counts[1], counts[0], ones, ones), beside=own_first)
+        work = peers.all_to_all(counts[1], counts[0], ones, ones, in_order=not own_first)
+        splits = self._to_the_host(counts, work, beside=own_first)
         going = self._wire.quantized(tokens)
         packed = self._wire.pack(going, num_tokens * min(top_k, peers.size), travel)
         is_packed = _event_of_now(device) if own_first else None
-        hidden_size, can_land = tokens.hidden_states.shape[1], not own_first and _lie_in_their_rows(going)
-        can_land, laid_out = can_land and may_launch_otherwise(), (dtype, hidden_size, top_k)
+        hidden_size = tokens.hidden_states.shape[1]
+        can_land = not own_first and _lie_in_their_rows(going) and may_launch_otherwise()
+        stream, laid_out = torch.cuda.current_stream(device) if can_land else None, (dtype, hidden_size, top_k)
 
         def leave() -> _UnderWay:
             sent, received = splits()
             num_rows = sum(received)
             most = _round_up(num_rows) if is_replaying() else num_rows
-            hold = take_landing(most, packed.shape[1], hidden_size, dtype, device) if can_land else None
-            with _beside(device, is_packed):
-                # Memory of that stream's pool: the caller's may still work with what it has freed.
+            hold = None if stream is None else take_landing(stream, most, packed.shape[1], hidden_size, dtype)
+            # Memory of that stream's pool: the caller's may still work with what it has freed.
+            with _beside(device, is_packed) if own_first else nullcontext():
                 rows = packed.new_empty((most, packed.shape[1])) if hold is None else hold.landing.rows
                 if hold is not None:
                     if not hold.landing.is_padding:
                         self._wire.pad(rows, 0, going)
                     hold.landing.is_padding = False
-                work = peers.all_to_all(rows[:num_rows], packed[: sum(sent)], received, sent)
+                in_order = not (own_first or self._runs_beside)
+                work = peers.all_to_all(rows[:num_rows], packed[: sum(sent)], received, sent, in_order=in_order)
                 if hold is None:
                     self._wire.pad(rows, num_rows, going)
                 arrival = _arrival(rows, work) if own_first else work.wait
@@ -187,10 +191,10 @@ class AllToAll(Exchange):
         with replaying_unless_said():
             back = partial.new_empty((ticket.most if is_replaying() else num_rows, partial.shape[1]))
             sums = partial[: sum(ticket.received)].contiguous()
-            work = self._peers.all_to_all(back[:num_rows], sums, ticket.sent, ticket.received)
+            work = self._peers.all_to_all(back[:num_rows], sums, ticket.sent, ticket.received, in_order=True)
             if ticket.hold is not None:
-                # While the sums travel: whoever gets this memory next finds no tokens in it, and the host gains time
-                # where the device would wait for it.
+                # Whoever gets this memory next finds no tokens in it, and the host gains time where the device would
+                # wait for it.
                 self._wire.pad(ticket.hold.landing.rows, 0, received.tokens)
                 ticket.hold.landing.is_padding = True
             work.wait()

@@ -186,7 +186,7 @@ class ParallelExperts:
         wire = Wire(quant if self.activation_format is ActivationFormat.STANDARD else None)
         if self.exchange_name == AllToAll.name:
             peers = self.ranks.world if self.ranks.peers is None else self.ranks.peers
-            self._exchange = AllToAll(peers, homes, wire)
+            self._exchange = AllToAll(peers, homes, wire, runs_beside=self.overlap)
         else:
             self._exchange = AllGather(self.ranks.peers, self.ranks.replicas, wire)
 

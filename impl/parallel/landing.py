@@ -139,16 +139,17 @@ _landings: OrderedDict[Hashable, Landing | None] = OrderedDict()
 
 
 def take_landing(
-    num_rows: int, row_bytes: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+    stream: torch.cuda.Stream, num_rows: int, row_bytes: int, hidden_size: int, dtype: torch.dtype
 ) -> Hold | None:
-    """A landing for the current stream's next call; None where this number comes for the first time, or one is in use.
+    """A landing for a stream's next call; None where this number comes for the first time, or one is in use.
 
-    Arguments are `Landing`'s.
+    Args:
+        stream: the current one.
+        num_rows, row_bytes, hidden_size, dtype: as `Landing` has them.
     """
     if not num_rows:
         return None
-    stream = torch.cuda.current_stream(device)
-    key = (stream.device_index, stream.cuda_stream, num_rows, row_bytes, hidden_size, dtype)
+    key = (stream, num_rows, row_bytes, hidden_size, dtype)
     with _lock:
         if key not in _landings:
             _landings[key] = None
@@ -156,7 +157,7 @@ def take_landing(
             return None
         landing = _landings[key]
         if landing is None:
-            landing = _landings[key] = Landing(num_rows, row_bytes, hidden_size, dtype, device)
+            landing = _landings[key] = Landing(num_rows, row_bytes, hidden_size, dtype, stream.device)
         _landings.move_to_end(key)
         return None if landing.is_held else landing.hold()
 
