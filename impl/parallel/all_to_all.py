@@ -23,7 +23,7 @@ import torch
 from ..replay import is_replaying, may_launch_otherwise, replaying_unless_said
 from .collectives import Group, Work
 from .exchange import Exchange, Launched, Received
-from .landing import Hold, take_landing
+from .landing import Hold, site_of, take_landing
 from .travel import Homes, Travel, plan_travel, sum_over_ranks
 from .wire import Tokens, Wire
 
@@ -113,13 +113,14 @@ class AllToAll(Exchange):
         is_packed = _event_of_now(device) if own_first else None
         hidden_size = tokens.hidden_states.shape[1]
         can_land = not own_first and _lie_in_their_rows(going) and may_launch_otherwise()
-        stream, laid_out = torch.cuda.current_stream(device) if can_land else None, (dtype, hidden_size, top_k)
+        site = site_of(packed.shape[1], hidden_size, dtype, device) if can_land else None
+        laid_out = (dtype, hidden_size, top_k)
 
         def leave() -> _UnderWay:
             sent, received = splits()
             num_rows = sum(received)
             most = _round_up(num_rows) if is_replaying() else num_rows
-            hold = None if stream is None else take_landing(stream, most, packed.shape[1], hidden_size, dtype)
+            hold = None if site is None else take_landing(site, most)
             # Memory of that stream's pool: the caller's may still work with what it has freed.
             with _beside(device, is_packed) if own_first else nullcontext():
                 rows = packed.new_empty((most, packed.shape[1])) if hold is None else hold.landing.rows

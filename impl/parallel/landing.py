@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from threading import Lock
+from typing import NamedTuple
 from weakref import ref
 
 import torch
@@ -138,18 +139,33 @@ _lock = Lock()
 _landings: OrderedDict[Hashable, Landing | None] = OrderedDict()
 
 
-def take_landing(
-    stream: torch.cuda.Stream, num_rows: int, row_bytes: int, hidden_size: int, dtype: torch.dtype
-) -> Hold | None:
-    """A landing for a stream's next call; None where this number comes for the first time, or one is in use.
+class Site(NamedTuple):
+    """For which calls landings are: those of one stream, with such rows and sums.
 
-    Args:
-        stream: the current one.
-        num_rows, row_bytes, hidden_size, dtype: as `Landing` has them.
+    Attributes:
+        device: torch's number of it.
+        stream: CUDA's handle of it.
+        row_bytes, hidden_size, dtype: as `Landing` has them.
     """
+
+    device: int
+    stream: int
+    row_bytes: int
+    hidden_size: int
+    dtype: torch.dtype
+
+
+def site_of(row_bytes: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Site:
+    """The current stream's; to be asked before the host waits for the number of rows, and the device for the host."""
+    stream = torch.cuda.current_stream(device)
+    return Site(stream.device_index, stream.cuda_stream, row_bytes, hidden_size, dtype)
+
+
+def take_landing(site: Site, num_rows: int) -> Hold | None:
+    """A landing for the next call; None where this number comes for the first time, or one is in use."""
     if not num_rows:
         return None
-    key = (stream, num_rows, row_bytes, hidden_size, dtype)
+    key = (site, num_rows)
     with _lock:
         if key not in _landings:
             _landings[key] = None
@@ -157,7 +173,8 @@ def take_landing(
             return None
         landing = _landings[key]
         if landing is None:
-            landing = _landings[key] = Landing(num_rows, row_bytes, hidden_size, dtype, stream.device)
+            device = torch.device("cuda", site.device)
+            landing = _landings[key] = Landing(num_rows, site.row_bytes, site.hidden_size, site.dtype, device)
         _landings.move_to_end(key)
         return None if landing.is_held else landing.hold()
 
