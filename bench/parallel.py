@@ -156,7 +156,8 @@ class SharedLayer:
 
     def _dispatch(self) -> Launched:
         tokens = Tokens(self.x, self.weights, self.ids)
-        return self.parallel.exchange.dispatch(tokens, self.padded, own_first=self.parallel.own_first)
+        own_first = self.parallel.own_first
+        return self.parallel.exchange.dispatch(tokens, self.padded, own_first=own_first, runs_beside=False)
 
     def travelling(self) -> tuple[float, float]:
         """Bytes that this rank receives from the others on the way there, and on the way back."""

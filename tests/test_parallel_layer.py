@@ -24,7 +24,7 @@ from moegate.impl.parallel.wire import Tokens, Wire
 from moegate.impl.path import record_path
 from moegate.impl.quantization import ActivationScale
 from moegate.impl.quantize import quantize_activations, quantize_experts
-from moegate.impl.shared_experts import SharedExpertsSetting
+from moegate.impl.shared_experts import SharedExpertsOrder, SharedExpertsSetting
 
 TWO = Mesh(dp_size=2, ep_size=2)
 
@@ -129,6 +129,30 @@ def test_own_tokens_are_given_to_the_experts_before_the_host_waits_for_numbers_o
 
     on_ranks(TWO, body)
     assert happened == ["all_to_all", "partial_sums", "all_to_all", "partial_sums", "all_to_all"]
+
+
+@pytest.mark.parametrize("order", list(SharedExpertsOrder))
+def test_rows_have_their_place_in_the_callers_stream_where_nothing_is_to_run_beside_them(monkeypatch, order):
+    in_order = []
+
+    def body(ranks):
+        layer = shared_layer(ranks, exchange="all_to_all")
+        parallel, x = layer.parallel, tokens(3)
+        assert parallel is not None
+        if ranks.rank == 0:
+            send = parallel.exchange._peers.all_to_all
+
+            def listening(*arguments, **options):
+                in_order.append(options.get("in_order", False))
+                return send(*arguments, **options)
+
+            monkeypatch.setattr(parallel.exchange._peers, "all_to_all", listening)
+        shared = None if order is SharedExpertsOrder.NONE else torch.zeros_like
+        parallel.run(x, layer.experts, layer._select, shared, order=order)
+
+    on_ranks(TWO, body)
+    runs_beside = order in (SharedExpertsOrder.MK_INTERNAL_OVERLAPPED, SharedExpertsOrder.MULTI_STREAM_OVERLAPPED)
+    assert in_order == [True, not runs_beside, True]
 
 
 def test_tensor_parallel_parts_are_reduced_once():

@@ -75,12 +75,14 @@ class _Numbered(Exchange):
         self.arrived: Tensor | None = None
         self.own: Received | None = None
 
-    def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
+    def dispatch(
+        self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False, runs_beside: bool = True
+    ) -> Launched:
         numbers = replace(tokens, lora_ids=self._token_ids)
-        launched = self._exchange.dispatch(numbers, padded_tokens, own_first=own_first)
+        launched = self._exchange.dispatch(numbers, padded_tokens, own_first=own_first, runs_beside=runs_beside)
         if tokens.lora_ids is not None:
             self.arrived = launched.wait().tokens.lora_ids
-            launched = self._exchange.dispatch(tokens, padded_tokens, own_first=own_first)
+            launched = self._exchange.dispatch(tokens, padded_tokens, own_first=own_first, runs_beside=runs_beside)
         self.own = launched.own
         return launched
 

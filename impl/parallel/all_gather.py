@@ -39,8 +39,11 @@ class AllGather(Exchange):
     def __init__(self, peers: Group | None, replicas: Group | None, wire: Wire) -> None:
         self._peers, self._replicas, self._wire = peers, replicas, wire
 
-    def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
-        """One collective."""
+    def dispatch(
+        self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False, runs_beside: bool = True
+    ) -> Launched:
+        """One collective, which is never in the way of what runs beside it."""
+        del runs_beside
         peers = self._peers
         if peers is None:
             return Launched(lambda: Received(tokens, _Ticket(tokens.num_tokens)))

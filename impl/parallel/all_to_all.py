@@ -72,17 +72,18 @@ class AllToAll(Exchange):
         peers: all ranks, in the order of the placement.
         homes: of the placement, on the device.
         wire: how tokens travel.
-        runs_beside: the caller enqueues work that is to run while rows travel.
     """
 
     name: ClassVar[str] = "all_to_all"
 
-    def __init__(self, peers: Group, homes: Homes, wire: Wire, *, runs_beside: bool = True) -> None:
-        self._peers, self._homes, self._wire, self._runs_beside = peers, homes, wire, runs_beside
+    def __init__(self, peers: Group, homes: Homes, wire: Wire) -> None:
+        self._peers, self._homes, self._wire = peers, homes, wire
         # Pinned memory of the host for numbers, which nobody uses now.
         self._pinned: list[torch.Tensor] = []
 
-    def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
+    def dispatch(
+        self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False, runs_beside: bool = True
+    ) -> Launched:
         """Two collectives: the numbers of rows, for which the host waits, and the rows, which are packed meanwhile.
 
         With `own_first` the host waits, and the rows leave, only once the rank's own tokens have been given to its
@@ -98,9 +99,9 @@ class AllToAll(Exchange):
                 "differ from call to call: use all_gather"
             )
         with replaying_unless_said():
-            return self._dispatch(tokens, own_first)
+            return self._dispatch(tokens, own_first, runs_beside)
 
-    def _dispatch(self, tokens: Tokens, own_first: bool) -> Launched:
+    def _dispatch(self, tokens: Tokens, own_first: bool, runs_beside: bool) -> Launched:
         peers, device, dtype = self._peers, tokens.topk_ids.device, tokens.hidden_states.dtype
         num_tokens, top_k = tokens.topk_ids.shape
         counts = torch.empty((2, peers.size), dtype=torch.int32, device=device)
@@ -128,7 +129,7 @@ class AllToAll(Exchange):
                     if not hold.landing.is_padding:
                         self._wire.pad(rows, 0, going)
                     hold.landing.is_padding = False
-                in_order = not (own_first or self._runs_beside)
+                in_order = not (own_first or runs_beside)
                 work = peers.all_to_all(rows[:num_rows], packed[: sum(sent)], received, sent, in_order=in_order)
                 if hold is None:
                     self._wire.pad(rows, num_rows, going)

@@ -68,13 +68,16 @@ class Exchange(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def dispatch(self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False) -> Launched:
+    def dispatch(
+        self, tokens: Tokens, padded_tokens: int, *, own_first: bool = False, runs_beside: bool = True
+    ) -> Launched:
         """Send the rank's tokens to where their experts are.
 
         Args:
             tokens: with physical ids.
             padded_tokens: rows that each rank has with its padding, the same on every rank and at least M.
             own_first: the rank's own tokens stay apart, so that its experts can work on them meanwhile.
+            runs_beside: the caller enqueues work that is to run while tokens travel.
         """
 
     @abstractmethod

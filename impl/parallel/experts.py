@@ -31,6 +31,8 @@ from .slabs import batched_partial
 from .travel import Homes
 from .wire import Tokens, Wire
 
+# Shared experts that are to run while tokens travel.
+_BESIDE = (SharedExpertsOrder.MK_INTERNAL_OVERLAPPED, SharedExpertsOrder.MULTI_STREAM_OVERLAPPED)
 _numbers = count()
 Select = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Shared = Callable[[torch.Tensor], torch.Tensor]
@@ -186,7 +188,7 @@ class ParallelExperts:
         wire = Wire(quant if self.activation_format is ActivationFormat.STANDARD else None)
         if self.exchange_name == AllToAll.name:
             peers = self.ranks.world if self.ranks.peers is None else self.ranks.peers
-            self._exchange = AllToAll(peers, homes, wire, runs_beside=self.overlap)
+            self._exchange = AllToAll(peers, homes, wire)
         else:
             self._exchange = AllGather(self.ranks.peers, self.ranks.replicas, wire)
 
@@ -260,7 +262,8 @@ class ParallelExperts:
             tokens = Tokens(hidden_states, topk_weights, topk_ids.to(torch.int32), lora_ids)
         # Asked before the host waits for numbers of rows, and the device then for the host.
         key = self._key(experts) if self.exchange_name == AllToAll.name else None
-        launched = exchange.dispatch(tokens, rows, own_first=self.own_first)
+        runs_beside = shared is not None and order in _BESIDE
+        launched = exchange.dispatch(tokens, rows, own_first=self.own_first, runs_beside=runs_beside)
         # Ranks whose adapters are cut in both matrices meet between them: once for each of the two products.
         with self._together(2 if adapters is not None and adapters.shards is not None else 0), launched:
             if shared is not None and order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and stream is not None:
