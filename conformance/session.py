@@ -27,6 +27,7 @@ from .profiles import examples_of, explore
 from .properties.hygiene import judge_form, poisoned_allocations
 from .properties.subject import ENDS, RETURNS, SURVIVES, WITHIN
 from .selection import SELECTION
+from .soak import COMPILED
 from .spec import Spec
 from .strategies import POOLS
 from .subject import Subject
@@ -234,10 +235,14 @@ class Session:
             return
         from triton import knobs
 
+        compiled: set[str] = set()
+
         def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
             del metadata_group
             self.ledger.kernels[f"{getattr(src, 'name', 'kernel')} {metadata['hash']}"] += 1
             if not cache_hit:
+                self.ledger.facts[COMPILED] += metadata["hash"] not in compiled
+                compiled.add(metadata["hash"])
                 self.ledger.facts["compile time of all workers, ms"] += round(times.total / 1000)
 
         knobs.compilation.listener = listen

@@ -21,7 +21,17 @@ from moegate import check, exit_codes
 from moegate.conformance.console import PlainConsole
 from moegate.conformance.profiles import explore
 from moegate.conformance.selection import SELECTION, Selection
-from moegate.conformance.soak import BATCH, FEWEST_BATCHES, GrowthError, Usage, growth, keep_failure, soak
+from moegate.conformance.soak import (
+    BATCH,
+    COMPILED,
+    FEWEST_BATCHES,
+    GrowthError,
+    Usage,
+    growth,
+    keep_failure,
+    soak,
+    without_compilers,
+)
 from moegate.conformance.spec import AlignSpec
 from moegate.impl import once
 from moegate.impl.once import log_once
@@ -111,6 +121,35 @@ def test_memory_that_leaks_a_batch_is_a_finding(clock: None) -> None:
     leaked = []
     with pytest.raises(GrowthError, match="memory from"):
         soak(lambda: leaked.append(b"x" * (40 << 20)), Selection(until=24.0, waiting=1), Counter())
+
+
+def test_what_a_compiler_sets_up_late_is_no_growth_and_the_same_without_one_is() -> None:
+    samples = usages([100 + 47 * (number > 13) for number in range(22)])
+    assert growth(without_compilers(samples, [7] * 22))
+    assert not growth(without_compilers(samples, [7 + (number > 13) for number in range(22)]))
+
+
+def test_a_leak_is_seen_between_batches_that_compile() -> None:
+    leak = usages(list(range(100, 400, 10)))
+    assert growth(without_compilers(leak, [number // 3 for number in range(30)]))
+
+
+def test_memory_that_a_batch_gives_back_while_it_compiles_counts() -> None:
+    samples = usages([100, 150, 60, 60])
+    kept = without_compilers(samples, [0, 1, 2, 2])
+    assert [each.memory >> 20 for each in kept] == [100, 100, 10, 10]
+
+
+def test_a_soak_knows_which_batches_compiled(clock: None) -> None:
+    gc.collect()
+    kept, facts = [], Counter()
+
+    def compiles_now_and_then() -> None:
+        if len(kept) == 15:
+            facts[COMPILED] += 1
+        kept.append(b"x" * ((47 << 20) if len(kept) == 15 else 0))
+
+    soak(compiles_now_and_then, Selection(until=24.0, waiting=1), facts)
 
 
 def test_what_is_logged_in_a_soak_is_kept_by_nobody(clock: None, caplog: pytest.LogCaptureFixture) -> None:
