@@ -16,17 +16,33 @@ from .moegate import MoegateSubject, launches_of
 
 
 def _launches(case: LayerCase) -> dict[str, tuple[dict[str, int], ...]]:
-    """Rows are streamed on naive blocks; sorted where tiles can be read: on 16 bytes, by a device that copies tiles."""
-    weights = (case.w13, case.w2)
-    starts = [w.data_ptr() for w in weights] + [2 * stride for w in weights for stride in w.stride()[:2]]
-    fits = all(start % 16 == 0 for start in starts) and all(w.shape[2] % 8 == 0 for w in weights)
-    if case.w13.is_cuda:
-        fits &= torch.version.hip is None and torch.cuda.get_device_capability(case.w13.device) >= (9, 0)
-    table = launches_of(case) | {"naive": ({"gate_up_rows_kernel": 1, "down_rows_kernel": 1},)}
-    if fits:
-        layer = {"align_place_kernel": 1, "gated_gemm_kernel": 1, "sorted_gemm_kernel": 1, "combine_kernel": 1}
+    """Plain rows are streamed on naive blocks; others are sorted where tiles can be read and blocks of fp8 fit them."""
+    table = launches_of(case)
+    gemms = {"gated_gemm_kernel": 1, "sorted_gemm_kernel": 1}
+    if case.stored is None:
+        table["naive"] = ({"gate_up_rows_kernel": 1, "down_rows_kernel": 1},)
+    else:
+        gemms = {"quantize_rows_kernel": 1, "scaled_gated_gemm_kernel": 1, "scaled_sorted_gemm_kernel": 1}
+    if _tiles_can_be_read(case) and (case.stored is None or _blocks_fit_tiles(case)):
+        layer = {"align_place_kernel": 1, **gemms, "combine_kernel": 1}
         table["aligned"] = (layer, {"align_count_kernel": 1, **layer})
     return table
+
+
+def _tiles_can_be_read(case: LayerCase) -> bool:
+    """Rows start on 16 bytes and hold groups of 8 columns, on a device that copies tiles."""
+    weights = (case.w13, case.w2)
+    starts = [w.data_ptr() for w in weights]
+    starts += [w.element_size() * stride for w in weights for stride in w.stride()[:2]]
+    if case.w13.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(case.w13.device) < (9, 0)):
+        return False
+    return all(start % 16 == 0 for start in starts) and all(w.shape[2] % 8 == 0 for w in weights)
+
+
+def _blocks_fit_tiles(case: LayerCase) -> bool:
+    """One block of scales is a tile's width and a step's, and gate rows come before up rows."""
+    rows, columns = (case.stored and case.stored.block_shape) or (0, 0)
+    return rows == columns and rows in (32, 64, 128) and case.activation.is_gated and not case.activation.interleaved
 
 
 class MoegateFormsSubject(MoegateSubject):
@@ -39,7 +55,9 @@ class MoegateFormsSubject(MoegateSubject):
         id_dtypes=("int32", "int64"),
         activations=tuple(ACTIVATIONS),
         biases=BIASES,
+        schemes=("none", "fp8_block"),
     )
+    numerics = MoegateSubject.numerics
     launches: ClassVar[dict[str, Launches]] = {"triton": _launches}
 
     def facets(self, variant: str) -> tuple[str, ...]:

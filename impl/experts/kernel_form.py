@@ -33,6 +33,8 @@ _COLUMNS = 8
 # From so many rows an expert, waves of the second GEMM's tiles and columns of its K on, sorted rows gained on an H200.
 _LEAST_ROWS, _LEAST_WAVES, _LEAST_COLUMNS = 128, 12, 512
 _SORTED_ROWS, _SORTED_COLUMNS = 128, 256
+# A step of the matrix instruction takes 32 bytes of a row, and a tile one block of scales.
+_SCALE_BLOCKS = (32, 64, 128)
 _HOPPER_SMS = 132  # of a Hopper that is only spoken of
 
 
@@ -41,7 +43,7 @@ class KernelForm(StrEnum):
 
     GENERAL = "general"  # align, GEMM, activation, GEMM, sum
     STREAMED = "streamed"  # two matrix-vector kernels, for naive blocks
-    SORTED = "sorted"  # align, GEMM with the activation, GEMM on rows in the alignment's order, sum
+    SORTED = "sorted"  # align, GEMM with the activation (fp8: quantised), GEMM on rows in the alignment's order, sum
 
 
 class FormChoice(StrEnum):
@@ -66,6 +68,8 @@ class FormQuestion:
         is_gated: of the activation.
         dtype: of activations and weights.
         scheme: the weights' quantisation.
+        scale_block: b where weights and activations are fp8 with a scale for b x b and for b; 0 elsewhere.
+        is_interleaved: rows of gate and up alternate.
         is_naive: pairs are blocks of their own (`align.uses_naive_block_assignment`).
         has_adapters: some token may have LoRA adapters.
         on_copy_grid: weights and rows lie as the copy engine wants them (`lies_on_copy_grid`).
@@ -85,6 +89,8 @@ class FormQuestion:
     has_adapters: bool
     on_copy_grid: bool
     platform: Platform
+    scale_block: int = 0
+    is_interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,13 @@ def kernel_form(question: FormQuestion, choice: FormChoice) -> FormDecision:
 
 def _unfit(question: FormQuestion, form: KernelForm) -> str | None:
     """Why the kernels of `form` cannot take the layer; None where they can."""
-    if question.scheme is not QuantScheme.NONE:
+    if question.scheme is not QuantScheme.NONE and (form is KernelForm.STREAMED or not question.scale_block):
         return f"weights are {question.scheme}"
+    if question.scale_block:
+        if question.scale_block not in _SCALE_BLOCKS:
+            return f"blocks of scales are {question.scale_block} wide, not {' or '.join(map(str, _SCALE_BLOCKS))}"
+        if not question.is_gated or question.is_interleaved:
+            return "fp8 needs an activation with a gate, and all gate rows before the up rows"
     if question.dtype.itemsize != 2:
         return f"dtype is {str(question.dtype).removeprefix('torch.')}"
     if question.has_adapters:
@@ -154,6 +165,8 @@ def _unmeasured(question: FormQuestion, form: KernelForm) -> str | None:
     """Why the layer is not one of those that `form` was measured to make faster; None where it is."""
     if not question.platform.is_hopper:
         return f"never measured on {question.platform}"
+    if question.scheme is not QuantScheme.NONE:
+        return f"never measured with {question.scheme}"
     if form is KernelForm.STREAMED:
         return "in whole layers they took longer than the general kernels"
     if not question.is_gated:

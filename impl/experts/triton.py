@@ -26,7 +26,7 @@ from .stages import (
     w2_operands,
     w13_operands,
 )
-from .triton_forms import form_of_call, run_sorted, run_streamed, sorted_tiles
+from .triton_forms import form_of_call, run_scaled, run_sorted, run_streamed, scaled_tiles, sorted_tiles
 
 
 def unfit_for_triton(platform: Platform) -> str | None:
@@ -70,6 +70,9 @@ class TritonExperts(StandardExperts):
         if decision.form is KernelForm.STREAMED:
             _assign(call, 1)  # in blocks of their own: nothing is launched
             run_streamed(out, call, platform)
+        elif decision.form is KernelForm.SORTED and call.weights.quant is not None:
+            scaled = scaled_tiles(platform)
+            run_scaled(out, call, _assign(call, scaled[0].block_size_m), scaled, platform)
         elif decision.form is KernelForm.SORTED:
             tiles = sorted_tiles(call.topk_ids.numel(), call.global_num_experts, call.weights.hidden_size, platform)
             run_sorted(out, call, _assign(call, tiles[0].block_size_m), tiles, platform)

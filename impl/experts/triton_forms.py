@@ -8,12 +8,15 @@ import torch
 
 from .. import path
 from ..align import ExpertAssignment, uses_naive_block_assignment
+from ..config import QuantScheme
+from ..kernels.block_scaled_gemm import ScaledTile, scaled_gated_gemm, scaled_sorted_gemm
 from ..kernels.combine import combine
 from ..kernels.gated_gemm import SortedTile, gated_gemm
-from ..kernels.sizes import next_power_of_2
+from ..kernels.sizes import cdiv, next_power_of_2
 from ..kernels.sorted_gemm import sorted_gemm
 from ..kernels.stream_rows import StreamTile, down_rows, gate_up_rows
 from ..platform import Platform, Vendor
+from ..quantization import ActivationScale, ExpertsQuantization
 from ..tuning.kernel_config import override_in_force
 from .base import ExpertsCall
 from .kernel_form import (
@@ -26,6 +29,7 @@ from .kernel_form import (
     kernel_form,
     lies_on_copy_grid,
 )
+from .stages import quantize_input
 
 # Whoever tunes or tests tiles of the general kernels means these to run.
 _TILES_ARE_NAMED = FormDecision(KernelForm.GENERAL, "tiles of the general kernels are in force")
@@ -48,6 +52,7 @@ def form_of_call(call: ExpertsCall, dtype: torch.dtype, platform: Platform) -> F
         return _TILES_ARE_NAMED
     weights = call.weights
     num_tokens, top_k = call.topk_ids.shape
+    quant = weights.quant
     question = FormQuestion(
         num_pairs=num_tokens * top_k,
         top_k=top_k,
@@ -69,8 +74,17 @@ def form_of_call(call: ExpertsCall, dtype: torch.dtype, platform: Platform) -> F
         has_adapters=call.lora is not None,
         on_copy_grid=lies_on_copy_grid(weights.w13, weights.w2),
         platform=platform,
+        scale_block=0 if quant is None else _scale_block(quant),
+        is_interleaved=call.activation.interleaved,
     )
     return kernel_form(question, choice)
+
+
+def _scale_block(quant: ExpertsQuantization) -> int:
+    """b where weights and activations are fp8 with a scale for b x b and for b, 0 elsewhere."""
+    rows, columns = quant.block_shape or (0, 0)
+    is_grouped = quant.scheme is QuantScheme.FP8_W8A8 and quant.activation_scale is ActivationScale.GROUP
+    return rows if is_grouped and rows == columns else 0
 
 
 def streamed_tiles(top_k: int, platform: Platform) -> tuple[StreamTile, StreamTile]:
@@ -98,6 +112,13 @@ def sorted_tiles(
         SortedTile(128, 128, 64, num_stages=4, half=half),
         SortedTile(128, columns, 64, num_stages=4 if half else 3, half=half),
     )
+
+
+def scaled_tiles(platform: Platform) -> tuple[ScaledTile, ScaledTile]:
+    """The tiles of both GEMMs on sorted rows in fp8 with scales of blocks; they share the slots of a block."""
+    if platform.vendor is Vendor.CPU:
+        return ScaledTile(32), ScaledTile(32, parts=2, group_size_m=2)
+    return ScaledTile(128), ScaledTile(128)
 
 
 def run_streamed(out: torch.Tensor, call: ExpertsCall, platform: Platform) -> None:
@@ -171,9 +192,7 @@ def run_sorted(
         "expert_ids": expert_ids,
         "used_slots": used_slots,
     }
-    if path.is_recording():
-        for name, tile in zip(("config", "config_w2"), tiles, strict=True):
-            path.note(name, asdict(tile) | {"source": "sorted rows"})
+    _note_tiles(tiles, {})
     num_pairs = call.topk_ids.numel()
     hidden = torch.empty((slots.shape[0], weights.intermediate_size), dtype=out.dtype, device=out.device)
     expert_output = torch.empty((num_pairs, weights.hidden_size), dtype=out.dtype, device=out.device)
@@ -206,3 +225,83 @@ def run_sorted(
         weights.num_local_experts,
         platform,
     )
+
+
+def run_scaled(
+    out: torch.Tensor,
+    call: ExpertsCall,
+    assignment: ExpertAssignment,
+    tiles: tuple[ScaledTile, ScaledTile],
+    platform: Platform,
+) -> None:
+    """Quantise, two GEMMs on rows in the alignment's order and the sum write a layer of fp8 blocks into `out [M, H]`.
+
+    Rounding points are those of the general kernels.
+
+    Args:
+        out: as `StandardExperts.apply` has it.
+        call: likewise.
+        assignment: aligned to the tiles' `block_size_m`.
+        tiles: of the two GEMMs.
+        platform: where it runs.
+    """
+    weights, quant = call.weights, call.weights.quant
+    slots, expert_ids = assignment.sorted_token_ids, assignment.expert_ids
+    if slots is None or expert_ids is None or quant is None or quant.block_shape is None:
+        raise AssertionError("sorted rows of fp8 blocks without an alignment or without blocks")
+    _note_tiles(tiles, dict(zip(("block_size_n", "block_size_k"), quant.block_shape, strict=True)))
+    path.note("promoted_every", quant.block_shape[1])
+    x, x_scale = quantize_input(call.hidden_states, weights, scale=call.input_scale)
+    if x_scale is None:
+        raise AssertionError("sorted rows of fp8 blocks without scales")
+    routing = {
+        "topk_weights": call.topk_weights,
+        "slots": slots,
+        "expert_ids": expert_ids,
+        "block_shape": quant.block_shape,
+    }
+    num_slots, size = slots.shape[0], weights.intermediate_size
+    hidden = torch.empty((num_slots, size), dtype=x.dtype, device=out.device)
+    hidden_scale = torch.empty((num_slots, cdiv(size, quant.block_shape[1])), dtype=torch.float32, device=out.device)
+    expert_output = torch.empty((call.topk_ids.numel(), weights.hidden_size), dtype=out.dtype, device=out.device)
+    scaled_gated_gemm(
+        hidden,
+        hidden_scale,
+        x,
+        x_scale,
+        weights.w13,
+        quant.w13_scale,
+        weights.w13_bias,
+        call.activation,
+        storage=out.dtype,
+        mul_weight=call.apply_router_weight_on_input,
+        tile=tiles[0],
+        **routing,
+    )
+    scaled_sorted_gemm(
+        expert_output,
+        hidden,
+        hidden_scale,
+        weights.w2,
+        quant.w2_scale,
+        weights.w2_bias,
+        mul_weight=not call.apply_router_weight_on_input,
+        tile=tiles[1],
+        **routing,
+    )
+    combine(
+        out,
+        expert_output,
+        call.topk_ids,
+        call.expert_map,
+        call.global_num_experts,
+        weights.num_local_experts,
+        platform,
+    )
+
+
+def _note_tiles(tiles: tuple[SortedTile, SortedTile] | tuple[ScaledTile, ScaledTile], beside: dict[str, int]) -> None:
+    """Record the tiles of both GEMMs; nothing is built where nobody listens."""
+    if path.is_recording():
+        for name, tile in zip(("config", "config_w2"), tiles, strict=True):
+            path.note(name, asdict(tile) | beside | {"source": "sorted rows"})
