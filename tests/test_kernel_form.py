@@ -27,6 +27,7 @@ from moegate.impl.experts.triton_forms import form_of_call
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.path import record_path
 from moegate.impl.platform import Platform, Vendor
+from moegate.impl.quantization import ExpertsQuantization
 from moegate.impl.tuning.kernel_config import KernelConfig, use_kernel_configs
 from moegate.impl.weights import ExpertsWeights
 
@@ -38,6 +39,17 @@ PREFILL = FormQuestion(
     8192 * 8, 8, 128, 128, 2048, 768, True, torch.bfloat16, QuantScheme.NONE, False, False, True, H200
 )
 DECODE = replace(PREFILL, num_pairs=8, is_naive=True)
+# MiniMax-M2.5 on one of 4 ranks at M = 1,024: 32 rows an expert.
+SCALED = replace(
+    PREFILL,
+    num_pairs=1024 * 8,
+    num_experts=256,
+    num_local_experts=64,
+    hidden_size=3072,
+    intermediate_size=1536,
+    scheme=QuantScheme.FP8_W8A8,
+    scale_block=128,
+)
 
 
 def decide(question, choice=FormChoice.MEASURED, **changes):
@@ -79,6 +91,14 @@ def test_rows_are_sorted_where_that_was_measured_to_be_faster(tokens, top_k, exp
     [
         (DECODE, {"scheme": QuantScheme.FP8_W8A8}, "not streamed: weights are fp8_w8a8"),
         (PREFILL, {"dtype": torch.float32}, "not sorted: dtype is float32"),
+        (PREFILL, {"scheme": QuantScheme.FP8_W8A8}, "not sorted: weights are fp8_w8a8"),
+        (PREFILL, {"scheme": QuantScheme.INT4_W4A16}, "not sorted: weights are int4_w4a16"),
+        (SCALED, {"has_adapters": True}, "not sorted: tokens may have adapters"),
+        (SCALED, {"on_copy_grid": False}, "not sorted: rows of weights do not start on 16 bytes"),
+        (SCALED, {"is_interleaved": True}, "not sorted: fp8 needs an activation with a gate, and all gate rows before"),
+        (SCALED, {"is_gated": False}, "not sorted: fp8 needs an activation with a gate, and all gate rows before"),
+        (SCALED, {"scale_block": 48}, "not sorted: blocks of scales are 48 wide, not 32 or 64 or 128"),
+        (SCALED, {"is_naive": True}, "not streamed: weights are fp8_w8a8"),
         (PREFILL, {"has_adapters": True}, "not sorted: tokens may have adapters"),
         (PREFILL, {"on_copy_grid": False}, "not sorted: rows of weights do not start on 16 bytes"),
         (DECODE, {"top_k": 33}, "not streamed: top_k is 33, over 32"),
@@ -104,6 +124,16 @@ def test_what_was_never_measured_is_taken_everywhere_alone():
     assert decide(PREFILL, num_experts=2048).why == "not sorted: 32 rows an expert, under 128", (
         "a rank has its share of the pairs"
     )
+
+
+def test_fp8_blocks_are_sorted_where_that_was_measured_to_be_faster():
+    assert decide(SCALED).form is KernelForm.SORTED
+    assert decide(SCALED, num_pairs=992 * 8).why == "not sorted: 31 rows an expert, under 32"
+    assert decide(SCALED, intermediate_size=192).why == "not sorted: I is 192, under 256"
+    assert decide(SCALED, hidden_size=1024).why == "not sorted: 5.8 waves of tiles, under 12"
+    narrow = decide(SCALED, scale_block=64)
+    assert narrow.why == "not sorted: blocks of scales are 64 wide: measured with 128 alone"
+    assert decide(SCALED, FormChoice.EVERYWHERE, scale_block=64).form is KernelForm.SORTED
 
 
 def test_where_tiles_are_named_the_kernels_run_whose_tiles_they_are():
@@ -230,6 +260,47 @@ def test_sorted_rows_have_the_bits_of_the_general_kernels(sizes, activation, int
     expected, _ = in_form("general", **arguments)
     found, record = in_form("everywhere", **arguments)
     assert record.last("kernel_form")["form"] == "sorted"
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="numpy's sums hang on the tile, a tensor core's do not")
+@pytest.mark.parametrize(
+    ("activation", "has_bias"),
+    [("silu", False), ("silu", True), ("gelu", False), ("gelu_tanh", True), ("swigluoai", True)],
+)
+@pytest.mark.parametrize("sizes", [(1024, 4, 2, 512, 512), (777, 8, 4, 1040, 528), (2048, 4, 1, 2048, 768)])
+def test_sorted_rows_of_fp8_blocks_have_the_bits_of_the_general_kernels(sizes, activation, has_bias):
+    num_tokens, num_experts, top_k, hidden_size, columns = sizes
+    torch.manual_seed(3)
+    groups, steps = -(-columns // 128), -(-hidden_size // 128)
+
+    def fp8(*shape):
+        return torch.randn(shape, device=DEVICE).to(torch.float8_e4m3fn)
+
+    def scales(*shape, std):
+        return torch.rand(shape, device=DEVICE).add(0.5).mul(std)
+
+    quant = ExpertsQuantization(
+        QuantScheme.FP8_W8A8,
+        scales(num_experts, 2 * groups, steps, std=hidden_size**-0.5),
+        scales(num_experts, steps, groups, std=columns**-0.5),
+        block_shape=(128, 128),
+    )
+    arguments = {
+        "hidden_states": torch.randn(num_tokens, hidden_size, device=DEVICE).bfloat16(),
+        "w13": fp8(num_experts, 2 * columns, hidden_size),
+        "w2": fp8(num_experts, hidden_size, columns),
+        "w13_bias": torch.randn(num_experts, 2 * columns, device=DEVICE).bfloat16() if has_bias else None,
+        "w2_bias": torch.randn(num_experts, hidden_size, device=DEVICE).bfloat16() if has_bias else None,
+        "quant": quant,
+        "topk_weights": torch.rand(num_tokens, top_k, device=DEVICE),
+        "topk_ids": torch.rand(num_tokens, num_experts, device=DEVICE).argsort(dim=1)[:, :top_k].int().contiguous(),
+        "activation": activation,
+        "backend": "triton",
+    }
+    expected, _ = in_form("general", **arguments)
+    found, record = in_form("everywhere", **arguments)
+    assert record.launches["scaled_sorted_gemm_kernel"] == 1
     assert torch.equal(found, expected)
 
 

@@ -35,7 +35,9 @@ def current(*, compiled: int = _COMPILED) -> Described:
     model = MODELS[LORA_MODEL]
     workloads = [Workload(model, count, lora=LORA) for count in _TOKENS]
     workloads += [Workload(each, count) for each in MODELS.values() for count in _TOKENS]
-    workloads += [Workload(model, count, dtype=dtype) for dtype in ("fp8-block", "int4-g128") for count in (1, 64)]
+    workloads += [
+        Workload(model, count, dtype=dtype) for dtype in ("fp8-block", "int4-g128") for count in (1, 64, 4096)
+    ]
     said = describe(workloads, compiled=0 if INTERPRETED else compiled, platforms=PLATFORMS)
     paths = {name: {fact: path[fact] for fact in _GUARDED if fact in path} for name, path in said["paths"].items()}
     return Described(paths=paths, kernels=said["kernels"])

@@ -30,9 +30,20 @@ MOST_STREAMED_CHOICES = 32
 # The copy engine takes rows that start on 16 bytes; the activation's epilogue takes gate and up rows in groups of 8.
 _COPY_BYTES = 16
 _COLUMNS = 8
-# From so many rows an expert, waves of the second GEMM's tiles and columns of its K on, sorted rows gained on an H200.
-_LEAST_ROWS, _LEAST_WAVES, _LEAST_COLUMNS = 128, 12, 512
-_SORTED_ROWS, _SORTED_COLUMNS = 128, 256
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """From where on sorted rows gained on an H200: rows an expert, waves of the second GEMM's tiles, columns of K."""
+
+    rows: int
+    waves: int
+    columns: int
+    tile: tuple[int, int]
+
+
+_PLAIN_GAIN = _Gain(rows=128, waves=12, columns=512, tile=(128, 256))
+_SCALED_GAIN = _Gain(rows=32, waves=12, columns=256, tile=(64, 128))
 # A step of the matrix instruction takes 32 bytes of a row, and a tile one block of scales.
 _SCALE_BLOCKS = (32, 64, 128)
 _HOPPER_SMS = 132  # of a Hopper that is only spoken of
@@ -165,21 +176,22 @@ def _unmeasured(question: FormQuestion, form: KernelForm) -> str | None:
     """Why the layer is not one of those that `form` was measured to make faster; None where it is."""
     if not question.platform.is_hopper:
         return f"never measured on {question.platform}"
-    if question.scheme is not QuantScheme.NONE:
-        return f"never measured with {question.scheme}"
     if form is KernelForm.STREAMED:
         return "in whole layers they took longer than the general kernels"
     if not question.is_gated:
         return "an activation without a gate took longer"
-    if question.intermediate_size < _LEAST_COLUMNS:
-        return f"I is {question.intermediate_size}, under {_LEAST_COLUMNS}"
+    gain = _SCALED_GAIN if question.scale_block else _PLAIN_GAIN
+    if question.scale_block not in (0, 128):
+        return f"blocks of scales are {question.scale_block} wide: measured with 128 alone"
+    if question.intermediate_size < gain.columns:
+        return f"I is {question.intermediate_size}, under {gain.columns}"
     pairs = question.num_pairs * question.num_local_experts // question.num_experts
     rows = pairs // question.num_local_experts
-    if rows < _LEAST_ROWS:
-        return f"{rows} rows an expert, under {_LEAST_ROWS}"
-    blocks = max_num_blocks(pairs, question.num_local_experts, _SORTED_ROWS)
-    waves = blocks * cdiv(question.hidden_size, _SORTED_COLUMNS) / (question.platform.num_sms or _HOPPER_SMS)
-    return f"{waves:.1f} waves of tiles, under {_LEAST_WAVES}" if waves < _LEAST_WAVES else None
+    if rows < gain.rows:
+        return f"{rows} rows an expert, under {gain.rows}"
+    blocks = max_num_blocks(pairs, question.num_local_experts, gain.tile[0])
+    waves = blocks * cdiv(question.hidden_size, gain.tile[1]) / (question.platform.num_sms or _HOPPER_SMS)
+    return f"{waves:.1f} waves of tiles, under {gain.waves}" if waves < gain.waves else None
 
 
 def form_choice(environment: Mapping[str, str]) -> FormChoice:
