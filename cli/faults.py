@@ -131,6 +131,8 @@ def faults(
                 limit_s=LONG_LIMIT_S if matrix or mutate else LIMIT_S,
             )
             jobs.append(Job(fault, orders))
+    # A search takes longer than a witness: begun last, it would keep one process busy and leave the others idle.
+    jobs.sort(key=lambda job: job.orders.witness is not None)
     was_interrupted = False
     try:
         _hunt(jobs, workers or min(os.cpu_count() or 1, 16), done, journal, console)
