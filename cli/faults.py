@@ -131,6 +131,8 @@ def faults(
                 limit_s=LONG_LIMIT_S if matrix or mutate else LIMIT_S,
             )
             jobs.append(Job(fault, orders))
+    # A search takes longer than a witness: begun last, it would keep one process busy and leave the others idle.
+    jobs.sort(key=lambda job: job.orders.witness is not None)
     was_interrupted = False
     try:
         _hunt(jobs, workers or min(os.cpu_count() or 1, 16), done, journal, console)
@@ -202,14 +204,12 @@ def _hunt(jobs: list[Job], workers: int, done: dict[str, Outcome], journal: Jour
     by_id = {job.fault.id: job.fault for job in jobs}
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("faults", total=len(done) + len(jobs), completed=len(done))
-        for subject in sorted({job.fault.subject for job in jobs}):
-            mine = [job for job in jobs if job.fault.subject == subject]
-            for outcome in outcomes_of(mine, workers):
-                done[outcome.id] = outcome
-                journal.add(by_id[outcome.id], outcome)
-                progress.update(task, advance=1)
-                if not outcome.expected:
-                    progress.console.print(_line(outcome), markup=False, highlight=False)
+        for outcome in outcomes_of(jobs, workers):
+            done[outcome.id] = outcome
+            journal.add(by_id[outcome.id], outcome)
+            progress.update(task, advance=1)
+            if not outcome.expected:
+                progress.console.print(_line(outcome), markup=False, highlight=False)
 
 
 def _line(outcome: Outcome) -> str:

@@ -31,9 +31,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -710,14 +710,24 @@ def kernel_namespace() -> None:
     """
 
     def compile_and_exec(self: Any, transformed_ast: ast.AST) -> Any:
-        namespace = dict(self.kwargs)
-        names = self.fn.__globals__
-        names["interpreter_semantic"] = upstream.interpreter_semantic
-        names.update({f"_moegate{function.__name__}": function for function in _LOGIC})
-        exec(compile(transformed_ast, filename=self.filename, mode="exec"), names, namespace)
-        return namespace[self.fn.__name__]
+        return define(self.fn, compile(transformed_ast, filename=self.filename, mode="exec"), self.kwargs)
 
     upstream.FunctionRewriter._compile_and_exec = compile_and_exec
+
+
+def define(function: Any, code: CodeType, settings: Mapping[str, Any]) -> Any:
+    """A kernel as it runs here.
+
+    Args:
+        function: as it was written.
+        code: of the module that defines it, rewritten.
+        settings: of its rewriter.
+    """
+    namespace, names = dict(settings), function.__globals__
+    names["interpreter_semantic"] = upstream.interpreter_semantic
+    names.update({f"_moegate{own.__name__}": own for own in _LOGIC})
+    exec(code, names, namespace)
+    return namespace[function.__name__]
 
 
 @_repair

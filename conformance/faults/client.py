@@ -21,7 +21,7 @@ def outcomes_of(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
     """Hunt faults in children of a server, which is started in the Triton mode of the jobs' device.
 
     Args:
-        jobs: of one subject and one device.
+        jobs: of one device.
         processes: children at a time.
 
     Raises:
@@ -33,7 +33,7 @@ def outcomes_of(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
     environment = dict(os.environ, TRITON_INTERPRET="1" if device == "cpu" else "0", OMP_NUM_THREADS="1")
     settings = {
         "packages": sorted({job.fault.package for job in jobs}),
-        "subject": jobs[0].fault.subject,
+        "subjects": sorted({job.fault.subject for job in jobs}),
         "device": device,
         "processes": processes,
     }

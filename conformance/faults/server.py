@@ -7,20 +7,22 @@ fault planted; one that dies on a signal, or is heard of no more, is seen by its
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
-import pickle
 import selectors
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from .hunt import hunt, silence
 from .job import Job, Outcome, Witness, job_of_line
 from .planting import compile_package
+
+# Modules that import what is judged, so that every child loads them itself.
+SUBJECTS = "moegate.conformance.subjects"
 
 
 @dataclass
@@ -145,50 +147,43 @@ def run_jobs(jobs: Iterable[Job], processes: int) -> Iterator[Outcome]:
             os.waitpid(child.pid, 0)
 
 
-def prepare(subject: str, device: str) -> None:
-    """Import what judges, and compute once what every child would compute: what follows from capabilities alone.
+def prepare(subjects: Iterable[str], packages: Iterable[str], device: str) -> None:
+    """Import what judges, and do once what every child would do: what no fault has a part in.
 
-    A child that dies right after says what the subject declares, since this process must not load it.
+    Args:
+        subjects: by name, of all jobs to come.
+        packages: whose sources are judged.
+        device: torch device type.
     """
     import torch
 
     from ..coverage import rows
     from ..properties.hygiene import poisoned_allocations
+    from ..strategies import pinned_routings
+    from . import rewriting
     from .questions import oracle_questions, order_questions
+    from .rehearsal import rehearse
     from .units import preload
 
     preload()
     torch.set_num_threads(1)
     with poisoned_allocations():  # its first use imports half of torch's compiler
         pass
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    interprets = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if interprets:
         from .. import interpreter
 
         interpreter.install()
+        rewriting.install()
+        importlib.import_module("triton.experimental.gluon")  # as Triton does when it first looks at an argument
     oracle_questions()
     order_questions()
-    declared = _capabilities(subject)
-    if declared is not None:
+    for package in (SUBJECTS, *packages):
+        compile_package(package)
+    for declared in set(rehearse(subjects, packages, interprets=interprets)):
         for batched in (False, True):
             rows(device, declared, batched=batched)
-
-
-def _capabilities(subject: str) -> Any:
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            from ..loading import load_subject
-
-            silence()
-            os.write(writing, pickle.dumps(load_subject(subject).capabilities))
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as stream:
-        data = stream.read()
-    os.waitpid(pid, 0)
-    return pickle.loads(data) if data else None
+        pinned_routings(device, declared)
 
 
 def main() -> None:
@@ -196,9 +191,7 @@ def main() -> None:
     import torch
 
     settings = json.loads(sys.stdin.readline())
-    prepare(settings["subject"], settings["device"])
-    for package in settings["packages"]:
-        compile_package(package)
+    prepare(settings["subjects"], settings["packages"], settings["device"])
     # Children look for garbage among their own objects alone, and copy no page of these.
     gc.collect()
     gc.freeze()

@@ -1,10 +1,13 @@
-"""moegate's own implementation under its own suite. In `conformance`, `impl` is known to the `moegate*` files alone."""
+"""moegate's own implementation under its own suite. In `conformance`, `impl` is known to the `moegate*` files alone.
+
+What a facet alone has a use for is imported when it is asked for: most runs, a hunt for a fault above all, ask for one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -28,11 +31,12 @@ from ..properties.public import PublicCall
 from ..shared_cases import SharedCase
 from ..spec import ACTIVATIONS, BIASES, SCHEMES, Scheme
 from ..subject import ROUTING_METHODS, Capabilities, Subject
-from .moegate_configs import MoegateConfigs
-from .moegate_lora import MoegateLoraLayer
-from .moegate_oracle import MoegateOracle
-from .moegate_parallel import run_rank
-from .moegate_shared import Hold, MoegateSharedOrder, run_shared, shared_layer
+
+if TYPE_CHECKING:
+    from .moegate_configs import MoegateConfigs
+    from .moegate_lora import MoegateLoraLayer
+    from .moegate_oracle import MoegateOracle
+    from .moegate_shared import Hold, MoegateSharedOrder
 
 _QUANT_SCHEMES = {
     ("fp8", True): QuantScheme.FP8_W8A8,
@@ -190,20 +194,28 @@ class MoegateSubject(Subject):
 
     def shared(self, case: SharedCase, variant: str, *, overlapped: bool, hold: Hold | None) -> Tensor:
         """`MoELayer` with the routing that is given."""
+        from .moegate_shared import run_shared, shared_layer
+
         layer = shared_layer(case, variant, hold, _layer_arguments)
         return run_shared(layer, case.hidden_states, overlapped=overlapped)
 
     def capture(self, case: SharedCase, variant: str) -> Callable[[], Tensor]:
         """`MoELayer`, on two streams on a GPU."""
+        from .moegate_shared import run_shared, shared_layer
+
         layer = shared_layer(case, variant, None, _layer_arguments)
         return lambda: run_shared(layer, case.hidden_states, overlapped=case.hidden_states.is_cuda)
 
     def lora(self, case: LoraCase, num_slots: int, variant: str) -> MoegateLoraLayer:
         """`fused_experts` or `batched_experts` with an `AdapterTable`."""
+        from .moegate_lora import MoegateLoraLayer
+
         return MoegateLoraLayer(case, variant, num_slots, _layer_arguments)
 
     def parallel(self, case: ParallelCase, links: Any, variant: str, *, fails: tuple[int, str] | None) -> RankResult:
         """`MoELayer` with `ParallelExperts`, and the routing that is given."""
+        from .moegate_parallel import run_rank
+
         return run_rank(case, links, variant, _layer_arguments, fails)
 
     def trace(self) -> AbstractContextManager[PathRecord]:
@@ -212,19 +224,24 @@ class MoegateSubject(Subject):
 
     def oracle(self) -> MoegateOracle:
         """`select_backend`, asked in the suite's words."""
+        from .moegate_oracle import MoegateOracle
+
         return MoegateOracle()
 
     def configs(self) -> MoegateConfigs:
         """`find_kernel_configs`, asked in the suite's words."""
+        from .moegate_configs import MoegateConfigs
+
         return MoegateConfigs()
 
     def shared_order(self) -> MoegateSharedOrder:
         """`shared_experts_order`, asked in the suite's words."""
+        from .moegate_shared import MoegateSharedOrder
+
         return MoegateSharedOrder()
 
     def public(self) -> Sequence[PublicCall]:
         """All that `moegate.impl` has; its other names stand in `tests/test_bad_input.py`, each with a reason."""
-        # Loaded when it is asked for: it imports what the other facets have no use for.
         from .moegate_public_adapters import ADAPTER_CALLS
         from .moegate_public_answers import ANSWER_CALLS
         from .moegate_public_files import FILE_CALLS

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...impl.fused_moe import fused_experts
 from ...impl.path import record_path
@@ -20,11 +21,28 @@ from .moegate import MoegateSubject, experts_arguments, routing_arguments
 _ROW_PADDING = 16
 # Arguments whose rows may be further apart.
 _STRIDED = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids", "router_logits")
+# In every byte: a large positive number in each format, where a poisoned allocation is NaN or, as an integer, negative.
+_LEFT_OVER = 0x7F
 # What else could stand in an argument's place.
 _OTHER_VALUES = {
     "activation": {"silu": "gelu", "gelu": "silu", "silu_no_mul": "gelu_no_mul", "gelu_no_mul": "silu_no_mul"},
     "renormalize": {False: True, True: False},
 }
+
+
+class _UsedMemory(TorchDispatchMode):
+    """What a replay takes without a value has held other values before, where it is not poisoned.
+
+    A recorded call may count on zeros that it asked for, and fresh memory is often zero.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it as it stands; fill what it took."""
+        del types
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.empty and not torch.are_deterministic_algorithms_enabled():
+            result.untyped_storage().fill_(_LEFT_OVER)
+        return result
 
 
 def elsewhere(tensor: Tensor, strides: Sequence[int] | None = None, alignment: int | None = None) -> Tensor:
@@ -91,7 +109,8 @@ def _replayed(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
             if states is not None and states.is_cuda and arguments.get("quant") is None:
                 # Last, as the plan before it is of tensors that loads of 16 bytes may read: here they would trap.
                 function(**arguments | {"hidden_states": elsewhere(states, alignment=states.element_size())})
-        return function(**arguments)
+        with _UsedMemory():
+            return function(**arguments)
 
 
 class MoegateReplayedSubject(MoegateSubject):
