@@ -38,6 +38,7 @@ SHIPPED = {
     "moegate": "moegate:MoegateSubject",
     "moegate:flashinfer_cutlass": "moegate_flashinfer:MoegateFlashinferSubject",
     "moegate:kernel_forms": "moegate_forms:MoegateFormsSubject",
+    "moegate:scaled_forms": "moegate_forms:MoegateScaledFormsSubject",
     "moegate:replayed": "moegate_replayed:MoegateReplayedSubject",
     "torch": "eager:EagerSubject",
     "transformers": "transformers_blocks:TransformersSubject",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -15,18 +16,29 @@ from ..subject import Capabilities
 from .moegate import MoegateSubject, launches_of
 
 
-def _launches(case: LayerCase) -> dict[str, tuple[dict[str, int], ...]]:
-    """Plain rows are streamed on naive blocks; others are sorted where tiles can be read and blocks of fp8 fit them."""
-    table = launches_of(case)
-    gemms = {"gated_gemm_kernel": 1, "sorted_gemm_kernel": 1}
-    if case.stored is None:
-        table["naive"] = ({"gate_up_rows_kernel": 1, "down_rows_kernel": 1},)
-    else:
-        gemms = {"quantize_rows_kernel": 1, "scaled_gated_gemm_kernel": 1, "scaled_sorted_gemm_kernel": 1}
-    if _tiles_can_be_read(case) and (case.stored is None or _blocks_fit_tiles(case)):
-        layer = {"align_place_kernel": 1, **gemms, "combine_kernel": 1}
-        table["aligned"] = (layer, {"align_count_kernel": 1, **layer})
+def _plain_launches(case: LayerCase) -> dict[str, tuple[dict[str, int], ...]]:
+    """Rows are streamed on naive blocks; sorted where tiles can be read."""
+    table = launches_of(case) | {"naive": ({"gate_up_rows_kernel": 1, "down_rows_kernel": 1},)}
+    if _tiles_can_be_read(case):
+        table["aligned"] = _sorted(gated_gemm_kernel=1, sorted_gemm_kernel=1)
     return table
+
+
+def _scaled_launches(case: LayerCase) -> dict[str, tuple[dict[str, int], ...]]:
+    """Rows are sorted where tiles can be read, one block of scales is a tile's width, and gate rows come first."""
+    if case.stored is None:  # what is pinned of a property may be plain
+        return _plain_launches(case)
+    table = launches_of(case)
+    rows, columns = case.stored.block_shape or (0, 0)
+    fits = rows == columns and rows in (32, 64, 128) and case.activation.is_gated and not case.activation.interleaved
+    if fits and _tiles_can_be_read(case):
+        table["aligned"] = _sorted(quantize_rows_kernel=1, scaled_gated_gemm_kernel=1, scaled_sorted_gemm_kernel=1)
+    return table
+
+
+def _sorted(**gemms: int) -> tuple[dict[str, int], ...]:
+    layer = {"align_place_kernel": 1, **gemms, "combine_kernel": 1}
+    return layer, {"align_count_kernel": 1, **layer}
 
 
 def _tiles_can_be_read(case: LayerCase) -> bool:
@@ -39,12 +51,6 @@ def _tiles_can_be_read(case: LayerCase) -> bool:
     return all(start % 16 == 0 for start in starts) and all(w.shape[2] % 8 == 0 for w in weights)
 
 
-def _blocks_fit_tiles(case: LayerCase) -> bool:
-    """One block of scales is a tile's width and a step's, and gate rows come before up rows."""
-    rows, columns = (case.stored and case.stored.block_shape) or (0, 0)
-    return rows == columns and rows in (32, 64, 128) and case.activation.is_gated and not case.activation.interleaved
-
-
 class MoegateFormsSubject(MoegateSubject):
     """`fused_experts` under `use_kernel_forms("everywhere")`: streamed or sorted rows wherever their kernels fit."""
 
@@ -55,10 +61,8 @@ class MoegateFormsSubject(MoegateSubject):
         id_dtypes=("int32", "int64"),
         activations=tuple(ACTIVATIONS),
         biases=BIASES,
-        schemes=("none", "fp8_block"),
     )
-    numerics = MoegateSubject.numerics
-    launches: ClassVar[dict[str, Launches]] = {"triton": _launches}
+    launches: ClassVar[dict[str, Launches]] = {"triton": _plain_launches}
 
     def facets(self, variant: str) -> tuple[str, ...]:
         """The experts and their path: everything else runs no other kernels than the subject `moegate` does."""
@@ -69,3 +73,13 @@ class MoegateFormsSubject(MoegateSubject):
         """As `MoegateSubject.experts`, in the other forms."""
         with use_kernel_forms(FormChoice.EVERYWHERE):
             return super().experts(case, variant)
+
+
+class MoegateScaledFormsSubject(MoegateFormsSubject):
+    """The same of fp8 with scales of blocks, on sizes whose rows start on 16 bytes, as tiles want them."""
+
+    name = "moegate:scaled_forms"
+    capabilities = replace(
+        MoegateFormsSubject.capabilities, schemes=("fp8_block",), hidden_multiple=16, intermediate_multiple=16
+    )
+    launches: ClassVar[dict[str, Launches]] = {"triton": _scaled_launches}

@@ -217,15 +217,7 @@ def run_sorted(
         tile=tiles[1],
         **routing,
     )
-    combine(
-        out,
-        expert_output,
-        call.topk_ids,
-        call.expert_map,
-        call.global_num_experts,
-        weights.num_local_experts,
-        platform,
-    )
+    _add_up(out, expert_output, call, platform)
 
 
 def run_scaled(
@@ -290,13 +282,17 @@ def run_scaled(
         tile=tiles[1],
         **routing,
     )
+    _add_up(out, expert_output, call, platform)
+
+
+def _add_up(out: torch.Tensor, expert_output: torch.Tensor, call: ExpertsCall, platform: Platform) -> None:
     combine(
         out,
         expert_output,
         call.topk_ids,
         call.expert_map,
         call.global_num_experts,
-        weights.num_local_experts,
+        call.weights.num_local_experts,
         platform,
     )
 
