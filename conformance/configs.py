@@ -125,7 +125,7 @@ class ConfigsFacet(Protocol):
         ...
 
     def using(self, folder: Path) -> AbstractContextManager[Any]:
-        """A context in which the subject's layers read `folder`."""
+        """A context in which the subject's layers read `folder`, and run the kernels that files speak of."""
         ...
 
     def device_name(self, device: str) -> str:

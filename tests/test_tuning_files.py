@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moegate.bench.ahead_of_time import imagine_workload
+from moegate.bench.workloads import MODELS, Workload
 from moegate.conformance import configs as suite
 from moegate.impl import once
 from moegate.impl.config import QuantScheme
@@ -393,6 +395,35 @@ def test_a_broken_file_stays_an_error_on_every_call(folder):
     for _ in range(2):
         with pytest.raises(TunedConfigError, match="16/num_warps: expected at least 1, got -4"):
             find_kernel_configs(num_tokens=16, **QWEN3)
+
+
+# --- layers whose kernels no file speaks of ---------------------------------------------------------------------------
+
+PREFILL = Workload(MODELS["qwen3-30b-a3b"], 2048)
+
+
+def imagined_path(workload):
+    return imagine_workload(workload, replace(H200, num_sms=132, shared_memory=232_448)).path
+
+
+def test_the_suite_judges_the_tiles_of_files_on_layers_that_run_without_them_too(folder):
+    facet = pytest.importorskip("moegate.conformance.subjects.moegate_configs").MoegateConfigs()
+    file = put(folder, "E=128,N=768,device_name=NVIDIA_H200.json", {"2048": TILE})
+    assert imagined_path(PREFILL).last("config")["source"] == "sorted rows"
+    with facet.using(folder):
+        assert imagined_path(PREFILL).last("config")["source"] == str(file)
+
+
+def test_where_a_folder_is_named_it_is_said_that_some_layers_take_no_tile_of_it(folder, caplog):
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            imagined_path(replace(PREFILL, num_tokens=64))
+            imagined_path(PREFILL)
+    said = [message for message in caplog.messages if "sorted rows" in message]
+    assert len(said) == 1
+    assert said[0].startswith(
+        f"{FOLDER_VARIABLE} is set, and some layers run on sorted rows, whose tiles no file gives"
+    )
 
 
 # --- defaults -----------------------------------------------------------------------------------------------------

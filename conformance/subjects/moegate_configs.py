@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 from ...impl.config import QuantScheme
+from ...impl.experts.kernel_form import FormChoice, use_kernel_forms
 from ...impl.platform import Platform
 from ...impl.tuning import lookup
 from ...impl.tuning.kernel_config import KernelConfig
@@ -122,12 +123,16 @@ class MoegateConfigs:
 
     @contextmanager
     def using(self, folder: Path) -> Iterator[None]:
-        """Layers inside this block read tuned files from `folder`."""
+        """Layers inside this block read tuned files from `folder`, and run the kernels whose tiles these give.
+
+        On Hopper prefill has other kernels, faster than the best of these tiles, which no file speaks of.
+        """
         before = os.environ.get(FOLDER_VARIABLE)
         os.environ[FOLDER_VARIABLE] = str(folder)
         lookup.forget()
         try:
-            yield
+            with use_kernel_forms(FormChoice.GENERAL):
+                yield
         finally:
             os.environ.pop(FOLDER_VARIABLE)
             if before is not None:

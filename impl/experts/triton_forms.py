@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import asdict
 
 import torch
@@ -15,11 +17,14 @@ from ..kernels.gated_gemm import SortedTile, gated_gemm
 from ..kernels.sizes import cdiv, next_power_of_2
 from ..kernels.sorted_gemm import sorted_gemm
 from ..kernels.stream_rows import StreamTile, down_rows, gate_up_rows
+from ..once import log_once
 from ..platform import Platform, Vendor
 from ..quantization import ActivationScale, ExpertsQuantization
 from ..tuning.kernel_config import override_in_force
+from ..tuning.lookup import FOLDER_VARIABLE
 from .base import ExpertsCall
 from .kernel_form import (
+    FORMS_VARIABLE,
     GENERAL,
     FormChoice,
     FormDecision,
@@ -30,6 +35,8 @@ from .kernel_form import (
     lies_on_copy_grid,
 )
 from .stages import quantize_input
+
+logger = logging.getLogger(__name__)
 
 # Whoever tunes or tests tiles of the general kernels means these to run.
 _TILES_ARE_NAMED = FormDecision(KernelForm.GENERAL, "tiles of the general kernels are in force")
@@ -77,7 +84,15 @@ def form_of_call(call: ExpertsCall, dtype: torch.dtype, platform: Platform) -> F
         scale_block=0 if quant is None else _scale_block(quant),
         is_interleaved=call.activation.interleaved,
     )
-    return kernel_form(question, choice)
+    decision = kernel_form(question, choice)
+    if decision.form is not KernelForm.GENERAL and os.environ.get(FOLDER_VARIABLE):
+        log_once(
+            logger,
+            logging.INFO,
+            f"{FOLDER_VARIABLE} is set, and some layers run on {decision.form} rows, whose tiles no file gives; with "
+            f"{FORMS_VARIABLE}=general all run on the files' tiles",
+        )
+    return decision
 
 
 def _scale_block(quant: ExpertsQuantization) -> int:
