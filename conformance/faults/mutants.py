@@ -18,7 +18,7 @@ from .fault import Edit, Fault, folder_of
 from .survivors import mark_of
 
 PACKAGE = "moegate.impl"
-MOEGATE, KERNEL_FORMS = "moegate", "moegate:kernel_forms"
+MOEGATE, KERNEL_FORMS, SCALED_FORMS = "moegate", "moegate:kernel_forms", "moegate:scaled_forms"
 # Below the package: what reads checkpoints and other engines' libraries is judged by tests of its own, not by the
 # suite; the rest of what no property of the suite runs on a CPU stands here too, each with what judges it.
 LEFT_OUT = (
@@ -87,10 +87,15 @@ TESTS: dict[str, tuple[str, ...]] = {
     "": (*_BOTH_FORMATS, "test_lora.py::every_kind", "test_large.py"),
 }
 # Kernels that the subject `moegate` does not run are judged where they run.
-_FORMS = (
-    *("kernels/gated_gemm.py", "kernels/sorted_gemm.py", "kernels/stream_rows.py", "kernels/descriptors.py"),
-    *("experts/triton_forms.py", "experts/kernel_form.py"),
-)
+_SUBJECTS = {
+    "kernels/gated_gemm.py": KERNEL_FORMS,
+    "kernels/sorted_gemm.py": KERNEL_FORMS,
+    "kernels/stream_rows.py": KERNEL_FORMS,
+    "kernels/descriptors.py": KERNEL_FORMS,
+    "experts/triton_forms.py": KERNEL_FORMS,
+    "experts/kernel_form.py": KERNEL_FORMS,
+    "kernels/block_scaled_gemm.py": SCALED_FORMS,
+}
 _CPU_VARIANT = ("experts/cpu.py", "parallel/", "lora/eager.py", "quantize.py")
 _BOTH_VARIANTS = ("routing.py", "parallel/slabs.py")  # in torch and in Triton; slabs are Triton's
 
@@ -315,7 +320,7 @@ def _of_file(name: str, path: Path, package: str) -> Iterator[Fault]:
             tests=_by_prefix(name),
             variants=_variants(name),
             package=package,
-            subject=KERNEL_FORMS if name in _FORMS else MOEGATE,
+            subject=_SUBJECTS.get(name, MOEGATE),
             note=f"{change.rule}: {shown} becomes {' '.join(change.new.split())}",
         )
 

@@ -25,12 +25,12 @@ def _plain_launches(case: LayerCase) -> dict[str, tuple[dict[str, int], ...]]:
 
 
 def _scaled_launches(case: LayerCase) -> dict[str, tuple[dict[str, int], ...]]:
-    """Rows are sorted where tiles can be read, one block of scales is a tile's width, and gate rows come first."""
+    """Rows are sorted where tiles can be read, one block of scales is a tile's width, and the activation has a gate."""
     if case.stored is None:  # what is pinned of a property may be plain
         return _plain_launches(case)
     table = launches_of(case)
     rows, columns = case.stored.block_shape or (0, 0)
-    fits = rows == columns and rows in (32, 64, 128) and case.activation.is_gated and not case.activation.interleaved
+    fits = rows == columns and rows in (32, 64, 128) and case.activation.is_gated
     if fits and _tiles_can_be_read(case):
         table["aligned"] = _sorted(quantize_rows_kernel=1, scaled_gated_gemm_kernel=1, scaled_sorted_gemm_kernel=1)
     return table

@@ -80,7 +80,6 @@ class FormQuestion:
         dtype: of activations and weights.
         scheme: the weights' quantisation.
         scale_block: b where weights and activations are fp8 with a scale for b x b and for b; 0 elsewhere.
-        is_interleaved: rows of gate and up alternate.
         is_naive: pairs are blocks of their own (`align.uses_naive_block_assignment`).
         has_adapters: some token may have LoRA adapters.
         on_copy_grid: weights and rows lie as the copy engine wants them (`lies_on_copy_grid`).
@@ -101,7 +100,6 @@ class FormQuestion:
     on_copy_grid: bool
     platform: Platform
     scale_block: int = 0
-    is_interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,8 +152,8 @@ def _unfit(question: FormQuestion, form: KernelForm) -> str | None:
     if question.scale_block:
         if question.scale_block not in _SCALE_BLOCKS:
             return f"blocks of scales are {question.scale_block} wide, not {' or '.join(map(str, _SCALE_BLOCKS))}"
-        if not question.is_gated or question.is_interleaved:
-            return "fp8 needs an activation with a gate, and all gate rows before the up rows"
+        if not question.is_gated:
+            return "fp8 needs an activation with a gate"
     if question.dtype.itemsize != 2:
         return f"dtype is {str(question.dtype).removeprefix('torch.')}"
     if question.has_adapters:

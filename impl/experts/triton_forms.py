@@ -82,7 +82,6 @@ def form_of_call(call: ExpertsCall, dtype: torch.dtype, platform: Platform) -> F
         on_copy_grid=lies_on_copy_grid(weights.w13, weights.w2),
         platform=platform,
         scale_block=0 if quant is None else _scale_block(quant),
-        is_interleaved=call.activation.interleaved,
     )
     decision = kernel_form(question, choice)
     if decision.form is not KernelForm.GENERAL and os.environ.get(FOLDER_VARIABLE):
