@@ -76,6 +76,9 @@ SMALL = declare(
     "ranks with such adapters meet twice a call, over the product of A alone: `[rows, r]`, gathered, then reduced",
     "parallel",
 )
+BESIDE = declare(
+    "EP-19", "rows of an all-to-all travel beside the caller's stream exactly where that has work meanwhile", "parallel"
+)
 BASE = declare("EP-14", "a token without an adapter has the bits that the ranks give it without adapters", "parallel")
 
 
@@ -98,6 +101,8 @@ class RankResult:
         lora_ids: `[rows]`, the adapter that came with each; None without adapters.
         slices: what it holds of each adapter's A and B; None without adapters.
         is_own: the result shares no memory with an operand.
+        travels_beside: rows travel beside what the caller's stream does meanwhile; None where that is not seen.
+        runs_beside: it has something to do meanwhile: shared experts, or the rank's own tokens.
     """
 
     output: Tensor
@@ -110,6 +115,8 @@ class RankResult:
     lora_ids: Tensor | None = None
     slices: Mapping[Slice, tuple[Tensor, Tensor]] | None = None
     is_own: bool = True
+    travels_beside: bool | None = None
+    runs_beside: bool = False
 
     def on_cpu(self) -> RankResult:
         """The same, where it is judged."""
@@ -156,7 +163,7 @@ def pairs_of_rank(case: ParallelCase, result: RankResult) -> Tensor:
 
 
 def judge_travel(case: ParallelCase, results: Sequence[RankResult]) -> list[Verdict]:
-    """EP-03 to EP-07: who worked on what."""
+    """EP-03 to EP-07, who worked on what; EP-19, beside what it travelled."""
     spec, ids = case.spec, case.routed.topk_ids.long()
     held = [(r.experts, case.experts_of_rank[rank // spec.tp]) for rank, r in enumerate(results)]
     wrong_held = [f"rank {rank} holds {a}, not {b}" for rank, (a, b) in enumerate(held) if a != b]
@@ -187,6 +194,14 @@ def judge_travel(case: ParallelCase, results: Sequence[RankResult]) -> list[Verd
             if len(r.token_ids) and (bool((r.token_ids < 0).any()) or not bool((r.local_ids >= 0).any(dim=1).all()))
         ]
         verdicts.append(NEEDED.verdict(not idle, f"rows without an expert here came to ranks {idle}"))
+    seen = [(rank, r) for rank, r in enumerate(results) if r.travels_beside is not None]
+    apart = [
+        f"rank {rank}: work {r.runs_beside}, beside {r.travels_beside}"
+        for rank, r in seen
+        if r.travels_beside != r.runs_beside
+    ]
+    if seen:
+        verdicts.append(BESIDE.verdict(not apart, "; ".join(apart[:2])))
     return [*verdicts, *_judge_copies(case, results)]
 
 

@@ -25,6 +25,7 @@ from ...impl.parallel.placement import ExpertPlacement, linear_placement, round_
 from ...impl.parallel.ranks import Ranks, connect
 from ...impl.parallel.shards import experts_of_rank, shard_of_adapter, shard_of_experts
 from ...impl.parallel.wire import Tokens
+from ...impl.path import record_path
 from ...impl.weights import ExpertsWeights
 from ..parallel_cases import ParallelCase
 from ..properties.ep import RankResult, Slice
@@ -47,6 +48,8 @@ class _Linked(Group):
     def __init__(self, name: str, channel: Any, device: str) -> None:
         super().__init__(name, channel.rank, channel.size, device)
         self._channel = channel
+        # Of each all-to-all, whether it has its place in the caller's stream.
+        self.in_order: list[bool] = []
 
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
         self._channel.all_gather(out, x)
@@ -61,8 +64,14 @@ class _Linked(Group):
         return _Done()
 
     def _all_to_all(self, out: Tensor, x: Tensor, received: list[int], sent: list[int]) -> Work:
+        self.in_order.append(False)
         self._channel.all_to_all(out, x, received, sent)
         return _Done()
+
+    def _all_to_all_in_order(self, out: Tensor, x: Tensor, received: list[int], sent: list[int]) -> Work:
+        work = self._all_to_all(out, x, received, sent)
+        self.in_order[-1] = True
+        return work
 
 
 class _Numbered(Exchange):
@@ -149,6 +158,8 @@ def _joined(own: RankResult | None, others: RankResult) -> RankResult:
     return replace(others, **{name: torch.cat(both) for name, both in parts.items()})
 
 
+# Orders of shared experts that run while tokens travel.
+_BESIDE = ("mk_internal_overlapped", "multi_stream_overlapped")
 _ranks_without_triton = 0
 _lock = threading.Lock()
 
@@ -270,12 +281,22 @@ def run_rank(
     # Where no Triton runs, what travels is planned, packed and summed in torch.
     plain = variant == "cpu" and spec.seed % 2 == 1
     debug = debug_checks() if spec.seed % 2 or fails is not None else nullcontext()
-    with debug, _without_triton() if plain else nullcontext():
+    with debug, _without_triton() if plain else nullcontext(), record_path() as record:
         output = layer(x, case.lora_ids(rank), padded_tokens=spec.max_tokens)
+    peers = parallel.ranks.peers
+    # Numbers of rows go first, then rows.
+    rows_in_order = peers.in_order[1] if isinstance(peers, _Linked) and spec.exchange == "all_to_all" else None
     place_of = output.untyped_storage().data_ptr() if output.numel() else None
     operands = [t for part in (case.routed, case.shared) if part is not None for t in part.tensors().values()]
     is_own = all(t.untyped_storage().data_ptr() != place_of for t in operands if t.numel())
-    return replace(parallel.seen, output=output.clone(), is_own=is_own, slices=_slices(adapters))
+    return replace(
+        parallel.seen,
+        output=output.clone(),
+        is_own=is_own,
+        slices=_slices(adapters),
+        travels_beside=None if rows_in_order is None else not rows_in_order,
+        runs_beside=spec.own_first or record.last("shared_experts_order") in _BESIDE,
+    )
 
 
 def _table(case: ParallelCase, parallel: ParallelExperts, experts: RoutedExperts) -> AdapterTable | None:
