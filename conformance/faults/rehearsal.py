@@ -52,14 +52,14 @@ def _tell(pipe: int, subjects: Iterable[str], packages: Iterable[str], *, interp
         try:
             declared.append(load_subject(subject).capabilities)
         except Exception:
-            continue  # every hunt says so
+            continue  # whatever a user's file raises: every hunt of its faults says so
     rewritten = b""
     if interprets:
         for module in [module for package in packages for module in modules_with_kernels(package)]:
             try:
                 importlib.import_module(module)
             except Exception:
-                continue  # needs what is not installed here
+                continue  # needs what is not here, and is then rewritten by whoever has it
         rewritten = rewriting.rewrite_all()
     data = pickle.dumps((declared, rewritten))
     with os.fdopen(pipe, "wb") as stream:

@@ -207,7 +207,7 @@ def run_sorted(
         "expert_ids": expert_ids,
         "used_slots": used_slots,
     }
-    _note_tiles(tiles, {})
+    _note_tiles(tiles)
     num_pairs = call.topk_ids.numel()
     hidden = torch.empty((slots.shape[0], weights.intermediate_size), dtype=out.dtype, device=out.device)
     expert_output = torch.empty((num_pairs, weights.hidden_size), dtype=out.dtype, device=out.device)
@@ -256,7 +256,7 @@ def run_scaled(
     slots, expert_ids = assignment.sorted_token_ids, assignment.expert_ids
     if slots is None or expert_ids is None or quant is None or quant.block_shape is None:
         raise AssertionError("sorted rows of fp8 blocks without an alignment or without blocks")
-    _note_tiles(tiles, dict(zip(("block_size_n", "block_size_k"), quant.block_shape, strict=True)))
+    _note_tiles(tiles, quant.block_shape)
     path.note("promoted_every", quant.block_shape[1])
     x, x_scale = quantize_input(call.hidden_states, weights, scale=call.input_scale)
     if x_scale is None:
@@ -311,8 +311,11 @@ def _add_up(out: torch.Tensor, expert_output: torch.Tensor, call: ExpertsCall, p
     )
 
 
-def _note_tiles(tiles: tuple[SortedTile, SortedTile] | tuple[ScaledTile, ScaledTile], beside: dict[str, int]) -> None:
-    """Record the tiles of both GEMMs; nothing is built where nobody listens."""
+def _note_tiles(
+    tiles: tuple[SortedTile, SortedTile] | tuple[ScaledTile, ScaledTile], block_shape: tuple[int, int] | None = None
+) -> None:
+    """Record the tiles of both GEMMs, whose columns and steps are a block of scales; built where somebody listens."""
     if path.is_recording():
+        sizes = {} if block_shape is None else {"block_size_n": block_shape[0], "block_size_k": block_shape[1]}
         for name, tile in zip(("config", "config_w2"), tiles, strict=True):
-            path.note(name, asdict(tile) | beside | {"source": "sorted rows"})
+            path.note(name, asdict(tile) | sizes | {"source": "sorted rows"})

@@ -19,13 +19,11 @@ from ..config import ActivationFunction
 from ..quantization import LARGEST
 from .activation import activated
 from .descriptors import gate_up_tiles, row_tiles, weight_tiles
-from .gated_gemm import tile_at
+from .gated_gemm import GROUP, tile_at
 from .quantize import quantized, scale_of
 from .sizes import cdiv
 from .tile import bias_arguments, bias_of
 
-# Gate rows of a tile before their up rows follow, as in `gated_gemm`.
-GROUP = tl.constexpr(8)
 _STORAGE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
