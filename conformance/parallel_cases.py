@@ -42,6 +42,11 @@ SPLITS = (
     "all_on_one",  # one rank has them all
 )
 SHARED_PARTS = ("none", "whole", "shard")
+EARLIER = (
+    "none",
+    "alike",  # two calls with the same routing, which suggest what the next one has
+    "fewer",  # two calls in which a hashed half of the tokens has no expert, which suggest too little
+)
 # (tp, dp, ep) of up to four ranks, every way to share tokens among them.
 MESHES = (
     (1, 2, 2),
@@ -72,6 +77,7 @@ class ParallelSpec(Spec):
         shared: what of the shared experts each rank holds.
         overlap: shared experts run while tokens travel.
         own_first: a rank's experts work on its own tokens meanwhile, which then do not travel to it.
+        earlier: what the layer was called with before.
         batched: the experts get the batched activation format.
         adapters: the ranks of LoRA adapters of the routed experts, by a name of `lora_cases.RANKS`; `none` without.
         adapted: what they adapt, of `lora_cases.ADAPTED`.
@@ -104,6 +110,7 @@ class ParallelSpec(Spec):
     shared: str = "none"
     overlap: bool = False
     own_first: bool = False
+    earlier: str = "none"
     batched: bool = False
     weight_on_input: bool = False
     adapters: str = "none"
@@ -225,6 +232,14 @@ class ParallelCase:
         tokens = self.spec.tokens_of(rank)
         rows = slice(tokens.start, tokens.stop)
         return self.routed.topk_weights[rows], self.routed.topk_ids[rows]
+
+    def earlier_routing(self, rank: int) -> list[tuple[Tensor, Tensor]]:
+        """The same of each call that came before."""
+        weights, ids = self.routing(rank)
+        if self.spec.earlier == "fewer":
+            idle = integers(self.spec.seed, "earlier", (self.spec.M,), 0, 2).to(ids.device)[self.token_ids(rank).long()]
+            ids = torch.where(idle[:, None] > 0, -1, ids)
+        return [] if self.spec.earlier == "none" else [(weights, ids)] * 2
 
     def lora_ids(self, rank: int) -> Tensor | None:
         """`[M_r]` int32: the adapter of each of a rank's tokens, -1 for none; None without adapters."""
@@ -427,6 +442,8 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
             scaled = replace(spread, scheme=scheme, H=h, I=i, block_n=block_n, block_k=block_k, split="uneven")
             scaled = replace(scaled, dtype="bfloat16", slack=1)
             yield from (replace(scaled, own_first=not seed, seed=seed) for seed in range(1 if compiled else 2))
+            if exchange == "all_to_all":
+                yield replace(scaled, earlier=EARLIER[1 + len(scheme) % 2], seed=8)
         for number, other in enumerate(capabilities.dtypes[1:]):
             if EXCHANGES[number % 2] == exchange:
                 yield replace(spread, dtype=other, seed=4)
@@ -434,6 +451,14 @@ def _pinned(device: str, capabilities: Capabilities) -> Iterator[ParallelSpec]:
         yield replace(spread, routing="some_invalid", split="one_empty")
         yield replace(spread, M=0)
         yield replace(spread, M=0, own_first=True, seed=1)
+        for number, earlier in enumerate(EARLIER[1:]):
+            before = replace(spread, earlier=earlier, split="uneven", routing="skewed", slack=number)
+            yield replace(before, shared="whole", overlap=True, seed=2)
+            if exchange == "all_to_all":
+                yield from (replace(before, dp=r, ep=r, placement="round_robin", seed=r) for r in (2, 4))
+                yield replace(before, split="one_empty", placement="one_rank", seed=5)
+                yield replace(before, adapters=adapter_ranks[number], seed=7)
+                yield replace(before, M=1, seed=1)
         # Of many choices: more words beside each row than the least block of them.
         yield from (replace(spread, E=12, top_k=9, slack=1, seed=seed) for seed in range(2))
         yield replace(plain, exchange=exchange, tp=1, dp=1, ep=1)
@@ -519,6 +544,7 @@ def parallel_specs(
         slabs = batched and SCHEMES[scheme].weight in (None, "fp8") and draw(st.integers(0, 3)) == 0
         slabs = slabs and not (adapted and pools.is_compiled)
         fully_sharded = adapted and tp > 1 and hidden % tp == 0 and draw(st.booleans())
+        exchange = draw(st.sampled_from(EXCHANGES)) if own else "all_gather"
         return ParallelSpec(
             M=draw(st.integers(0 if capabilities.empty else 1, 20)),
             H=hidden,
@@ -528,7 +554,7 @@ def parallel_specs(
             tp=tp,
             dp=dp,
             ep=ep,
-            exchange=draw(st.sampled_from(EXCHANGES)) if own else "all_gather",
+            exchange=exchange,
             placement=draw(st.sampled_from(PLACEMENTS)),
             split=draw(st.sampled_from(SPLITS)),
             slack=draw(st.integers(0, 2)),
@@ -542,6 +568,7 @@ def parallel_specs(
             shared=shared,
             overlap=shared != "none" and draw(st.booleans()),
             own_first=not slabs and not fully_sharded and draw(st.booleans()),
+            earlier=draw(st.sampled_from(EARLIER)) if exchange == "all_to_all" else "none",
             batched=slabs,
             weight_on_input=top_k == 1 and not slabs and capabilities.weight_on_input and draw(st.booleans()),
             adapters=draw(st.sampled_from(ranks)) if adapted else "none",

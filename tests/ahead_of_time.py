@@ -84,7 +84,7 @@ def travel(m: int, e: int, top_k: int, h: int, ranks: int, dtype: torch.dtype) -
         return torch.empty(shape, dtype=of, device="meta")
 
     tokens = Tokens(meta(m, h, of=dtype), meta(m, top_k, of=torch.float32), meta(m, top_k), meta(m))
-    plan = plan_travel(tokens.topk_ids, Homes(meta(e), meta(e)), meta(ranks))
+    plan = plan_travel(tokens.topk_ids, Homes(meta(e), meta(e)), meta(ranks + 1), m)
     Wire().pack(tokens, m * min(top_k, ranks), plan)
     Wire().pack(tokens, 2 * m)
     sum_over_ranks(meta(m, h, of=dtype), plan)

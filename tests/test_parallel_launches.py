@@ -24,7 +24,7 @@ LAUNCHES = {
     "all_gather": {"pack_rows_kernel": 1},
     "all_to_all": {"plan_travel_kernel": 1, "pack_rows_kernel": 1, "sum_ranks_kernel": 1},
 }
-COLLECTIVES = {"all_gather": ["all_gather", "reduce_scatter"], "all_to_all": ["all_to_all"] * 3}
+COLLECTIVES = {"all_gather": ["all_gather", "reduce_scatter"], "all_to_all": ["all_gather", "all_to_all", "all_to_all"]}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_TRITON = Platform.of(DEVICE).runs_triton
 

@@ -120,7 +120,8 @@ def test_own_tokens_are_given_to_the_experts_before_the_host_waits_for_numbers_o
         layer = shared_layer(ranks, exchange="all_to_all", own_first=True)
         if ranks.rank == 0:
             assert layer.parallel is not None
-            for owner, name in ((layer.parallel, "partial_sums"), (layer.parallel.exchange._peers, "all_to_all")):
+            peers = layer.parallel.exchange._peers
+            for owner, name in ((layer.parallel, "partial_sums"), (peers, "all_gather"), (peers, "all_to_all")):
                 monkeypatch.setattr(owner, name, listening(name, getattr(owner, name)))
         layer(tokens(3))
 
@@ -128,7 +129,7 @@ def test_own_tokens_are_given_to_the_experts_before_the_host_waits_for_numbers_o
         return lambda *arguments, **options: (happened.append(name), call(*arguments, **options))[1]
 
     on_ranks(TWO, body)
-    assert happened == ["all_to_all", "partial_sums", "all_to_all", "partial_sums", "all_to_all"]
+    assert happened == ["all_gather", "partial_sums", "all_to_all", "partial_sums", "all_to_all"]
 
 
 @pytest.mark.parametrize("order", list(SharedExpertsOrder))
@@ -152,7 +153,72 @@ def test_rows_have_their_place_in_the_callers_stream_where_nothing_is_to_run_bes
 
     on_ranks(TWO, body)
     runs_beside = order in (SharedExpertsOrder.MK_INTERNAL_OVERLAPPED, SharedExpertsOrder.MULTI_STREAM_OVERLAPPED)
-    assert in_order == [True, not runs_beside, True]
+    assert in_order == [not runs_beside, True]
+
+
+def of_calls(batches, **options):
+    """Of layers of two ranks called with each batch: the outputs, what was said of the rows, and the collectives."""
+
+    def body(ranks):
+        layer, made = shared_layer(ranks, exchange="all_to_all", max_tokens=64, **options), []
+        for number in batches:
+            with record_path() as path:
+                output = layer(tokens(number))
+            made.append((output, path.last("expected_rows"), [entry[0] for entry in path.all("collective")]))
+        return made
+
+    return on_ranks(TWO, body)
+
+
+def test_rows_leave_before_their_numbers_are_read_once_a_call_had_as_many():
+    made, waiting = of_calls([40] * 4), of_calls([40] * 4, expect_rows=False)
+    for calls, others in zip(made, waiting, strict=True):
+        assert [said for _, said, _ in calls] == [None, None, "held", "held"]
+        assert all(collectives == ["all_gather", "all_to_all", "all_to_all"] for _, _, collectives in calls)
+        assert [said for _, said, _ in others] == [None] * 4
+        for (output, *_), (other, *_) in zip(calls, others, strict=True):
+            assert_same_sum(output, other)
+
+
+def test_rows_beyond_what_was_expected_leave_once_more_and_are_expected_only_after_more_calls():
+    batches = [20, 20, 20, 60, 60, 60, 60]
+    made, waiting = of_calls(batches), of_calls(batches, expect_rows=False)
+    for calls, others in zip(made, waiting, strict=True):
+        assert [said for _, said, _ in calls] == [None, None, "held", "exceeded", None, None, "held"]
+        assert calls[3][2] == ["all_gather", "all_to_all", "all_to_all", "all_to_all"]
+        for (output, *_), (other, *_) in zip(calls, others, strict=True):
+            assert_same_sum(output, other)
+
+
+def test_an_error_behind_rows_that_left_early_is_every_ranks_and_the_next_call_is_right():
+    def fail(*arguments):
+        raise ZeroDivisionError
+
+    def body(ranks):
+        layer = shared_layer(ranks, exchange="all_to_all", max_tokens=64)
+        expected = layer(tokens(40))
+        layer(tokens(10))
+        layer(tokens(10))
+        with debug_checks():
+            hook = layer.experts.register_forward_pre_hook(fail) if ranks.rank else None
+            with pytest.raises(ZeroDivisionError, match="rank 1"):
+                layer(tokens(40))
+            if hook is not None:
+                hook.remove()
+            return expected, [layer(tokens(40)) for _ in range(3)]
+
+    for expected, again in on_ranks(TWO, body):
+        for output in again:
+            assert_same_sum(output, expected)
+
+
+def test_ranks_that_say_different_numbers_of_padded_tokens_raise_alike():
+    def body(ranks):
+        return shared_layer(ranks, exchange="all_to_all")(tokens(2), padded_tokens=4 + ranks.rank)
+
+    outcomes = run_simulated(2, lambda rank, links: body(ranks_of(TWO, links)))
+    said = "padded_tokens: expected the same on every rank, got [4, 5] of ranks 0 to 1"
+    assert [str(outcome.error) for outcome in outcomes] == [said] * 2
 
 
 def test_tensor_parallel_parts_are_reduced_once():

@@ -71,15 +71,15 @@ def test_a_token_travels_once_to_each_rank_of_its_experts_and_every_sum_comes_ba
     placement = ExpertPlacement(6, ((5, 0), (), (1, 2, 3), (4,)))
     tables = placement.tables("cpu")
     physical = choose_copies(torch.randint(-1, 6, (num_tokens, top_k), generator=generator), tables)
-    counts = torch.full((placement.num_ranks,), -1, dtype=torch.int32)
-    travel = plan_travel(physical, Homes(tables.rank_of, tables.local_of), counts)
+    numbers = torch.full((placement.num_ranks + 1,), -1, dtype=torch.int32)
+    travel = plan_travel(physical, Homes(tables.rank_of, tables.local_of), numbers, 21)
     rank_of, sent = dict(enumerate(tables.rank_of.tolist())), []
     for rank, token in product(range(placement.num_ranks), range(num_tokens)):
         ids = physical[token].tolist()
         if any(rank_of.get(i) == rank for i in ids):
             sent.append((rank, token, [int(tables.local_of[i]) if rank_of.get(i) == rank else -1 for i in ids]))
     assert list(zip(*(of.tolist() for of in travel.rows), strict=True)) == [(rank, token) for rank, token, _ in sent]
-    assert counts.tolist() == [sum(to == rank for to, _, _ in sent) for rank in range(placement.num_ranks)]
+    assert numbers.tolist() == [*(sum(to == rank for to, _, _ in sent) for rank in range(placement.num_ranks)), 21]
     x, weights = (torch.randn((num_tokens, n), generator=generator) for n in (5, top_k))
     tokens = Tokens(x, weights, physical, torch.arange(num_tokens, dtype=torch.int32))
     packed = Wire().pack(tokens, num_tokens * min(top_k, 4), travel)[: len(sent)]

@@ -79,6 +79,11 @@ SMALL = declare(
 BESIDE = declare(
     "EP-19", "rows of an all-to-all travel beside the caller's stream exactly where that has work meanwhile", "parallel"
 )
+EXPECTED = declare(
+    "EP-20",
+    "rows of an all-to-all leave before their numbers are read exactly where earlier calls had as many",
+    "parallel",
+)
 BASE = declare("EP-14", "a token without an adapter has the bits that the ranks give it without adapters", "parallel")
 
 
@@ -103,6 +108,7 @@ class RankResult:
         is_own: the result shares no memory with an operand.
         travels_beside: rows travel beside what the caller's stream does meanwhile; None where that is not seen.
         runs_beside: it has something to do meanwhile: shared experts, or the rank's own tokens.
+        leaves_early: rows leave before their numbers are read; None where that is not seen.
     """
 
     output: Tensor
@@ -117,6 +123,7 @@ class RankResult:
     is_own: bool = True
     travels_beside: bool | None = None
     runs_beside: bool = False
+    leaves_early: bool | None = None
 
     def on_cpu(self) -> RankResult:
         """The same, where it is judged."""
@@ -163,7 +170,7 @@ def pairs_of_rank(case: ParallelCase, result: RankResult) -> Tensor:
 
 
 def judge_travel(case: ParallelCase, results: Sequence[RankResult]) -> list[Verdict]:
-    """EP-03 to EP-07, who worked on what; EP-19, beside what it travelled."""
+    """EP-03 to EP-07, who worked on what; EP-19 and EP-20, beside what and when it travelled."""
     spec, ids = case.spec, case.routed.topk_ids.long()
     held = [(r.experts, case.experts_of_rank[rank // spec.tp]) for rank, r in enumerate(results)]
     wrong_held = [f"rank {rank} holds {a}, not {b}" for rank, (a, b) in enumerate(held) if a != b]
@@ -188,10 +195,11 @@ def judge_travel(case: ParallelCase, results: Sequence[RankResult]) -> list[Verd
     )
     verdicts += [ONCE.verdict(bool(once), detail), TRAVEL.verdict(not wrong, "; ".join(wrong[:2]))]
     if spec.exchange == "all_to_all":
+        # What earlier calls suggested may be more than this one needs.
         idle = [
             rank
             for rank, r in enumerate(results)
-            if len(r.token_ids) and (bool((r.token_ids < 0).any()) or not bool((r.local_ids >= 0).any(dim=1).all()))
+            if not bool(((r.local_ids >= 0).any(dim=1) | ((r.token_ids < 0) & (spec.earlier != "none"))).all())
         ]
         verdicts.append(NEEDED.verdict(not idle, f"rows without an expert here came to ranks {idle}"))
     seen = [(rank, r) for rank, r in enumerate(results) if r.travels_beside is not None]
@@ -202,6 +210,10 @@ def judge_travel(case: ParallelCase, results: Sequence[RankResult]) -> list[Verd
     ]
     if seen:
         verdicts.append(BESIDE.verdict(not apart, "; ".join(apart[:2])))
+    early = [r.leaves_early for r in results if r.leaves_early is not None]
+    if early and spec.earlier != "fewer":
+        wanted = spec.earlier == "alike" and not spec.own_first
+        verdicts.append(EXPECTED.verdict(all(e is wanted for e in early), f"early on each rank: {early}"))
     return [*verdicts, *_judge_copies(case, results)]
 
 

@@ -90,7 +90,8 @@ class _Numbered(Exchange):
         numbers = replace(tokens, lora_ids=self._token_ids)
         launched = self._exchange.dispatch(numbers, padded_tokens, own_first=own_first, runs_beside=runs_beside)
         if tokens.lora_ids is not None:
-            self.arrived = launched.wait().tokens.lora_ids
+            received = launched.wait()
+            self.arrived = (launched.again() or received).tokens.lora_ids
             launched = self._exchange.dispatch(tokens, padded_tokens, own_first=own_first, runs_beside=runs_beside)
         self.own = launched.own
         return launched
@@ -258,7 +259,7 @@ def run_rank(
         del hidden_states
         if fails_in == "routing":
             raise ValueError(f"made to raise in routing on rank {rank}")
-        return case.routing(rank)
+        return routings[0]
 
     if fails_in == "experts":
 
@@ -281,11 +282,18 @@ def run_rank(
     # Where no Triton runs, what travels is planned, packed and summed in torch.
     plain = variant == "cpu" and spec.seed % 2 == 1
     debug = debug_checks() if spec.seed % 2 or fails is not None else nullcontext()
-    with debug, _without_triton() if plain else nullcontext(), record_path() as record:
-        output = layer(x, case.lora_ids(rank), padded_tokens=spec.max_tokens)
     peers = parallel.ranks.peers
-    # Numbers of rows go first, then rows.
-    rows_in_order = peers.in_order[1] if isinstance(peers, _Linked) and spec.exchange == "all_to_all" else None
+    routings = [*case.earlier_routing(rank), case.routing(rank)]
+    with debug, _without_triton() if plain else nullcontext():
+        while len(routings) > 1:
+            layer(x, case.lora_ids(rank), padded_tokens=spec.max_tokens)
+            del routings[0]
+        if isinstance(peers, _Linked):
+            peers.in_order.clear()
+        with record_path() as record:
+            output = layer(x, case.lora_ids(rank), padded_tokens=spec.max_tokens)
+    is_seen = isinstance(peers, _Linked) and spec.exchange == "all_to_all"
+    rows_in_order = peers.in_order[0] if is_seen else None
     place_of = output.untyped_storage().data_ptr() if output.numel() else None
     operands = [t for part in (case.routed, case.shared) if part is not None for t in part.tensors().values()]
     is_own = all(t.untyped_storage().data_ptr() != place_of for t in operands if t.numel())
@@ -296,6 +304,7 @@ def run_rank(
         slices=_slices(adapters),
         travels_beside=None if rows_in_order is None else not rows_in_order,
         runs_beside=spec.own_first or record.last("shared_experts_order") in _BESIDE,
+        leaves_early=record.last("expected_rows") == "held" if is_seen else None,
     )
 
 

@@ -301,6 +301,7 @@ VALUE_CALLS: tuple[PublicCall, ...] = (
             "shared_part": ChoiceKind(),
             "overlap": BoolKind(),
             "own_first": BoolKind(),
+            "expect_rows": BoolKind(),
             "activation_format": ChoiceKind(),
         },
         (

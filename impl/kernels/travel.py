@@ -19,25 +19,26 @@ def _ranks_of(ids, rank_of_ptr, num_ids):
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_ids", "stride_topk_ids", "top_k", "stays"],
+    do_not_specialize=["num_tokens", "num_ids", "stride_topk_ids", "top_k", "padded_tokens", "stays"],
     do_not_specialize_on_alignment=["topk_ids_ptr"],
 )
 def plan_travel_kernel(
     topk_ids_ptr,
     rank_of_ptr,
     places_ptr,
-    counts_ptr,
+    numbers_ptr,
     num_tokens,
     num_ids,
     stride_topk_ids,
     top_k,
+    padded_tokens,
     stays,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One rank's tokens, numbered in their order: a program walks all of them, as a number hangs on those before.
 
-    The rank `stays` gets none.
+    The rank `stays` gets none. Behind the counts of all ranks `padded_tokens` is written.
     """
     rank = tl.program_id(0)
     lane = tl.arange(0, BLOCK_TOKENS)
@@ -56,7 +57,8 @@ def plan_travel_kernel(
         place = count + tl.cumsum(goes, 0) - 1
         tl.store(places_ptr + rank.to(tl.int64) * num_tokens + token, tl.where(goes > 0, place, -1), mask=inside)
         count += tl.sum(goes, axis=0)
-    tl.store(counts_ptr + rank, count)
+    tl.store(numbers_ptr + rank, count)
+    tl.store(numbers_ptr + tl.num_programs(0), padded_tokens)
 
 
 @triton.jit(
@@ -83,6 +85,7 @@ def pack_rows_kernel(
     scales_ptr,
     places_ptr,
     counts_ptr,
+    room_ptr,
     rank_of_ptr,
     local_of_ptr,
     num_tokens,
@@ -107,22 +110,28 @@ def pack_rows_kernel(
 ):
     """One token for one rank: its hidden state, and in words its ids, weights, adapter and scales.
 
-    With places a rank gets the tokens of its experts, by its own numbers of them. Without, every rank gets every token,
-    and rows behind the last token are padding: no expert, no adapter, zeros.
+    With places a rank gets the tokens of its experts, by its own numbers of them, as many as there is room for; room
+    that is left is padding, with anything for a hidden state. Without, every rank gets every token, and rows behind the
+    last token are padding: no expert, no adapter, zeros.
     """
     token = tl.program_id(0)
     rank = tl.program_id(1)
     real = token < num_tokens
     row = token.to(tl.int64)
-    if HAS_PLACES:
-        place = tl.load(places_ptr + rank.to(tl.int64) * num_tokens + token)
-        if place < 0:
-            return
-        before = tl.arange(0, BLOCK_RANKS)
-        row = place.to(tl.int64) + tl.sum(
-            tl.load(counts_ptr + before, mask=before < rank, other=0).to(tl.int64), axis=0
-        )
     word = tl.arange(0, BLOCK_WORDS)
+    if HAS_PLACES:
+        before = tl.arange(0, BLOCK_RANKS)
+        first_row = tl.sum(tl.load(room_ptr + before, mask=before < rank, other=0).to(tl.int64), axis=0)
+        room = tl.load(room_ptr + rank)
+        if (token < room) & (token >= tl.load(counts_ptr + rank)):
+            nothing = tl.where(word < top_k, -1, tl.where(word < 2 * top_k, 0, ONE))
+            if HAS_LORA:
+                nothing = tl.where(word == 2 * top_k, -1, nothing)
+            tl.store(words_ptr + (first_row + token) * stride_words + word, nothing, mask=word < num_words)
+        place = tl.load(places_ptr + rank.to(tl.int64) * num_tokens + token, mask=real, other=-1)
+        if (place < 0) | (place >= room):
+            return
+        row = first_row + place
     is_id = (word < top_k) & real
     source = token.to(tl.int64)
     ids = tl.load(topk_ids_ptr + source * stride_topk_ids + word, mask=is_id, other=-1)
@@ -157,7 +166,7 @@ def sum_ranks_kernel(
     own_ptr,
     out_ptr,
     places_ptr,
-    counts_ptr,
+    room_ptr,
     num_tokens,
     num_ranks,
     stays,
@@ -176,7 +185,7 @@ def sum_ranks_kernel(
         total += tl.load(back_ptr + row * hidden_size + column, mask=inside & (place >= 0), other=0.0).to(tl.float32)
         own_ptrs = own_ptr + token.to(tl.int64) * hidden_size + column
         total += tl.load(own_ptrs, mask=inside & (rank == stays), other=0.0).to(tl.float32)
-        first += tl.load(counts_ptr + rank)
+        first += tl.load(room_ptr + rank)
     tl.store(out_ptr + token.to(tl.int64) * hidden_size + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -200,12 +209,13 @@ def _columns_at_once(hidden_size: int, most: int, device: torch.device) -> int:
 
 def plan_travel(
     places: torch.Tensor,
-    counts: torch.Tensor,
+    numbers: torch.Tensor,
     topk_ids: torch.Tensor,
     rank_of: torch.Tensor,
+    padded_tokens: int,
     stays: int | None = None,
 ) -> None:
-    """Launch the kernel: `places [num_ranks, M]` and `counts [num_ranks]`, int32, of `topk_ids [M, top_k]` int32."""
+    """Launch the kernel: `places [num_ranks, M]`, `numbers [num_ranks + 1]`, of `topk_ids [M, top_k]`; all int32."""
     num_ranks, num_tokens = places.shape
     top_k = topk_ids.shape[1]
     block_k = max(_CHOICES, next_power_of_2(top_k))
@@ -217,11 +227,12 @@ def plan_travel(
             topk_ids,
             rank_of,
             places,
-            counts,
+            numbers,
             num_tokens,
             len(rank_of),
             topk_ids.stride(0),
             top_k,
+            padded_tokens,
             -1 if stays is None else stays,
             BLOCK_TOKENS=64 if on_cpu else max(64, _PAIRS // block_k),
             BLOCK_K=block_k,
@@ -239,8 +250,11 @@ def pack_rows(
     scales: torch.Tensor | None,
     places: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
+    room: torch.Tensor | None = None,
     rank_of: torch.Tensor | None = None,
     local_of: torch.Tensor | None = None,
+    *,
+    most: int = 0,
 ) -> None:
     """Launch the kernel.
 
@@ -254,8 +268,10 @@ def pack_rows(
         scales: `[M, S]` float32 that travel, or None.
         places: from `plan_travel`; None: every row in its place, and padding up to n.
         counts: likewise.
+        room: `[num_ranks]` int32, rows set aside for each rank; beside places.
         rank_of: of ids, int32; beside places.
         local_of: likewise.
+        most: rows set aside for any rank, where there may be more than it has tokens.
     """
     num_tokens, top_k = topk_ids.shape
     hidden_size, num_words = rows.shape[1], words.shape[1]
@@ -264,7 +280,7 @@ def pack_rows(
     with current_device(topk_ids):
         path.launch(
             pack_rows_kernel,
-            (len(rows), 1) if places is None else (num_tokens, num_ranks),
+            (len(rows), 1) if places is None else (max(num_tokens, most), num_ranks),
             rows.view(moved),
             words,
             hidden_states.view(moved),
@@ -274,6 +290,7 @@ def pack_rows(
             None if scales is None else scales.view(torch.int32),
             places,
             counts,
+            room,
             rank_of,
             local_of,
             num_tokens,
@@ -303,11 +320,11 @@ def sum_ranks(
     out: torch.Tensor,
     back: torch.Tensor,
     places: torch.Tensor,
-    counts: torch.Tensor,
+    room: torch.Tensor,
     own: torch.Tensor | None = None,
     stays: int | None = None,
 ) -> None:
-    """Launch the kernel: `back [S, H]`, by rank and in each by `places`, into `out [M, H]`; all dense.
+    """Launch the kernel: `back [S, H]`, by rank (`room` rows) and in each by `places`, into `out [M, H]`; all dense.
 
     The rows of rank `stays` are `own [M, H]`, where there are any.
     """
@@ -321,7 +338,7 @@ def sum_ranks(
             back if own is None else own,
             out,
             places,
-            counts,
+            room,
             num_tokens,
             len(places),
             -1 if own is None or stays is None else stays,

@@ -42,12 +42,13 @@ class Group(ABC):
         """The ranks are there once, whoever speaks of them."""
         return self
 
-    def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Work:
-        """`x [n, ...]` of every rank, one after the other, into `out [size * n, ...]`."""
+    def all_gather(self, out: torch.Tensor, x: torch.Tensor, *, in_order: bool = False) -> Work:
+        """`x [n, ...]` of every rank, in turn, into `out [size * n, ...]`; `in_order` as in `all_to_all`."""
         self._expect("all_gather", out, x, len(x) * self.size)
         self._note("all_gather", x)
         # What only travels does so as bytes where a backend may not know the dtype: gloo refuses fp8.
-        return self._all_gather(as_bytes(out), as_bytes(x))
+        gather = self._all_gather_in_order if in_order else self._all_gather
+        return gather(as_bytes(out), as_bytes(x))
 
     def reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Work:
         """The sum over the ranks of the r-th part of `x [size * n, ...]`, into `out [n, ...]` of rank r."""
@@ -96,6 +97,9 @@ class Group(ABC):
             shape = (0, *x.shape[1:]) if splits else tuple(x.shape)
             rows = {each: tuple(numbers) for each, numbers in splits.items()}
             path.note("collective", (name, self.name, shape, str(x.dtype), rows))
+
+    def _all_gather_in_order(self, out: torch.Tensor, x: torch.Tensor) -> Work:
+        return self._all_gather(out, x)
 
     def _all_to_all_in_order(self, out: torch.Tensor, x: torch.Tensor, received: list[int], sent: list[int]) -> Work:
         return self._all_to_all(out, x, received, sent)
@@ -158,6 +162,10 @@ class ProcessGroup(Group):
 
     def _all_gather(self, out: torch.Tensor, x: torch.Tensor) -> Work:
         return _launched(_ALL_GATHER(out, x, group=self._group, async_op=True))
+
+    def _all_gather_in_order(self, out: torch.Tensor, x: torch.Tensor) -> Work:
+        _ALL_GATHER(out, x, group=self._group, async_op=False)
+        return _ENQUEUED
 
     def _reduce_scatter(self, out: torch.Tensor, x: torch.Tensor) -> Work:
         return _launched(_REDUCE_SCATTER(out, x, group=self._group, async_op=True))

@@ -33,15 +33,20 @@ class Received:
 class Launched:
     """A dispatch under way; other work may be enqueued before `wait`.
 
-    As a context it waits after an error in its block, if nobody has: what is under way is still written, and a
-    collective that is still to come has peers that wait for it.
+    As a context it waits after an error in its block, if nobody has, and asks for what is to come again: what is under
+    way is still written, and a collective that is still to come has peers that wait for it.
 
     Attributes:
         own: the rank's own tokens, for its experts here; None where they come with the others.
     """
 
-    def __init__(self, finish: Callable[[], Received], own: Received | None = None) -> None:
-        self._finish, self.own = finish, own
+    def __init__(
+        self,
+        finish: Callable[[], Received],
+        own: Received | None = None,
+        again: Callable[[], Received | None] | None = None,
+    ) -> None:
+        self._finish, self.own, self._again = finish, own, again
         self._received: Received | None = None
 
     def wait(self) -> Received:
@@ -50,12 +55,18 @@ class Launched:
             self._received = self._finish()
         return self._received
 
+    def again(self) -> Received | None:
+        """Once the experts' work on what arrived was launched: None, or what they are to work on instead of it."""
+        again, self._again = self._again, None
+        return None if again is None else again()
+
     def __enter__(self) -> Launched:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.wait()
+            self.again()
 
 
 class Exchange(ABC):

@@ -59,6 +59,8 @@ class ParallelExperts:
         own_first: while they travel, the rank's experts work on its own tokens, which then do not travel to it. Two
             calls of the experts cost the host twice, and weights are read twice: for many tokens, in captured graphs.
             Not in the batched format, nor beside adapters cut in both matrices, whose ranks meet in their experts.
+        expect_rows: rows of an all-to-all leave before the host knows their numbers, where the last calls with as many
+            `padded_tokens` suggest them; where these do not keep to that, they leave once more. Not with `own_first`.
         activation_format: in which the experts get what was received.
 
     Raises:
@@ -75,18 +77,21 @@ class ParallelExperts:
         shared_part: SharedPart | str = SharedPart.WHOLE,
         overlap: bool = False,
         own_first: bool = False,
+        expect_rows: bool = True,
         activation_format: ActivationFormat | str = ActivationFormat.STANDARD,
     ) -> None:
         expect_instance("ranks", ranks, Ranks)
         self.ranks, self.placement = ranks, placement
         self.mesh = ranks.mesh
         self.max_tokens, self.exchange_name, self.overlap, self.own_first = max_tokens, exchange, overlap, own_first
+        self.expect_rows = expect_rows
         facts = {
             "placement": hashlib.sha256(repr(placement).encode()).hexdigest()[:16],
             "max_tokens": max_tokens if isinstance(max_tokens, int) else repr(max_tokens),
             "exchange": str(exchange),
             "shared_part": str(shared_part),
             "own_first": str(own_first),
+            "expect_rows": str(expect_rows),
             "activation_format": str(activation_format),
         }
         with together(ranks.world, facts, always=True):
@@ -105,6 +110,7 @@ class ParallelExperts:
         expect_int("max_tokens", self.max_tokens, low=1)
         expect_bool("overlap", self.overlap)
         expect_bool("own_first", self.own_first)
+        expect_bool("expect_rows", self.expect_rows)
         if placement.num_ranks != mesh.ep_size:
             raise ValueError(f"placement: expected one of ep_size {mesh.ep_size} ranks, got {placement.num_ranks}")
         for name, value, known in (
@@ -188,7 +194,7 @@ class ParallelExperts:
         wire = Wire(quant if self.activation_format is ActivationFormat.STANDARD else None)
         if self.exchange_name == AllToAll.name:
             peers = self.ranks.world if self.ranks.peers is None else self.ranks.peers
-            self._exchange = AllToAll(peers, homes, wire)
+            self._exchange = AllToAll(peers, homes, wire, expect_rows=self.expect_rows)
         else:
             self._exchange = AllGather(self.ranks.peers, self.ranks.replicas, wire)
 
@@ -292,7 +298,11 @@ class ParallelExperts:
         """What arrived, the experts' part of its sums, and that of the rank's own tokens where those stayed apart."""
         own = None if launched.own is None else self.partial_sums(launched.own, experts, adapters)
         received = launched.wait()
-        return received, self.partial_sums(received, experts, adapters, key), own
+        partial = self.partial_sums(received, experts, adapters, key)
+        anew = launched.again()
+        if anew is not None:
+            received, partial = anew, self.partial_sums(anew, experts, adapters, key)
+        return received, partial, own
 
     def partial_sums(
         self,

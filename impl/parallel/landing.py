@@ -19,7 +19,7 @@ import torch
 
 from .. import path
 from ..replay import replaying
-from .wire import Tokens
+from .wire import Tokens, Wire
 
 # Of each number of rows: memory for rows and their sums, and what the experts need beside.
 _MOST_LANDINGS = 16
@@ -57,18 +57,24 @@ class Landing:
         rows: `[num_rows, row_bytes]` uint8.
         sums: `[num_rows, H]`, where the experts write.
         views: tokens in `rows`, by what says how they lie there.
-        is_padding: no row is a token's, as whoever had the memory last left it.
+        first_padding: no row from this one on is a token's, as whoever had the memory last left it.
     """
 
     def __init__(self, num_rows: int, row_bytes: int, hidden_size: int, dtype: torch.dtype, device: torch.device):
         self.rows = torch.empty((num_rows, row_bytes), dtype=torch.uint8, device=device)
         self.sums = torch.empty((num_rows, hidden_size), dtype=dtype, device=device)
         self.views: dict[Hashable, Tokens] = {}
-        self.is_padding = False
+        self.first_padding = num_rows
         # None: seen once; a string: why there is no graph.
         self._graphs: dict[Hashable, _Graph | str | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._hold: ref[Hold] | None = None
+
+    def pad_from(self, first: int, wire: Wire, like: Tokens) -> None:
+        """Make tokens that are not there of all rows from `first` on; those before are about to be written."""
+        if first < self.first_padding:
+            wire.pad(self.rows, first, like)
+        self.first_padding = first
 
     @property
     def is_held(self) -> bool:

@@ -82,7 +82,8 @@ class Wire:
             tokens: quantised as they are to be.
             num_rows: at least M, and rows behind the last token are padding without an expert; or, with a plan, the
                 most rows that it can have: those behind its last one are left as they are.
-            travel: which rank gets which token, by its own numbers of the experts; None: every rank all of them.
+            travel: which rank gets which token, by its own numbers of the experts; None: every rank all of them. Rows
+                that it sets aside and does not need are padding.
         """
         sizes, device = self._sizes(tokens), tokens.topk_ids.device
         scales = tokens.input_scale if self.scale_travels else None
@@ -93,7 +94,8 @@ class Wire:
                 tokens.topk_weights.contiguous(),
                 tokens.lora_ids,
                 scales,
-                *((None,) * 4 if travel is None else (travel.places, travel.counts, *vars(travel.homes).values())),
+                *((None,) * 5 if travel is None else _of_plan(travel)),
+                max(travel.room.sent) if travel is not None and travel.room is not None else 0,
                 num_rows,
                 *sizes,
             )
@@ -108,13 +110,16 @@ class Wire:
             if num_rows > len(ids):
                 as_bytes(rows)[len(ids) :] = 0
                 self.pad(buffer, len(ids), tokens)
+            at = torch.arange(len(ids), device=device)
         else:
-            rank, which = travel.rows
+            if travel.room is not None:
+                self.pad(buffer, 0, tokens)
+            rank, which, at = travel.rows_in_room()
             ids, hidden_states, parts = ids[which], hidden_states[which], [part[which] for part in parts]
             there = ranks_of_pairs(ids, travel.homes) == rank[:, None]
             ids = torch.where(there, travel.homes.local_of[ids.clamp(0, len(travel.homes.local_of) - 1).long()], -1)
-        as_bytes(rows)[: len(ids)] = hidden_states
-        words[: len(ids)] = torch.cat([ids, *(part.contiguous().view(torch.int32) for part in parts)], dim=1)
+        as_bytes(rows)[at] = hidden_states
+        words[at] = torch.cat([ids, *(part.contiguous().view(torch.int32) for part in parts)], dim=1)
         return buffer
 
     def pad(self, buffer: torch.Tensor, first: int, like: Tokens) -> None:
@@ -174,6 +179,11 @@ def _words_of_padding(num_words: int, top_k: int, has_lora: bool, device: torch.
     return words.to(device)
 
 
+def _of_plan(travel: Travel) -> tuple[torch.Tensor, ...]:
+    """Of `_packed_rows`, the places, counts, room and homes."""
+    return travel.places, travel.counts, travel.set_aside, *vars(travel.homes).values()
+
+
 @replayable(tuple)
 def _packed_rows(
     hidden_states: torch.Tensor,
@@ -183,15 +193,16 @@ def _packed_rows(
     scales: torch.Tensor | None,
     places: torch.Tensor | None,
     counts: torch.Tensor | None,
+    room: torch.Tensor | None,
     rank_of: torch.Tensor | None,
     local_of: torch.Tensor | None,
+    most: int,
     num_rows: int,
     hidden_words: int,
     num_words: int,
 ) -> torch.Tensor:
     buffer = torch.empty((num_rows, _row_bytes(hidden_words, num_words)), dtype=torch.uint8, device=topk_ids.device)
     rows, words = _views(buffer, hidden_states.dtype, hidden_states.shape[1], hidden_words, num_words)
-    kernels.pack_rows(
-        rows, words, hidden_states, topk_ids, topk_weights, lora_ids, scales, places, counts, rank_of, local_of
-    )
+    of_plan = (places, counts, room, rank_of, local_of)
+    kernels.pack_rows(rows, words, hidden_states, topk_ids, topk_weights, lora_ids, scales, *of_plan, most=most)
     return buffer
