@@ -1,7 +1,8 @@
 """`python -m moegate.bench.parallel`: collectives and a layer that all GPUs of this machine share, beside one GPU.
 
 Each rank is a process. A sample is several calls back to back between two barriers, and counts as long as its slowest
-rank takes. Every output is judged before its time counts.
+rank takes. Calls differ in their tokens and routing, so the rows that an all-to-all carries do too. Every output is
+judged before its time counts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..conformance.console import PlainConsole
 from ..impl.experts_module import RoutedExperts
 from ..impl.fused_moe import fused_experts
 from ..impl.parallel.collectives import ProcessGroup
-from ..impl.parallel.exchange import Launched
+from ..impl.parallel.exchange import Launched, Received
 from ..impl.parallel.experts import ParallelExperts
 from ..impl.parallel.mesh import Mesh
 from ..impl.parallel.placement import linear_placement
@@ -44,7 +45,9 @@ SCHEMA = "moegate-bench-parallel/1"
 MEGABYTES = (4, 8, 16, 32, 64)
 EXCHANGES = ("all_gather", "all_to_all")
 # As many calls in a row as a model has layers, about: the first one alone waits for the host from its start on.
-ROUNDS, CALLS, WARM_UP = 12, 32, 3
+ROUNDS, CALLS, WARM_UP = 12, 32, 5
+# Calls that differ, in turns.
+BATCHES = 5
 # Communication and permutation may take so much more than the bytes alone.
 FACTOR, FIXED = 1.5, 60e-6
 
@@ -110,9 +113,17 @@ def bandwidth_at(measured: Sequence[dict[str, Any]], name: str, size: float) -> 
 
 
 class SharedLayer:
-    """A workload's layer over all ranks, of which this one has every N-th part of tokens and experts."""
+    """A workload's layer over all ranks, of which this one has every N-th part of tokens and experts.
 
-    def __init__(self, ranks: Ranks, whole: Operands, exchange: str, own_first: bool) -> None:
+    Args:
+        ranks: all of them.
+        batches: whole operands of several calls, of the same weights.
+        exchange: how tokens travel.
+        own_first: whether a rank's own tokens are worked on meanwhile.
+    """
+
+    def __init__(self, ranks: Ranks, batches: Sequence[Operands], exchange: str, own_first: bool) -> None:
+        whole = batches[0]
         n, rank, num_tokens = ranks.world.size, ranks.world.rank, len(whole.hidden_states)
         ends = [num_tokens * r // n for r in range(n + 1)]
         self.rows = slice(ends[rank], ends[rank + 1])
@@ -128,20 +139,25 @@ class SharedLayer:
         )
         self.parallel.join(self.experts, whole.global_num_experts, whole.topk_ids.shape[1])
         self.whole = whole
-        self.x = whole.hidden_states[self.rows].contiguous()
-        self.weights, self.ids = whole.topk_weights[self.rows], whole.topk_ids[self.rows]
+        rows = self.rows
+        self._batches = [
+            Tokens(call.hidden_states[rows].contiguous(), call.topk_weights[rows], call.topk_ids[rows])
+            for call in batches
+        ]
+        self._turns = itertools.cycle(self._batches)
 
     def run(self) -> torch.Tensor:
-        """The rank's own tokens through the layer."""
-        return self.parallel.run(
-            self.x, self.experts, lambda _: (self.weights, self.ids), None, padded_tokens=self.padded
-        )
+        """The rank's own tokens of the next batch through the layer."""
+        return self._run(next(self._turns))
+
+    def _run(self, tokens: Tokens) -> torch.Tensor:
+        chosen = (tokens.topk_weights, tokens.topk_ids)
+        return self.parallel.run(tokens.hidden_states, self.experts, lambda _: chosen, None, padded_tokens=self.padded)
 
     def stages(self, device: torch.device) -> dict[str, float]:
         """Median seconds of each step on the slowest rank, each one waited for: their sum is more than `run` takes."""
         exchange = self.parallel.exchange
-        launched = self._dispatch()
-        received = launched.wait()
+        launched, received = self._dispatch()
         parts = [received] if launched.own is None else [launched.own, received]
 
         def work() -> list[torch.Tensor]:
@@ -149,38 +165,42 @@ class SharedLayer:
 
         *own, partial = work()
         return {
-            "dispatch": timed(lambda: self._dispatch().wait(), device),
+            "dispatch": timed(self._dispatch, device),
             "experts": timed(work, device),
             "combine": timed(lambda: exchange.combine(partial, received, own=own[0] if own else None), device),
         }
 
-    def _dispatch(self) -> Launched:
-        tokens = Tokens(self.x, self.weights, self.ids)
-        own_first = self.parallel.own_first
-        return self.parallel.exchange.dispatch(tokens, self.padded, own_first=own_first, runs_beside=False)
+    def _dispatch(self) -> tuple[Launched, Received]:
+        own_first, tokens = self.parallel.own_first, self._batches[0]
+        launched = self.parallel.exchange.dispatch(tokens, self.padded, own_first=own_first, runs_beside=False)
+        received = launched.wait()
+        return launched, launched.again() or received
 
     def travelling(self) -> tuple[float, float]:
         """Bytes that this rank receives from the others on the way there, and on the way back."""
-        row = self.x.shape[1] * self.x.element_size()
-        top_k, others = self.ids.shape[1], self.parallel.mesh.world_size - 1
+        x, ids = self._batches[0].hidden_states, self._batches[0].topk_ids
+        row = x.shape[1] * x.element_size()
+        top_k, others = ids.shape[1], self.parallel.mesh.world_size - 1
         if self.parallel.exchange_name == "all_gather":
             rows = there = self.padded * others
         else:
-            ticket = self._dispatch().wait().ticket
+            ticket = self._dispatch()[1].ticket
             rank = self.parallel.ranks.rank
             there, rows = sum(ticket.received) - ticket.received[rank], sum(ticket.sent) - ticket.sent[rank]
         return there * (row + 8 * top_k), rows * row
 
     def judge(self) -> None:
-        """Check the rank's output.
+        """Check the rank's output of each batch.
 
         Raises:
             RuntimeError: it is not within budget.
         """
-        whole = self.whole
-        verdict = verify_reduced(self.run(), self.x, whole.w13, whole.w2, self.weights, self.ids)
-        if not verdict.holds:
-            raise RuntimeError(f"{self.parallel.exchange_name}: {verdict.detail}")
+        for tokens in self._batches:
+            output = self._run(tokens)
+            given = (tokens.hidden_states, self.whole.w13, self.whole.w2, tokens.topk_weights, tokens.topk_ids)
+            verdict = verify_reduced(output, *given)
+            if not verdict.holds:
+                raise RuntimeError(f"{self.parallel.exchange_name}: {verdict.detail}")
 
 
 def measure_layer(
@@ -188,12 +208,13 @@ def measure_layer(
 ) -> list[dict[str, Any]]:
     """One device's layer, and both exchanges over all ranks, each with and without a rank's own tokens first."""
     bank = WeightBank(workload.model, workload.format, device)
-    whole = make_operands(workload, bank, call=0, weight_copy=0)
+    batches = [make_operands(workload, bank, call=call, weight_copy=0) for call in range(BATCHES)]
+    whole = batches[0]
     one = timed(lambda: whole.pass_to(fused_experts), device)
     captured_one = timed_captured(lambda: whole.pass_to(fused_experts), device)
     rows = []
     for exchange, own_first in itertools.product(EXCHANGES, (False, True)):
-        layer = SharedLayer(ranks, whole, exchange, own_first)
+        layer = SharedLayer(ranks, batches, exchange, own_first)
         layer.judge()
         seconds, stages = timed(layer.run, device), layer.stages(device)
         layer.judge()  # calls that are captured or replayed, too

@@ -113,10 +113,11 @@ def test_a_model_that_cannot_be_is_refused_by_name(capsys, arguments, error):
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
 def test_a_layer_is_judged_before_its_time_counts(exchange, own_first):
     workload = Workload(SMALL, 9, dtype="fp32", cache_state="warm")
-    whole = make_operands(workload, WeightBank(SMALL, workload.format, torch.device("cpu")), call=0, weight_copy=0)
+    bank = WeightBank(SMALL, workload.format, torch.device("cpu"))
+    batches = [make_operands(workload, bank, call=call, weight_copy=0) for call in range(2)]
 
     def body(rank, links):
-        layer = measurement.SharedLayer(ranks_of(Mesh(dp_size=2, ep_size=2), links), whole, exchange, own_first)
+        layer = measurement.SharedLayer(ranks_of(Mesh(dp_size=2, ep_size=2), links), batches, exchange, own_first)
         layer.judge()
         sizes = layer.travelling()
         layer.experts.w2 = layer.experts.w2 * 1.1
