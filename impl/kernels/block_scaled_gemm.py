@@ -20,6 +20,7 @@ from ..quantization import LARGEST
 from .activation import activated
 from .descriptors import gate_up_tiles, row_tiles, weight_tiles
 from .gated_gemm import GROUP, tile_at
+from .pairs import routing_weight_ptrs
 from .quantize import quantized, scale_of
 from .sizes import cdiv
 from .tile import bias_arguments, bias_of
@@ -163,7 +164,7 @@ def scaled_gated_gemm_kernel(
     # The grid of scales starts anew at the first up row.
     gate_scale_ptr = w_scale_ptr + (expert.to(tl.int64) * (2 * num_groups) + pid_n) * num_steps
     up_scale_ptr = gate_scale_ptr + num_groups * num_steps
-    weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
+    weight_ptrs = routing_weight_ptrs(topk_weights_ptr, stride_weights, pairs, top_k)
     # Registers hold the sums of half a group, and the other half as it is before it is quantised.
     HALF: tl.constexpr = BLOCK // 2  # pyright: ignore[reportAssignmentType]
     column = pid_n * BLOCK
@@ -290,7 +291,7 @@ def scaled_sorted_gemm_kernel(
         bias_at = expert.to(tl.int64) * stride_bias + columns
         acc += bias_of(bias_ptr, has_bias, bias_at, columns < N)[None, :]
     if mul_weight != 0:
-        weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
+        weight_ptrs = routing_weight_ptrs(topk_weights_ptr, stride_weights, pairs, top_k)
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     y_ptrs = y_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
     mask = real[:, None] if EVEN_N else real[:, None] & (columns < N)[None, :]
