@@ -131,7 +131,7 @@ def sorted_tiles(
 def scaled_tiles(platform: Platform) -> tuple[ScaledTile, ScaledTile]:
     """The tiles of both GEMMs on sorted rows in fp8 with scales of blocks; they share the slots of a block."""
     if platform.vendor is Vendor.CPU:
-        return ScaledTile(32), ScaledTile(32, parts=2, group_size_m=2)
+        return ScaledTile(32), ScaledTile(32, group_size_m=2)
     # The smallest tiles were the fastest: what counts is how many programs a multiprocessor holds, 2 and 3 of these.
     return ScaledTile(64, group_size_m=1, num_warps=4, num_stages=4), ScaledTile(64, group_size_m=1, num_warps=4)
 

@@ -20,6 +20,7 @@ from ..quantization import LARGEST
 from .activation import activated
 from .descriptors import gate_up_tiles, row_tiles, weight_tiles
 from .gated_gemm import GROUP, tile_at
+from .pairs import routing_weight_ptrs
 from .quantize import quantized, scale_of
 from .sizes import cdiv
 from .tile import bias_arguments, bias_of
@@ -136,7 +137,6 @@ def scaled_gated_gemm_kernel(
     has_bias,
     EXTRAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PARTS_OF_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -148,16 +148,13 @@ def scaled_gated_gemm_kernel(
 ):
     """BLOCK_M slots and BLOCK columns of h, in fp8, with a scale for each row.
 
-    EXTRAS: there may be routing weights on the input, or biases. PARTS_OF_BLOCK: as `ScaledTile.parts`.
+    EXTRAS: there may be routing weights on the input, or biases.
     """
     pid_m, pid_n = tile_at(tl.program_id(0), num_m_blocks, tl.cdiv(size, BLOCK), GROUP_M)  # pyright: ignore[reportGeneralTypeIssues]
-    expert = tl.load(expert_ids_ptr + pid_m // PARTS_OF_BLOCK)
+    expert = tl.load(expert_ids_ptr + pid_m)
     if expert < 0:
         return
-    slot = pid_m * BLOCK_M
-    if tl.load(slots_ptr + slot) >= num_pairs:
-        return
-    slots = slot + tl.arange(0, BLOCK_M)
+    slots = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     pairs = tl.load(slots_ptr + slots)
     real = pairs < num_pairs
     # Padding computes a row that nobody reads: which one does not matter, and its load needs no mask.
@@ -167,7 +164,7 @@ def scaled_gated_gemm_kernel(
     # The grid of scales starts anew at the first up row.
     gate_scale_ptr = w_scale_ptr + (expert.to(tl.int64) * (2 * num_groups) + pid_n) * num_steps
     up_scale_ptr = gate_scale_ptr + num_groups * num_steps
-    weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
+    weight_ptrs = routing_weight_ptrs(topk_weights_ptr, stride_weights, pairs, top_k)
     # Registers hold the sums of half a group, and the other half as it is before it is quantised.
     HALF: tl.constexpr = BLOCK // 2  # pyright: ignore[reportAssignmentType]
     column = pid_n * BLOCK
@@ -265,22 +262,19 @@ def scaled_sorted_gemm_kernel(
     mul_weight,
     has_bias,
     BLOCK_M: tl.constexpr,
-    PARTS_OF_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_N: tl.constexpr,
 ):
     """BLOCK_M slots and BLOCK columns of y, at the places of their pairs."""
     pid_m, pid_n = tile_at(tl.program_id(0), num_m_blocks, tl.cdiv(N, BLOCK), GROUP_M)  # pyright: ignore[reportGeneralTypeIssues]
-    expert = tl.load(expert_ids_ptr + pid_m // PARTS_OF_BLOCK)
+    expert = tl.load(expert_ids_ptr + pid_m)
     if expert < 0:
         return
     slot = pid_m * BLOCK_M
     slots = slot + tl.arange(0, BLOCK_M)
     pairs = tl.load(slots_ptr + slots)
     real = pairs < num_pairs
-    if tl.load(slots_ptr + slot) >= num_pairs:
-        return
     num_steps = tl.cdiv(K, BLOCK)
     h_scale_ptrs = h_scale_ptr + slots.to(tl.int64) * num_steps
     w_scale_ptr += (expert.to(tl.int64) * tl.cdiv(N, BLOCK) + pid_n) * num_steps
@@ -297,7 +291,7 @@ def scaled_sorted_gemm_kernel(
         bias_at = expert.to(tl.int64) * stride_bias + columns
         acc += bias_of(bias_ptr, has_bias, bias_at, columns < N)[None, :]
     if mul_weight != 0:
-        weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
+        weight_ptrs = routing_weight_ptrs(topk_weights_ptr, stride_weights, pairs, top_k)
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     y_ptrs = y_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
     mask = real[:, None] if EVEN_N else real[:, None] & (columns < N)[None, :]
@@ -310,22 +304,15 @@ class ScaledTile:
 
     Attributes:
         block_size_m: slots a block, as the alignment pads them.
-        parts: programs that share a block; those of padding alone end at once.
         group_size_m: row blocks that share a sweep over the weight rows.
         num_warps: warps a program.
         num_stages: steps in flight.
     """
 
     block_size_m: int
-    parts: int = 1
     group_size_m: int = 8
     num_warps: int = 8
     num_stages: int = 3
-
-    @property
-    def rows(self) -> int:
-        """Slots of a program."""
-        return self.block_size_m // self.parts
 
 
 def scaled_gated_gemm(
@@ -367,7 +354,7 @@ def scaled_gated_gemm(
     """
     block = block_shape[0]
     size, k = h.shape[1], x.shape[1]
-    num_m_blocks = expert_ids.shape[0] * tile.parts
+    num_m_blocks = expert_ids.shape[0]
     bias_ptr, has_bias = (h_scale, 0) if bias is None else bias_arguments(bias, bias)
     path.launch(
         scaled_gated_gemm_kernel,
@@ -395,8 +382,7 @@ def scaled_gated_gemm(
         int(mul_weight),
         has_bias,
         EXTRAS=mul_weight or bias is not None,
-        BLOCK_M=tile.rows,
-        PARTS_OF_BLOCK=tile.parts,
+        BLOCK_M=tile.block_size_m,
         BLOCK=block,
         GROUP_M=tile.group_size_m,
         ACTIVATION=str(function.kind),
@@ -443,12 +429,12 @@ def scaled_sorted_gemm(
     """
     block = block_shape[0]
     n, k = y.shape[1], h.shape[1]
-    num_m_blocks = expert_ids.shape[0] * tile.parts
+    num_m_blocks = expert_ids.shape[0]
     bias_ptr, has_bias = bias_arguments(bias, y)
     path.launch(
         scaled_sorted_gemm_kernel,
         (num_m_blocks * cdiv(n, block),),
-        row_tiles(h, tile.rows, block),
+        row_tiles(h, tile.block_size_m, block),
         h_scale,
         weight_tiles(w2, block, block),
         w2_scale,
@@ -466,8 +452,7 @@ def scaled_sorted_gemm(
         topk_weights.shape[1],
         int(mul_weight),
         has_bias,
-        BLOCK_M=tile.rows,
-        PARTS_OF_BLOCK=tile.parts,
+        BLOCK_M=tile.block_size_m,
         BLOCK=block,
         GROUP_M=tile.group_size_m,
         EVEN_N=n % block == 0,

@@ -18,6 +18,7 @@ from .. import path
 from ..config import ActivationFunction
 from .activation import activated
 from .descriptors import gate_up_tiles, row_tiles
+from .pairs import routing_weight_ptrs
 from .sizes import cdiv
 
 # Gate rows of a tile before their up rows follow: then both of a column, and of its neighbour, lie in one thread.
@@ -124,7 +125,7 @@ def _gated_rows(
     if EXTRAS:
         # Which of them there is, is a run-time value: as constants they would multiply the compiled variants.
         if mul_weight != 0:
-            weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
+            weight_ptrs = routing_weight_ptrs(topk_weights_ptr, stride_weights, pairs, top_k)
             weight = tl.load(weight_ptrs, mask=real, other=0.0)
             weight = weight[None, :] if SWAP_AB else weight[:, None]
             gate, up = gate * weight, up * weight

@@ -11,6 +11,7 @@ from ..tuning.kernel_config import KernelConfig
 from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_with_adapters
 from .lora_rows import adapters_of_block, known_slot
 from .lora_shrink import Shrunk
+from .pairs import routing_weight_ptrs
 from .sizes import cdiv
 from .tile import GemmOperands, bias_arguments, bias_of, product_of_tile, tile_of_program, tile_options
 
@@ -200,7 +201,7 @@ def grouped_gemm_kernel(
                 BLOCK_N,
                 LORA_BLOCK_R,
             )
-    weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
+    weight_ptrs = routing_weight_ptrs(topk_weights_ptr, stride_weights, pairs, top_k)
     if mul_weight == ON_INPUT:
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)

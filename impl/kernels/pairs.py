@@ -1,6 +1,6 @@
 """Which expert of this rank a routed pair goes to. Every kernel asks here, so all agree on which pairs exist.
 
-A pair is one (token, choice): pair p is token p // top_k and its choice p % top_k.
+A pair is one (token, choice): pair p is token p // top_k and its choice p % top_k. Its routing weight lies there.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ def local_expert(
     local = tl.load(expert_map_ptr + expert, mask=mapped, other=-1).to(tl.int32)
     local = tl.where((local >= 0) & (local < num_local_experts), local, -1)
     return tl.where(has_expert_map != 0, local, expert)
+
+
+@triton.jit
+def routing_weight_ptrs(topk_weights_ptr, stride_weights, pairs, top_k):
+    """Where the routing weights of a block of pairs lie."""
+    return topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
 
 
 def map_arguments(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> tuple[torch.Tensor, int]:

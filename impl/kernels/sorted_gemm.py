@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .. import path
 from .descriptors import row_tiles, weight_tiles
 from .gated_gemm import SortedTile, tile_at
+from .pairs import routing_weight_ptrs
 from .sizes import cdiv
 
 
@@ -66,7 +67,7 @@ def _sorted_rows(
         bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_bias + columns
         acc += tl.load(bias_ptrs, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if mul_weight != 0:
-        weight_ptrs = topk_weights_ptr + (pairs // top_k).to(tl.int64) * stride_weights + pairs % top_k
+        weight_ptrs = routing_weight_ptrs(topk_weights_ptr, stride_weights, pairs, top_k)
         acc *= tl.load(weight_ptrs, mask=real, other=0.0)[:, None]
     y = acc.to(y_ptr.dtype.element_ty)
     if y_desc is not None:
