@@ -36,27 +36,33 @@ def judge_of(session, run):
     """Verdicts on a spec, of which `run(case)` gives the ranks' outcomes; they are judged on the CPU."""
     subject = session.subject
 
-    def results_of(case):
-        return [outcome.result.on_cpu() for outcome in run(case)]
-
     def judge(spec):
+        verdicts = []
+
+        def results_of(case):
+            """What the ranks make of it; none where a rank raises, which is a verdict."""
+            outcomes = run(case)
+            raised = any(outcome.error is not None for outcome in outcomes)
+            verdicts.extend(judge_meeting(outcomes) if raised else [])
+            return None if raised else [outcome.result.on_cpu() for outcome in outcomes]
+
         case, judged = build_parallel(spec, session.device), build_parallel(spec)
         with poisoned_allocations():
             outcomes = run(case)
-        verdicts = judge_meeting(outcomes)
+        verdicts += judge_meeting(outcomes)
         if any(outcome.error is not None for outcome in outcomes):
             return verdicts
         results = [outcome.result.on_cpu() for outcome in outcomes]
         verdicts += judge_small_products(judged, outcomes)
         verdicts += [judge_memory(case, results), *judge_travel(judged, results), *judge_slices(judged, results)]
         verdicts += judge_values(judged, results, subject.numerics, subject.partial_sums[spec.exchange])
-        if subject.numerics.repeatable:
-            verdicts.append(judge_again(results, results_of(case)))
-        if spec.adapters != "none":
-            plain = build_parallel(replace(spec, adapters="none"), session.device)
-            verdicts.append(judge_base(judged, results, results_of(plain)))
-        if spec.shared != "none":
-            verdicts += judge_shared(judged, results_of(without_routed_weights(case)), subject.numerics)
+        if subject.numerics.repeatable and (again := results_of(case)):
+            verdicts.append(judge_again(results, again))
+        plain = replace(spec, adapters="none")
+        if spec != plain and (base := results_of(build_parallel(plain, session.device))):
+            verdicts.append(judge_base(judged, results, base))
+        if spec.shared != "none" and (shared := results_of(without_routed_weights(case))):
+            verdicts += judge_shared(judged, shared, subject.numerics)
         return verdicts
 
     return judge
