@@ -1,4 +1,4 @@
-"""The cases that run under compute-sanitizer: `python -m moegate.conformance.sanitized --subject NAME --device cuda`.
+"""The cases that run under compute-sanitizer: `python -m moegate.conformance.sanitized --subject NAME ...`.
 
 A fixed subset that reaches each kernel family, both ways of assigning blocks, tails, ids of -1, graphs and two streams.
 A tool makes kernels many times slower, so cases are few and small, and what judges them runs on the CPU: a spec gives
@@ -25,6 +25,8 @@ from .device_errors import settle_device
 from .guarded import CallError
 from .judge import Verdict
 from .lora_cases import LoraSpec, build_lora
+from .parallel_cases import ParallelSpec, build_parallel
+from .properties import ep as parallel_properties
 from .properties import lora as lora_properties
 from .properties import shared as shared_properties
 from .properties.align import judge_alignment
@@ -37,9 +39,12 @@ from .properties.route import judge_routing
 from .selection import SELECTION
 from .session import Session, current_session
 from .shared_cases import SharedSpec, build_shared
+from .simulated_ranks import run_simulated
 from .spec import AlignSpec, BatchedSpec, ExpertsSpec, QuantizeSpec, RoutingSpec, Spec
 
 MARK = "moegate case: "
+# The fast forms of the experts are kernels of their own.
+SUBJECTS = ("moegate", "moegate:kernel_forms", "moegate:scaled_forms")
 # H and I with tails on every tile, and with whole blocks where a scheme has blocks.
 RAGGED, WHOLE = {"H": 72, "I": 56}, {"H": 64, "I": 96}
 FEW = ExpertsSpec(M=2, **RAGGED, E=32, top_k=2)
@@ -92,6 +97,7 @@ CASES = (
     SanitizedCase("float32, an activation without a gate", replace(MANY, dtype="float32", activation="relu2_no_mul")),
     SanitizedCase("fp8 by channel and token", replace(MANY, **WHOLE, scheme="fp8_channel_token")),
     SanitizedCase("fp8 in blocks", replace(MANY, **WHOLE, scheme="fp8_block", block_n=32, block_k=32)),
+    SanitizedCase("fp8 in blocks of 128", replace(MANY, H=144, I=80, scheme="fp8_block", block_n=128, block_k=128)),
     SanitizedCase("int8 weights by channel", replace(MANY, **WHOLE, scheme="int8_w8a16_channel")),
     SanitizedCase("int4 in groups with zero points", replace(MANY, **WHOLE, scheme="int4_group_zp", block_k=32)),
     SanitizedCase("slabs", BatchedSpec(max_tokens=21, **RAGGED, E=3, bias="both")),
@@ -99,6 +105,10 @@ CASES = (
     SanitizedCase("quantised rows", QuantizeSpec(rows=7, columns=104, quantizer="fp8_group", group=8)),
     SanitizedCase("adapters", LoraSpec(9, **RAGGED, E=5, top_k=2)),
     SanitizedCase("shared experts", SharedSpec(5, **RAGGED, E=8, top_k=2, shared_size=40)),
+    SanitizedCase(
+        "tokens that travel between ranks",
+        ParallelSpec(M=9, **RAGGED, E=5, top_k=2, exchange="all_to_all", split="uneven", slack=2, earlier="alike"),
+    ),
     SanitizedCase("two streams", SharedSpec(5, **RAGGED, E=8, top_k=2, shared_size=40), "two streams"),
     SanitizedCase("a graph", SharedSpec(5, **RAGGED, E=8, top_k=2, shared_size=40), "graph"),
 )
@@ -158,6 +168,17 @@ def _run_shared(session: Session, spec: SharedSpec, variant: str, overlapped: bo
     )
 
 
+def _run_parallel(session: Session, spec: ParallelSpec, variant: str) -> list[Verdict]:
+    subject, there = session.subject, build_parallel(spec, session.device)
+    outcomes = run_simulated(spec.world_size, lambda rank, links: subject.parallel(there, links, variant, fails=None))
+    verdicts = parallel_properties.judge_meeting(outcomes)
+    if all(verdict.holds for verdict in verdicts):
+        results = [outcome.result.on_cpu() for outcome in outcomes]
+        sums = subject.partial_sums[spec.exchange]
+        verdicts += parallel_properties.judge_values(build_parallel(spec), results, subject.numerics, sums)
+    return verdicts
+
+
 def _run_graph(session: Session, spec: SharedSpec, variant: str) -> list[Verdict]:
     subject = session.subject
     calls = Calls(
@@ -182,6 +203,7 @@ _RUNS: dict[str, Callable[[Session, Any, str], list[Verdict]]] = {
     "quantize": _run_quantize,
     "lora": _run_lora,
     "shared": _run_shared,
+    "parallel": _run_parallel,
     "two streams": partial(_run_shared, overlapped=True),
     "graph": _run_graph,
 }
@@ -211,10 +233,32 @@ def planted_kernel(out, n, BLOCK: tl.constexpr):
     tl.store(out + i, 1.0, mask=i < n)
 
 
+def run_cases(session: Session, *, caching: bool) -> int:
+    """Run a subject's cases, a line of JSON for each; returns in how many a property was violated."""
+    violated = 0
+    for variant in session.variants():
+        for case in CASES:
+            if case.needs_caching != caching or (case.needs_gpu and session.device == "cpu"):
+                continue
+            if not is_defined(session, case, variant):
+                continue
+            print(f"{MARK}{case.name} ({session.subject.name}, {variant})", flush=True)
+            try:
+                verdicts = run_case(session, case, variant)
+                settle_device()
+            except CallError as error:
+                verdicts = [error.verdict]
+            wrong = [f"{v.property.id}: {v.detail}" for v in verdicts if not v.holds]
+            violated += bool(wrong)
+            row = {"case": case.name, "variant": variant, "judged": len(verdicts), "violated": wrong}
+            print(json.dumps(row), flush=True)
+    return violated
+
+
 def main(arguments: list[str]) -> int:
     """Run the cases, a line of JSON for each; 1 where a property is violated."""
     parser = argparse.ArgumentParser(prog="python -m moegate.conformance.sanitized")
-    parser.add_argument("--subject", default="moegate")
+    parser.add_argument("--subject", action="append", help=f"may be repeated; else {', '.join(SUBJECTS)}")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--caching", action="store_true", help="the cases that need torch's caching allocator")
     parser.add_argument("--planted", action="store_true", help="nothing but a kernel that leaves its memory")
@@ -223,27 +267,12 @@ def main(arguments: list[str]) -> int:
         print(f"{MARK}planted", flush=True)
         plant(asked.device)
         return 0
-    SELECTION.subject, SELECTION.device = asked.subject, asked.device
-    session = current_session()
+    SELECTION.device = asked.device
     violated = 0
-    for variant in session.variants():
-        for case in CASES:
-            if case.needs_caching != asked.caching or (case.needs_gpu and asked.device == "cpu"):
-                continue
-            if not is_defined(session, case, variant):
-                continue
-            print(f"{MARK}{case.name} ({variant})", flush=True)
-            try:
-                verdicts = run_case(session, case, variant)
-                settle_device()
-            except CallError as error:
-                verdicts = [error.verdict]
-            wrong = [f"{v.property.id}: {v.detail}" for v in verdicts if not v.holds]
-            violated += bool(wrong)
-            print(
-                json.dumps({"case": case.name, "variant": variant, "judged": len(verdicts), "violated": wrong}),
-                flush=True,
-            )
+    for subject in asked.subject or SUBJECTS:
+        SELECTION.subject = subject
+        current_session.cache_clear()
+        violated += run_cases(current_session(), caching=asked.caching)
     return int(violated > 0)
 
 

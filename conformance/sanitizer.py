@@ -233,10 +233,13 @@ def run_child(command: Sequence[str], environment: dict[str, str], seconds: floa
     return Ended(output, status, time.monotonic() - started)
 
 
-def command_of(sanitizer: str, tool: str, subject: str, *, caching: bool = False, planted: bool = False) -> list[str]:
+def command_of(
+    sanitizer: str, tool: str, subjects: Sequence[str], *, caching: bool = False, planted: bool = False
+) -> list[str]:
     """A child under a tool."""
     options = ["--tool", tool, "--target-processes", "all", "--error-exitcode", str(FOUND), "--print-limit", "20"]
-    mine = ["--planted"] if planted else ["--subject", subject, *(["--caching"] if caching else [])]
+    named = [word for subject in subjects for word in ("--subject", subject)]
+    mine = ["--planted"] if planted else [*named, *(["--caching"] if caching else [])]
     return [sanitizer, *options, sys.executable, "-m", "moegate.conformance.sanitized", *mine]
 
 
@@ -297,9 +300,9 @@ class Outcome:
         return {"schema": "moegate-sanitizer/1", "code": self.code} | asdict(self)
 
 
-def prove(sanitizer: str, subject: str, seconds: float, run: Run = run_child) -> Outcome:
+def prove(sanitizer: str, seconds: float, run: Run = run_child) -> Outcome:
     """Let memcheck find a planted write; what comes of it is inconclusive where it does not."""
-    command = command_of(sanitizer, "memcheck", subject, planted=True)
+    command = command_of(sanitizer, "memcheck", (), planted=True)
     ended = run(command, environment_of(caching=False), seconds)
     parsed = parse(ended.output, "memcheck")
     if parsed.unsupported:
@@ -310,12 +313,12 @@ def prove(sanitizer: str, subject: str, seconds: float, run: Run = run_child) ->
     return Outcome(inconclusive=[f"memcheck does not see a planted write: {how}{_tail(ended.output)}"])
 
 
-def check(sanitizer: str, tool: str, subject: str, seconds: float, run: Run = run_child) -> Outcome:
+def check(sanitizer: str, tool: str, subjects: Sequence[str], seconds: float, run: Run = run_child) -> Outcome:
     """Run the cases under one tool."""
     outcome = Outcome(seconds={tool: 0.0})
     for caching in (False, True):
         left = seconds - outcome.seconds[tool]
-        ended = run(command_of(sanitizer, tool, subject, caching=caching), environment_of(caching=caching), left)
+        ended = run(command_of(sanitizer, tool, subjects, caching=caching), environment_of(caching=caching), left)
         outcome.seconds[tool] = round(outcome.seconds[tool] + ended.seconds, 1)
         parsed = parse(ended.output, tool)
         if parsed.unsupported:
@@ -337,20 +340,22 @@ def check(sanitizer: str, tool: str, subject: str, seconds: float, run: Run = ru
     return outcome
 
 
-def check_all(sanitizer: str, tools: Sequence[str], subject: str, seconds: float, run: Run = run_child) -> Outcome:
+def check_all(
+    sanitizer: str, tools: Sequence[str], subjects: Sequence[str], seconds: float, run: Run = run_child
+) -> Outcome:
     """The proof, then the tools side by side; a device that no tool supports ends it at once.
 
     A tool that proved nothing beside the others (their processes share the device's memory) is run once more, alone.
     """
-    outcome = prove(sanitizer, subject, seconds, run)
+    outcome = prove(sanitizer, seconds, run)
     if outcome.unsupported or outcome.inconclusive:
         return outcome
     # Each has its process and hardly any use for the device's width.
     with ThreadPoolExecutor(max(1, len(tools))) as pool:
-        every = list(pool.map(lambda tool: check(sanitizer, tool, subject, seconds, run), tools))
+        every = list(pool.map(lambda tool: check(sanitizer, tool, subjects, seconds, run), tools))
     for tool, found in zip(tools, every, strict=True):
         if found.code == INCONCLUSIVE and not found.unsupported:
-            alone = check(sanitizer, tool, subject, seconds, run)
+            alone = check(sanitizer, tool, subjects, seconds, run)
             alone.seconds[tool] += found.seconds[tool]
             alone.again[tool] = found.inconclusive[0]
             outcome.add(alone)
@@ -367,7 +372,11 @@ def _tail(output: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m moegate.conformance.sanitizer", description=__doc__)
-    parser.add_argument("--subject", default="moegate", help="implementation under test: a name, or FILE.py:CLASS")
+    parser.add_argument(
+        "--subject",
+        action="append",
+        help="implementation under test: a name, or FILE.py:CLASS; may be repeated (default: moegate in each form)",
+    )
     parser.add_argument("--tools", default=",".join(TOOLS), help="some of them, with commas between")
     parser.add_argument("--timeout", type=float, default=240.0, metavar="S", help="seconds for each tool")
     parser.add_argument("--json", metavar="FILE", help="write what came of it")
@@ -385,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason or sanitizer is None:
         print(f"nothing was checked: {reason}", file=sys.stderr)
         return NOTHING_DONE
-    outcome = check_all(sanitizer, tools, asked.subject, asked.timeout)
+    outcome = check_all(sanitizer, tools, asked.subject or (), asked.timeout)
     report(outcome)
     if asked.json:
         Path(asked.json).write_text(json.dumps(outcome.as_dict(), indent=1) + "\n")

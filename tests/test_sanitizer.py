@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from itertools import product
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from moegate.conformance import interpreter, sanitizer
 from moegate.conformance.bounds import CHECKED, OutOfBoundsError
 from moegate.conformance.loading import load_subject
-from moegate.conformance.sanitized import CASES, is_defined, plant, run_case
+from moegate.conformance.sanitized import CASES, SUBJECTS, is_defined, plant, run_case
 from moegate.conformance.sanitizer import MARK, TOOLS, Ended, check, check_all, main, parse, prove
 from moegate.conformance.session import Session
 from moegate.impl.platform import Platform
@@ -155,14 +156,14 @@ def test_errors_in_a_form_that_nobody_knows_still_count():
 
 def test_a_violated_property_under_a_tool_is_a_finding():
     row = {"case": "slabs", "variant": "triton", "judged": 5, "violated": ["NUM-01: token 0"]}
-    outcome = check("cs", "memcheck", "moegate", 60, runs((f"{MARK}slabs\n{json.dumps(row)}\n", 1), CLEAN))
+    outcome = check("cs", "memcheck", (), 60, runs((f"{MARK}slabs\n{json.dumps(row)}\n", 1), CLEAN))
     assert outcome.violated == ["memcheck: slabs (triton): NUM-01: token 0"]
     assert outcome.code == sanitizer.FINDING
 
 
 def test_a_clean_run_counts_its_cases_and_is_proved_first():
     run = runs((PLANTED, sanitizer.FOUND), *[CLEAN] * 8)
-    outcome = check_all("cs", TOOLS, "mine.py:Mine", 60, run)
+    outcome = check_all("cs", TOOLS, ("mine.py:Mine",), 60, run)
     assert outcome.code == sanitizer.HOLDS
     assert outcome.cases == dict.fromkeys(TOOLS, 2)
     (proof, _), *others = run.commands
@@ -180,7 +181,7 @@ CRASHED = (CLEAN + "Segmentation fault", 11)
 
 def test_a_tool_that_crashes_beside_the_others_is_run_once_more_alone(capsys):
     run = runs((PLANTED, sanitizer.FOUND), CRASHED, CLEAN, CLEAN, CLEAN)
-    outcome = check_all("cs", TOOLS[:1], "moegate", 60, run)
+    outcome = check_all("cs", TOOLS[:1], (), 60, run)
     assert outcome.code == sanitizer.HOLDS
     assert outcome.cases == {TOOLS[0]: 2}
     assert outcome.seconds == {TOOLS[0]: 4.0}
@@ -190,38 +191,38 @@ def test_a_tool_that_crashes_beside_the_others_is_run_once_more_alone(capsys):
 
 def test_a_tool_that_crashes_again_is_inconclusive():
     run = runs((PLANTED, sanitizer.FOUND), CRASHED, CLEAN, CRASHED, CLEAN)
-    assert check_all("cs", TOOLS[:1], "moegate", 60, run).code == sanitizer.INCONCLUSIVE
+    assert check_all("cs", TOOLS[:1], (), 60, run).code == sanitizer.INCONCLUSIVE
 
 
 def test_what_a_tool_found_before_it_crashed_is_not_asked_again():
     run = runs((PLANTED, sanitizer.FOUND), (RACECHECK, 11), CLEAN)
-    assert check_all("cs", TOOLS[:1], "moegate", 60, run).code == sanitizer.FINDING
+    assert check_all("cs", TOOLS[:1], (), 60, run).code == sanitizer.FINDING
     assert len(run.commands) == 3
 
 
 def test_findings_are_exit_code_1():
-    outcome = check("cs", "racecheck", "moegate", 60, runs((RACECHECK, sanitizer.FOUND), CLEAN))
+    outcome = check("cs", "racecheck", (), 60, runs((RACECHECK, sanitizer.FOUND), CLEAN))
     assert outcome.code == sanitizer.FINDING
     assert len(outcome.findings) == 2
 
 
 def test_a_tool_that_does_not_see_what_is_planted_proves_nothing():
-    outcome = check_all("cs", TOOLS, "moegate", 60, runs(CLEAN))
+    outcome = check_all("cs", TOOLS, (), 60, runs(CLEAN))
     assert outcome.code == sanitizer.INCONCLUSIVE
     assert "memcheck does not see a planted write: it ended with 0" in outcome.inconclusive[0]
     assert not outcome.cases
 
 
 def test_a_device_that_is_not_supported_is_nothing_done():
-    outcome = prove("cs", "moegate", 60, runs((UNSUPPORTED, 1)))
+    outcome = prove("cs", 60, runs((UNSUPPORTED, 1)))
     assert outcome.code == sanitizer.NOTHING_DONE
     assert "Device not supported" in outcome.unsupported["memcheck"]
-    assert check_all("cs", TOOLS, "moegate", 60, runs((UNSUPPORTED, 1))).code == sanitizer.NOTHING_DONE
+    assert check_all("cs", TOOLS, (), 60, runs((UNSUPPORTED, 1))).code == sanitizer.NOTHING_DONE
 
 
 def test_one_tool_of_several_that_is_not_supported_is_a_hole():
     run = runs((PLANTED, sanitizer.FOUND), CLEAN, CLEAN, (UNSUPPORTED, 1))
-    assert check_all("cs", TOOLS[:2], "moegate", 60, run).code == sanitizer.INCONCLUSIVE
+    assert check_all("cs", TOOLS[:2], (), 60, run).code == sanitizer.INCONCLUSIVE
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_one_tool_of_several_that_is_not_supported_is_a_hole():
     ],
 )
 def test_a_tool_that_does_not_do_its_work_is_inconclusive(outputs, words):
-    outcome = check("cs", "memcheck", "moegate", 60, runs(*outputs))
+    outcome = check("cs", "memcheck", (), 60, runs(*outputs))
     assert outcome.code == sanitizer.INCONCLUSIVE
     assert words in outcome.inconclusive[0]
 
@@ -285,15 +286,17 @@ def test_what_came_of_it_is_printed_and_written(monkeypatch, tmp_path, capsys):
 @needs_interpreter
 def test_the_cases_reach_every_kernel_family_and_hold_where_no_tool_looks():
     interpreter.install()
-    session = Session(load_subject("moegate"), "cpu")
-    before = CHECKED.copy()
-    for case in CASES:
-        assert case.needs_gpu or is_defined(session, case, "triton"), case.name
-        if not case.needs_gpu:
+    before, sessions = CHECKED.copy(), [Session(load_subject(name), "cpu") for name in SUBJECTS]
+    for session, case in product(sessions, CASES):
+        is_there = is_defined(session, case, "triton")
+        assert is_there or session is not sessions[0], case.name
+        if is_there and not case.needs_gpu:
             assert all(verdict.holds for verdict in run_case(session, case, "triton")), case.name
     launched = {kernel for kernel, count in CHECKED.items() if count > before[kernel]}
     families = ("topk", "align", "grouped_gemm", "batched_gemm", "activation", "combine", "quantize", "lora_shrink")
-    missing = [family for family in families if not any(family in kernel for kernel in launched)]
+    families += ("gate_up_rows", "down_rows", "gated_gemm", "sorted_gemm", "scaled_gated_gemm", "scaled_sorted_gemm")
+    families += ("plan_travel", "pack_rows", "sum_ranks")
+    missing = [family for family in families if not any(kernel.startswith(family) for kernel in launched)]
     assert not missing, sorted(launched)
 
 
@@ -310,7 +313,7 @@ def test_the_cases_are_clean_under_the_tool(tool):
     reason = sanitizer.why_not()
     if reason:
         pytest.skip(reason)
-    outcome = check_all(sanitizer.find_sanitizer(), [tool], "moegate", 240.0)
+    outcome = check_all(sanitizer.find_sanitizer(), [tool], (), 240.0)
     if outcome.code == sanitizer.NOTHING_DONE:
         pytest.skip(str(outcome.unsupported))
     assert outcome.code == sanitizer.HOLDS, "\n".join(map(str, (*outcome.findings, *outcome.inconclusive)))
