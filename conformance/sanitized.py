@@ -107,7 +107,7 @@ CASES = (
     SanitizedCase("shared experts", SharedSpec(5, **RAGGED, E=8, top_k=2, shared_size=40)),
     SanitizedCase(
         "tokens that travel between ranks",
-        ParallelSpec(M=9, **RAGGED, E=5, top_k=2, exchange="all_to_all", split="uneven", slack=2, earlier="alike"),
+        ParallelSpec(M=9, **RAGGED, E=5, top_k=2, exchange="all_to_all", split="uneven"),
     ),
     SanitizedCase("two streams", SharedSpec(5, **RAGGED, E=8, top_k=2, shared_size=40), "two streams"),
     SanitizedCase("a graph", SharedSpec(5, **RAGGED, E=8, top_k=2, shared_size=40), "graph"),

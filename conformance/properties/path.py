@@ -8,6 +8,7 @@ from typing import Any
 from ..cases import ExpertsCase, LayerCase
 from ..judge import Verdict, declare
 from ..numerics import Numerics
+from ..spec import SCHEMES, Scheme
 
 Launches = Callable[[LayerCase], Mapping[str, tuple[Mapping[str, int], ...]]]
 """From a case to a table: by assignment (`naive`, `aligned`), and for the batched format (`batched`), the ways in which
@@ -28,6 +29,12 @@ LAUNCHES = declare(
 )
 NOTHING = declare("PATH-04", "without tokens nothing is launched", "experts", "trace", needs=lambda can: can.empty)
 
+
+def _leaves_sums_whole(scheme: Scheme) -> bool:
+    """Whether its products are of fp8, and their scales multiply a GEMM's whole sum and no part of it."""
+    return scheme.weight == "fp8" and not scheme.has_blocks
+
+
 TILES = declare(
     "PATH-05",
     "where tiles are recorded, both are: every size of each, where they come from, and rows in common",
@@ -39,6 +46,7 @@ PROMOTED = declare(
     "sums of fp8 products, where their launches say so, enter a float32 one at least as often as is declared",
     "trace",
     "launches",
+    needs=lambda can: any(_leaves_sums_whole(SCHEMES[name]) for name in can.schemes),
 )
 TILE = ("block_size_m", "block_size_n", "block_size_k", "group_size_m", "num_warps", "num_stages")
 
@@ -66,7 +74,7 @@ def judge_promotion(case: LayerCase, record: Any, numerics: Numerics) -> list[Ve
     """
     scheme = None if case.stored is None else case.stored.scheme
     said = record.all("promoted_every")
-    if scheme is None or scheme.weight != "fp8" or scheme.has_blocks or not said or not numerics.promoted_every:
+    if scheme is None or not _leaves_sums_whole(scheme) or not said or not numerics.promoted_every:
         return []
     holds = all(type(every) is int and 0 < every <= numerics.promoted_every for every in said)
     return [PROMOTED.verdict(holds, f"expected at most {numerics.promoted_every} products, got {said}")]
