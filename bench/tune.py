@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from ..impl.config import QuantScheme
 from ..impl.fused_moe import fused_experts
 from ..impl.platform import Platform
 from ..impl.tuning.kernel_config import KernelConfig
@@ -436,15 +435,15 @@ def layer_key(workload: Workload, platform: Platform) -> ConfigKey:
     Raises:
         ValueError: a device without a name, for which no file is ever looked for.
     """
-    model = workload.model
+    model, stored = workload.model, workload.format
     key = ConfigKey.of_layer(
         num_local_experts=model.local_experts,
         intermediate_size=model.intermediate_size,
         hidden_size=model.hidden_size,
         top_k=model.top_k,
-        dtype=workload.torch_dtype,
-        scheme=QuantScheme.NONE,
-        block_shape=None,
+        dtype=stored.activations,
+        scheme=stored.scheme,
+        block_shape=stored.block_shape,
         platform=platform,
     )
     if key is None:
