@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..impl.kernels.sizes import cdiv
 from ..impl.platform import Platform
@@ -62,14 +63,13 @@ def gemm_candidates(workload: Workload, gemm: str, platform: Platform) -> list[K
     found = [default]
     for block_m in _row_blocks(rows, default.block_size_m):
         for config in _tiles(block_m, rows, k, stored):
+            # So many stages fetch one step less ahead: more than there are steps only take memory.
+            config = replace(config, num_stages=min(config.num_stages, cdiv(k, config.block_size_k) + 1))
             fits = config.shared_memory(stored.operand_dtype) <= (platform.shared_memory or 1 << 62)
             # A tile of which half lies outside the expert's weight only pads it.
             narrow = config.block_size_n // 2 >= n or config.block_size_k // 2 >= k
-            # So many stages fetch one step less ahead: more than there are steps only take memory.
-            idle = config.num_stages - 1 > cdiv(k, config.block_size_k)
-            if not fits or narrow or idle or obstacle(config, stored.activations, stored.scheme, platform) is not None:
-                continue
-            found.append(config)
+            if fits and not narrow and obstacle(config, stored.activations, stored.scheme, platform) is None:
+                found.append(config)
     return list(dict.fromkeys(found))
 
 
@@ -100,10 +100,10 @@ def _tiles(block_m: int, rows: float, k: int, stored: Format) -> Iterator[Kernel
         steps = [step for step in steps if scale_k % step == 0][-1:]
         hiding = [(widest, 8)]
     # Where weights are streamed bytes in flight decide, and a step of operands of one byte is half as long.
-    most = 5 if size == 2 else 6
+    depths = (3, 4, 5) if size == 2 else (3, 4, 6, 8)
     if block_m == 16:
         shapes = [(32, 4), (64, 4), (128, 4), *hiding]
-        for (n, warps), step, stages, swap in itertools.product(shapes, steps, range(3, most + 1), (False, True)):
+        for (n, warps), step, stages, swap in itertools.product(shapes, steps, depths, (False, True)):
             in_flight = n * step * size * stages
             # A swapped operand fills a warp group's instruction with 64 rows of weights.
             if _LEAST_IN_FLIGHT <= in_flight <= _MOST_IN_FLIGHT and not (swap and n < 64):
@@ -112,7 +112,7 @@ def _tiles(block_m: int, rows: float, k: int, stored: Format) -> Iterator[Kernel
     short = [step for step in steps if step <= 128]
     if block_m == 32:
         shapes = [(64, 4), (128, 4), *hiding, (256, 4), (256, 8)]
-        for (n, warps), step, stages, swap in itertools.product(shapes, short, range(3, most), (False, True)):
+        for (n, warps), step, stages, swap in itertools.product(shapes, short, depths[:-1], (False, True)):
             if n <= widest:
                 yield KernelConfig(32, n, step, 1, warps, stages, swap)
         return

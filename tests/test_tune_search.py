@@ -26,6 +26,7 @@ from moegate.bench.tune_candidates import GEMMS, default_pair, gemm_candidates, 
 from moegate.bench.tune_device import CandidateError, InProcess, Plan, Remote, gemm_variant
 from moegate.bench.verification import WrongKernelError
 from moegate.bench.workloads import MODELS, Model, Workload
+from moegate.impl.experts.kernel_form import use_kernel_forms
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.platform import Platform
 from moegate.impl.tuning import lookup
@@ -203,7 +204,7 @@ def test_the_file_has_the_name_that_the_lookup_reads_and_is_used(tmp_path, monke
 
 
 def test_tiles_for_fp8_blocks_are_measured_and_written_under_their_own_name(tmp_path, monkeypatch):
-    best13, best2 = KernelConfig(16, 128, 128, 1, 8, 5, True), KernelConfig(16, 64, 128, 1, 4, 4)
+    best13, best2 = KernelConfig(16, 128, 128, 1, 8, 6, True), KernelConfig(16, 64, 128, 1, 4, 4)
     bench = FakeBench({("w13", best13): 7e-6, ("w2", best2): 8e-6})
     result = run(tmp_path, bench, [Workload(QWEN, 8, dtype="fp8-block"), WORKLOAD])
     name = "E=128,N=768,H=2048,top_k=8,device_name=NVIDIA_H200"
@@ -284,6 +285,23 @@ def test_the_minutes_are_shared_between_the_models(tmp_path):
     measured = Counter(tuned.workload.model.name for tuned in result.tuned)
     assert measured == {QWEN.name: 2, MIXTRAL.name: 2}
     assert len(result.files) == 2
+
+
+@pytest.mark.parametrize(("dtype", "sorted_from"), [("bf16", 2048), ("fp8-block", 512)])
+def test_tokens_at_which_other_kernels_run_by_default_come_last(tmp_path, dtype, sorted_from):
+    counts = (4096, sorted_from, sorted_from // 2, 8)
+    workloads = [Workload(model, count, dtype=dtype) for model in (QWEN, MODELS["qwen3.5-35b-a3b"]) for count in counts]
+    with use_kernel_forms("measured"):
+        result = run(tmp_path, FakeBench(), workloads[:4])
+        assert [tuned.workload.num_tokens for tuned in result.tuned] == [sorted_from // 2, 8, 4096, sorted_from]
+        cut = run(tmp_path / "cut", FakeBench(), workloads, minutes=6)
+    of_general = [tuned.workload.num_tokens for tuned in cut.tuned if tuned.workload.num_tokens < sorted_from]
+    assert of_general == [sorted_from // 2, 8] * 2
+    assert cut.left
+    assert all(workload.num_tokens >= sorted_from for workload in cut.left)
+    with use_kernel_forms("general"):
+        result = run(tmp_path, FakeBench(), workloads[:4], again=True)
+    assert tuple(tuned.workload.num_tokens for tuned in result.tuned) == counts
 
 
 def test_a_workload_of_which_nothing_can_be_measured_is_named_and_the_others_go_on(tmp_path):
@@ -387,7 +405,7 @@ def test_operands_of_one_byte_leave_room_for_more_steps_in_flight():
         max(config.num_stages for config in gemm_candidates(Workload(QWEN, 8, dtype=dtype), "w13", HOPPER))
         for dtype in ("bf16", "fp8-block")
     ]
-    assert stages == [5, 6]
+    assert stages == [5, 8]
 
 
 def test_no_more_stages_are_tried_than_there_are_steps_to_fetch_ahead():
