@@ -23,9 +23,14 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime import jit
 
 from ..impl import path
+from ..impl.config import Activation, ActivationFunction
+from ..impl.experts.base import ExpertsCall
+from ..impl.experts.kernel_form import FormDecision
+from ..impl.experts.triton_forms import form_of_call
 from ..impl.fused_moe import fused_experts
 from ..impl.path import PathRecord, record_path
 from ..impl.platform import Platform, Vendor
+from ..impl.weights import ExpertsWeights
 from .adapters import empty_table
 from .formats import Format
 from .operands import WeightBank
@@ -106,6 +111,24 @@ def imagine_workload(workload: Workload, platform: Platform) -> Imagined:
             backend="triton",
         )
     return imagined
+
+
+def form_of_workload(workload: Workload, platform: Platform) -> FormDecision:
+    """In which form of the kernels our Triton experts would run a workload's layer on `platform`."""
+    bank, model = _meta_bank(workload.model, workload.format), workload.model
+    pairs = (workload.num_tokens, model.top_k)
+    call = ExpertsCall(
+        hidden_states=torch.empty((workload.num_tokens, model.hidden_size), dtype=workload.torch_dtype, device="meta"),
+        weights=ExpertsWeights(bank.w13, bank.w2, bank.w13_bias, bank.w2_bias, bank.quant),
+        topk_weights=torch.empty(pairs, dtype=torch.float32, device="meta"),
+        topk_ids=torch.empty(pairs, dtype=torch.int32, device="meta"),
+        activation=ActivationFunction(Activation(model.activation), interleaved=model.interleaved),
+        apply_router_weight_on_input=False,
+        expert_map=bank.expert_map,
+        global_num_experts=model.num_experts,
+        allow_tf32=False,
+    )
+    return form_of_call(call, workload.torch_dtype, platform)
 
 
 class MetaBank:

@@ -9,6 +9,7 @@ import torch
 
 from ..impl.config import QuantScheme
 from ..impl.quantization import WeightScale
+from ..impl.weights import STORAGE
 
 _WEIGHT_BITS = {
     QuantScheme.FP8_W8A8: 8,
@@ -56,6 +57,11 @@ class Format:
     def weight_bits(self) -> int:
         """Bits of one stored weight."""
         return _WEIGHT_BITS.get(self.scheme, 8 * self.activations.itemsize)
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Of both operands of its matrix products: weights alone in few bits are unpacked to the activations' dtype."""
+        return self.activations if self.is_weight_only else STORAGE.get(self.scheme, self.activations)
 
     @property
     def scale_dtype(self) -> torch.dtype:

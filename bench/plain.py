@@ -112,8 +112,15 @@ def _as_seen(x: torch.Tensor, quant: ExpertsQuantization | None, which: str) -> 
     values, scales = quantize_activations(
         x, dtype, quant.activation_scale, group=group, static_scale=static, backend="torch"
     )
+    return plain_rows(values, scales, group)
+
+
+def plain_rows(values: torch.Tensor, scales: torch.Tensor | None, group: int = 0) -> torch.Tensor:
+    """`[rows, K]`: what stored rows mean, in float32 where they have scales: one for each `group` of columns if any."""
+    if scales is None:
+        return values
     if group:
-        scales = scales.repeat_interleave(group, dim=1)[:, : x.shape[1]]
+        scales = scales.repeat_interleave(group, dim=1)[:, : values.shape[1]]
     return values.float() * scales
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..impl.config import QuantScheme
+from ..impl.experts.kernel_form import KernelForm
 from ..impl.fused_moe import fused_experts
 from ..impl.platform import Platform
 from ..impl.tuning.kernel_config import KernelConfig
@@ -29,6 +29,7 @@ from ..impl.tuning.names import ConfigKey
 from ..impl.tuning.schema import TunedConfigError
 from ..impl.tuning.writer import read_tuned_file, write_tuned_file
 from ..impl.whole_file import folder_locked
+from .ahead_of_time import form_of_workload
 from .operands import ExpertsCall, WeightBank
 from .timer import PairedRatio, Timing
 from .tune_candidates import GEMMS, Pair, candidate_configs, default_pair, gemm_candidates
@@ -436,15 +437,15 @@ def layer_key(workload: Workload, platform: Platform) -> ConfigKey:
     Raises:
         ValueError: a device without a name, for which no file is ever looked for.
     """
-    model = workload.model
+    model, stored = workload.model, workload.format
     key = ConfigKey.of_layer(
         num_local_experts=model.local_experts,
         intermediate_size=model.intermediate_size,
         hidden_size=model.hidden_size,
         top_k=model.top_k,
-        dtype=workload.torch_dtype,
-        scheme=QuantScheme.NONE,
-        block_shape=None,
+        dtype=stored.activations,
+        scheme=stored.scheme,
+        block_shape=stored.block_shape,
         platform=platform,
     )
     if key is None:
@@ -467,11 +468,13 @@ def tune(
 ) -> TuneRun:
     """Tune workloads and write their files, each number of tokens as soon as it is known.
 
-    With a time limit each layer gets an equal share of what is left; what a layer does not need goes to those after
-    it, and at the end to those that were cut short.
+    First come the numbers of tokens at which the layer runs on the general kernels where nobody asks for a form, in the
+    order in which they are given. At the others the tiles are for those who ask for these kernels. With a time limit
+    each layer gets an equal share of what is left; what a layer does not need goes to those after it, and at the end to
+    those that were cut short.
 
     Args:
-        workloads: what to tune; a model's are measured together, in their order.
+        workloads: what to tune; a model's are measured together.
         bench: what measures.
         platform: the device's, whose name the files bear.
         folder: where the files are written.
@@ -510,12 +513,15 @@ def tune(
     watcher.phase("compiling")
     bench.prepare(list(plans.values()), until=end, on_done=watcher.step)
 
-    for is_last_round in (False, True):
+    is_general = {w: form_of_workload(w, platform).form is KernelForm.GENERAL for w in plans}
+    for runs_them, is_last_round in itertools.product((True, False), (False, True)):
         for position, key in enumerate(todo):
             now = clock()
             until = end if is_last_round else now + (end - now) / (len(todo) - position)
-            while todo[key] and clock() < until:
-                workload = todo[key].pop(0)
+            for workload in [w for w in todo[key] if is_general[w] is runs_them]:
+                if clock() >= until:
+                    break
+                todo[key].remove(workload)
                 tuned = _tune_one(workload, plans[workload], bench, platform, run, watcher)
                 if tuned is not None:
                     files[key].add(tuned)

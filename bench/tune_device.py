@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,12 +18,15 @@ import torch
 from ..impl.align import ExpertAssignment, prepare_expert_assignment, uses_naive_block_assignment
 from ..impl.fused_moe import fused_experts
 from ..impl.kernels.grouped_gemm import grouped_gemm
-from ..impl.kernels.tile import gemm_operands
+from ..impl.kernels.sizes import cdiv
+from ..impl.kernels.tile import GemmOperands, gemm_operands
 from ..impl.platform import Platform
+from ..impl.quantization import ExpertsQuantization
+from ..impl.quantize import quantize_activations
 from ..impl.tuning.kernel_config import KernelConfig, use_kernel_configs
 from .machine import l2_bytes
-from .operands import ExpertsCall, Operands, WeightBank, make_operands
-from .plain import plain_experts
+from .operands import ExpertsCall, LayerWeights, Operands, WeightBank, make_operands
+from .plain import plain_experts, plain_rows, plain_weight
 from .rotation import plan_rotation
 from .runner import expect_right
 from .timer import CudaClock, HostClock, Timing, capture_graph, choose_rounds, interleave, one_after_another
@@ -149,7 +152,8 @@ class InProcess:
             operands = self._prepare(workload).operands
             with use_kernel_configs(*pair):
                 out = operands[0].pass_to(self._experts)
-            verdict = judge_rows(out, self._prepare(workload).right, operands[0].hidden_states.dtype)
+            stored = workload.format
+            verdict = judge_rows(out, self._prepare(workload).right, stored.activations, stored.scheme)
             expect_right("candidate", "its result", verdict)
             return self._brief(self._layer_calls(pair, operands))
 
@@ -241,13 +245,14 @@ class _Prepared:
         """One GEMM of each call of the rotation, without what comes before and after it."""
         data = self._gemm(gemm)
         assignments = self._assign(config.block_size_m)
+        is_first = gemm == "w13"
 
-        def call(each: Operands, assignment: ExpertAssignment) -> torch.Tensor:
-            is_first = gemm == "w13"
+        def call(each: Operands, rows: StoredRows, assignment: ExpertAssignment) -> torch.Tensor:
+            values, scales = rows
             grouped_gemm(
                 data.c,
-                each.hidden_states if is_first else data.a,
-                gemm_operands(each.w13 if is_first else each.w2),
+                values,
+                _gemm_operands(each, is_first, scales),
                 topk_ids=each.topk_ids,
                 topk_weights=each.topk_weights,
                 mul_weight=not is_first,
@@ -259,10 +264,13 @@ class _Prepared:
             )
             return data.c
 
-        return [partial(call, *each) for each in zip(self.operands, assignments, strict=True)]
+        return [partial(call, *each) for each in zip(self.operands, data.a, assignments, strict=True)]
 
     def expect_right_gemm(self, gemm: str, call: Callable[[], torch.Tensor]) -> None:
         """Run the first call, and let nothing wrong be timed.
+
+        What is right is worked out of the very rows and weights that the GEMM reads, quantised or not. So however they
+        are stored its error is that of sums in float32 and of the output's dtype.
 
         Raises:
             WrongKernelError: a row is wrong, or was not written.
@@ -283,6 +291,8 @@ class _Prepared:
                     num_local_experts=model.local_experts,
                     global_num_experts=model.num_experts,
                     expert_map=each.expert_map,
+                    scheme=self.workload.format.scheme,
+                    block_shape=self.workload.format.block_shape,
                 )
                 for each in self.operands
             ]
@@ -291,17 +301,24 @@ class _Prepared:
     def _gemm(self, gemm: str) -> _Gemm:
         if gemm not in self._gemms:
             self._gemms.clear()  # one at a time: they are large where there are many tokens
-            first = _plain_first_gemm(self.operands[0])
-            x = self.operands[0].hidden_states
-            gate, up = first.chunk(2, dim=1)
-            activated = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-            right = first if gemm == "w13" else _plain_second_gemm(self.operands[0], activated)
-            ids = self.operands[0].topk_ids
-            local = _local_ids(self.operands[0]) >= 0
+            operands = self.operands[0]
+            x, quant = operands.hidden_states, operands.quant
+            a = [_as_stored(each.hidden_states, quant) for each in self.operands]
+            right = _plain_first_gemm(operands, a[0])
+            if gemm == "w2":
+                gate, up = right.chunk(2, dim=1)
+                activated = _as_stored((torch.nn.functional.silu(gate) * up).to(x.dtype), quant)
+                a = [activated] * len(self.operands)
+                right = _plain_second_gemm(operands, activated)
+            local = _local_ids(operands) >= 0
             rows = None if bool(local.all()) else torch.where(local)[0]
-            c = torch.empty((ids.numel(), gemm_sizes(self.workload, gemm)[0]), dtype=x.dtype, device=x.device)
-            self._gemms[gemm] = _Gemm(activated, c, right if rows is None else right[rows], rows)
+            c = torch.empty((local.numel(), gemm_sizes(self.workload, gemm)[0]), dtype=x.dtype, device=x.device)
+            self._gemms[gemm] = _Gemm(a, c, right if rows is None else right[rows], rows)
         return self._gemms[gemm]
+
+
+StoredRows = tuple[torch.Tensor, torch.Tensor | None]
+"""Rows as a GEMM reads them, and their scales where they are quantised."""
 
 
 @dataclass(frozen=True)
@@ -309,13 +326,14 @@ class _Gemm:
     """Tensors that all candidates of a GEMM share.
 
     Attributes:
-        a: `[M * top_k, I]`, the second GEMM's input; every call reads it, as in a layer it has just been written.
+        a: the input of each call: `[M, H]` of the first GEMM; `[M * top_k, I]` of the second, where every call reads
+            the same rows, as in a layer they have just been written.
         c: `[M * top_k, N]`, the output.
         right: what the first call must give, the rows of this rank's pairs alone.
         rows: which rows of `c` those are; None: all.
     """
 
-    a: torch.Tensor
+    a: list[StoredRows]
     c: torch.Tensor
     right: torch.Tensor
     rows: torch.Tensor | None
@@ -327,23 +345,44 @@ def _local_ids(operands: Operands) -> torch.Tensor:
     return ids if operands.expert_map is None else operands.expert_map.long()[ids]
 
 
-def _plain_grouped(rows: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    """`[pairs, N]` in float32 (float64 for float32 operands): each row times its expert's weight; zero without one."""
-    precise = torch.float64 if rows.dtype == torch.float32 else torch.float32
-    out = torch.zeros((rows.shape[0], weights.shape[1]), dtype=precise, device=rows.device)
+def _as_stored(rows: torch.Tensor, quant: ExpertsQuantization | None) -> StoredRows:
+    """`rows [rows, K]` as the layer gives them to a GEMM."""
+    if quant is None or quant.activation_dtype is None:
+        return rows, None
+    return quantize_activations(rows, quant.activation_dtype, quant.activation_scale, group=quant.group)
+
+
+def _gemm_operands(weights: Operands | LayerWeights, is_first: bool, scales: torch.Tensor | None) -> GemmOperands:
+    """A GEMM's weights, with the scales of its rows."""
+    w = weights.w13 if is_first else weights.w2
+    # The grid of scales starts anew at the first up row.
+    return gemm_operands(w, None, weights.quant, is_w13=is_first, parts=2 if is_first else 1, a_scale=scales)
+
+
+def _plain_grouped(operands: Operands, name: str, stored: StoredRows, rows_of_pairs: torch.Tensor) -> torch.Tensor:
+    """`[pairs, N]` in float32 (float64 for float32 operands): each pair's row times its expert's `w13` or `w2`.
+
+    A pair without an expert here is zero.
+    """
+    precise = torch.float64 if operands.hidden_states.dtype == torch.float32 else torch.float32
+    group = 0 if operands.quant is None else operands.quant.group
+    rows, experts = plain_rows(*stored, group), _local_ids(operands)
+    out = torch.zeros((experts.numel(), getattr(operands, name).shape[1]), dtype=precise, device=rows.device)
     for expert in torch.unique(experts[experts >= 0]).tolist():
         pairs = torch.where(experts == expert)[0]
-        out[pairs] = rows[pairs].to(precise) @ weights[expert].to(precise).T
+        out[pairs] = rows[rows_of_pairs[pairs]].to(precise) @ plain_weight(operands, name, expert, precise).T
     return out
 
 
-def _plain_first_gemm(operands: Operands) -> torch.Tensor:
-    rows = operands.hidden_states.repeat_interleave(operands.topk_ids.shape[1], dim=0)
-    return _plain_grouped(rows, operands.w13, _local_ids(operands))
+def _plain_first_gemm(operands: Operands, stored: StoredRows) -> torch.Tensor:
+    num_tokens, top_k = operands.topk_ids.shape
+    tokens = torch.arange(num_tokens, device=operands.topk_ids.device).repeat_interleave(top_k)
+    return _plain_grouped(operands, "w13", stored, tokens)
 
 
-def _plain_second_gemm(operands: Operands, activated: torch.Tensor) -> torch.Tensor:
-    out = _plain_grouped(activated, operands.w2, _local_ids(operands))
+def _plain_second_gemm(operands: Operands, stored: StoredRows) -> torch.Tensor:
+    pairs = torch.arange(operands.topk_ids.numel(), device=operands.topk_ids.device)
+    out = _plain_grouped(operands, "w2", stored, pairs)
     return out * operands.topk_weights.flatten()[:, None].to(out.dtype)
 
 
@@ -446,6 +485,8 @@ class Remote:
 def gemm_variant(workload: Workload, gemm: str, config: KernelConfig) -> tuple[Any, ...]:
     """What the grouped GEMM's compiled form depends on: workloads that agree in it share one."""
     n, k = gemm_sizes(workload, gemm)
+    scale_n, _ = workload.format.block_shape or (0, 0)
+    grid = workload.model.intermediate_size if gemm == "w13" else n  # rows that share a grid of scales
     return (
         workload.dtype,
         _is_naive(workload),
@@ -454,6 +495,7 @@ def gemm_variant(workload: Workload, gemm: str, config: KernelConfig) -> tuple[A
         # Triton specialises sizes and strides on being 1, and on being divisible by 16.
         *(1 if size == 1 else size % 16 == 0 for size in (n, k, n * k)),
         k * config.block_size_n >= 2**31,
+        scale_n > 0 and scale_n % config.block_size_n == 0 and grid % config.block_size_n == 0,
         config,
     )
 
@@ -465,6 +507,8 @@ def _is_naive(workload: Workload) -> bool:
         top_k=model.top_k,
         global_num_experts=model.num_experts,
         has_expert_map=model.local_experts != model.num_experts,
+        scheme=workload.format.scheme,
+        block_shape=workload.format.block_shape,
     )
 
 
@@ -487,20 +531,44 @@ def _on(device: str) -> torch.device:
     return where
 
 
+def _one_expert(workload: Workload, device: torch.device) -> LayerWeights:
+    """The weights of a layer of one expert."""
+    model = replace(workload.model, num_experts=1, num_local_experts=None, top_k=1)
+    return WeightBank(model, workload.format, device).copy(0)
+
+
+def _shared_by(weights: LayerWeights, num_experts: int) -> LayerWeights:
+    """One expert's weights as those of so many experts; scales, which must be dense, are copied."""
+
+    def of_all(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.expand(num_experts, *tensor.shape[1:])
+
+    quant = weights.quant
+    if quant is not None:
+        scales = (quant.w13_scale, quant.w2_scale)
+        w13_scale, w2_scale = (of_all(scale).contiguous() for scale in scales)
+        quant = replace(quant, w13_scale=w13_scale, w2_scale=w2_scale)
+    return replace(weights, w13=of_all(weights.w13), w2=of_all(weights.w2), quant=quant)
+
+
 def _compile_gemm(device: str, workload: Workload, gemm: str, config: KernelConfig) -> None:
     """In a compiling process: launch a candidate once on one expert and one token, with the workload's strides."""
     where = _on(device)
     n, k = gemm_sizes(workload, gemm)
-    top_k = workload.model.top_k
+    top_k, stored = workload.model.top_k, workload.format
     is_first = gemm == "w13"
+    weights = _one_expert(workload, where)
+    num_rows, scales = 1 if is_first else top_k, None
+    if weights.quant is not None:
+        scales = torch.ones((num_rows, cdiv(k, weights.quant.group)), dtype=torch.float32, device=where)
     naive = _is_naive(workload)
     slots = torch.full((config.block_size_m * -(-top_k // config.block_size_m),), top_k, dtype=torch.int32)
     slots[:top_k] = torch.arange(top_k)
     blocks = torch.zeros(slots.numel() // config.block_size_m, dtype=torch.int32)
     grouped_gemm(
-        torch.empty((top_k, n), dtype=workload.torch_dtype, device=where),
-        torch.zeros((1 if is_first else top_k, k), dtype=workload.torch_dtype, device=where),
-        gemm_operands(torch.zeros((1, n, k), dtype=workload.torch_dtype, device=where)),
+        torch.empty((top_k, n), dtype=stored.activations, device=where),
+        torch.zeros((num_rows, k), dtype=stored.operand_dtype, device=where),
+        _gemm_operands(weights, is_first, scales),
         topk_ids=torch.zeros((1, top_k), dtype=torch.int32, device=where),
         topk_weights=torch.ones((1, top_k), dtype=torch.float32, device=where),
         mul_weight=not is_first,
@@ -517,23 +585,23 @@ def _compile_gemm(device: str, workload: Workload, gemm: str, config: KernelConf
 def _compile_layers(device: str, layers: Sequence[tuple[Workload, Pair]]) -> None:
     """In a compiling process: run layers of one model whose experts all share one weight, for the kernels around."""
     where = _on(device)
-    model, dtype = layers[0][0].model, layers[0][0].torch_dtype
-    w13 = torch.zeros((1, model.w13_rows, model.hidden_size), dtype=dtype, device=where)
-    w2 = torch.zeros((1, model.hidden_size, model.intermediate_size), dtype=dtype, device=where)
+    model, stored = layers[0][0].model, layers[0][0].format
+    weights = _shared_by(_one_expert(layers[0][0], where), model.local_experts)
     expert_map = model.expert_map()
     for workload, pair in layers:
         shape = (workload.num_tokens, model.top_k)
         ids = torch.arange(workload.num_tokens * model.top_k, dtype=torch.int32, device=where) % model.num_experts
         with use_kernel_configs(*pair):
             fused_experts(
-                torch.zeros((workload.num_tokens, model.hidden_size), dtype=dtype, device=where),
-                w13.expand(model.local_experts, -1, -1),
-                w2.expand(model.local_experts, -1, -1),
+                torch.zeros((workload.num_tokens, model.hidden_size), dtype=stored.activations, device=where),
+                weights.w13,
+                weights.w2,
                 torch.ones(shape, dtype=torch.float32, device=where),
                 ids.view(shape),
                 activation=model.activation,
                 expert_map=None if expert_map is None else expert_map.to(where),
                 global_num_experts=model.num_experts,
+                quant=weights.quant,
                 backend="triton",
             )
         if where.type == "cuda":

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from moegate.bench.workloads import Model, Workload
 
 SCHEMA = 1
-DTYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+DTYPES = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp32": "fp32",
+    "fp8-block": "fp8-block",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+}
 _SHAPE = re.compile(r"E=(\d+),N=(\d+),H=(\d+),top_k=(\d+)")
 
 
@@ -35,7 +43,7 @@ def tune(
     tokens: Annotated[
         str | None, typer.Option(help="Numbers of tokens M, comma-separated; 1 to 8192 in powers of two.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp8-block.")] = "bf16",
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
     minutes: Annotated[float | None, typer.Option(help="Begin nothing new after so many minutes.")] = None,
     limit: Annotated[int | None, typer.Option(help="Candidates of each GEMM at most, drawn with a fixed seed.")] = None,
@@ -102,7 +110,7 @@ def _workloads(
     if not models and not shapes:
         _refuse(console, f"--model: expected at least one of {', '.join(MODELS)}, or a --shape")
     if dtype not in DTYPES:
-        _refuse(console, f"--dtype: expected bf16, fp16 or fp32, got {dtype!r}: other kernels are not tuned")
+        _refuse(console, f"--dtype: expected bf16, fp16, fp32 or fp8-block, got {dtype!r}: other kernels are not tuned")
     chosen: list[Model] = []
     for name in models:
         if name not in MODELS:

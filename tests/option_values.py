@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--model": _NAME,
         "--shape": (*_NAME, "E=8", "E=8,N=64,H=64", "E=0,N=64,H=64,top_k=2", "E=8,N=64,H=64,top_k=9", f"E={LONG},N=1"),
         "--tokens": (*_NAME, "0", "-1", "1,,2", "1.5", LONG, "1;2"),
-        "--dtype": _NAME,
+        "--dtype": (*_NAME, "fp8-channel", "fp8_w8a8", "int4-g128"),
         "--device": ("", "nosuch", "cpu:x", "\x1b[31m", "meta"),
         "--minutes": _NUMBER,
         "--limit": _COUNT,

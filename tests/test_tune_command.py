@@ -45,6 +45,7 @@ def fake_gpu(monkeypatch):
         ("--minutes", ["--model", "qwen3-30b-a3b", "--minutes", "soon"]),
         ("--limit", ["--model", "qwen3-30b-a3b", "--limit", "0"]),
         ("--dtype", ["--model", "qwen3-30b-a3b", "--dtype", "fp8_w8a8"]),
+        ("--dtype", ["--model", "qwen3-30b-a3b", "--dtype", "fp8-channel"]),
         ("--shape", ["--shape", "E=8,N=64"]),
         ("--shape", ["--shape", "E=8,N=64,H=64,top_k=9"]),
         ("--device", ["--model", "qwen3-30b-a3b", "--device", "tpu"]),
@@ -56,6 +57,11 @@ def test_bad_arguments_exit_with_four_and_name_the_option(option, arguments):
     result = invoke(*arguments)
     assert result.exit_code == 4
     assert option in result.output
+
+
+def test_a_format_that_is_not_tuned_is_refused_with_those_that_are():
+    result = invoke("--model", "qwen3-30b-a3b", "--dtype", "fp8-channel")
+    assert "--dtype: expected bf16, fp16, fp32 or fp8-block, got 'fp8-channel'" in result.output
 
 
 def test_without_a_gpu_nothing_can_be_measured(tmp_path):
@@ -87,9 +93,10 @@ def test_json_to_standard_output_is_all_that_stands_there(fake_gpu, tmp_path):
     assert json.loads(result.stdout)["device"] == "NVIDIA H200"
 
 
-def test_the_command_that_the_lookup_gives_makes_the_file_that_it_looks_for(fake_gpu, tmp_path):
-    key = ConfigKey(16, 64, "NVIDIA_H200", "float32", hidden_size=128, top_k=4)
-    command = key.tune_command().split()
+@pytest.mark.parametrize(("dtype", "block_shape"), [(None, None), ("float32", None), ("fp8_w8a8", (128, 128))])
+def test_the_command_that_the_lookup_gives_makes_the_file_that_it_looks_for(fake_gpu, tmp_path, dtype, block_shape):
+    key = ConfigKey(16, 64, "NVIDIA_H200", dtype, block_shape, hidden_size=128, top_k=4)
+    command = (key.tune_command() or "").split()
     assert command[:2] == ["moegate", "tune"]
     result = invoke(*command[2:], "--tokens", "8", "--output", str(tmp_path))
     assert result.exit_code == 0

@@ -53,19 +53,20 @@ def test_nothing_is_started_after_the_time_is_up():
 
 _SPECIALISATIONS = """
 import json, sys
-from dataclasses import replace
+from itertools import product
 from unittest import mock
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 from moegate.bench import tune_device
+from moegate.bench.ahead_of_time import MetaBank
 from moegate.bench.tune_candidates import GEMMS, default_pair
 from moegate.bench.workloads import MODELS, Workload
 from moegate.impl import path
 from moegate.impl.fused_moe import fused_experts
 from moegate.impl.platform import Platform
-from moegate.impl.tuning.kernel_config import use_kernel_configs
+from moegate.impl.tuning.kernel_config import KernelConfig, use_kernel_configs
 
 hopper = Platform.parse("cuda:9.0")
 backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -84,23 +85,26 @@ def launched(run):
 
 def layer(workload):
     model, of = workload.model, {"device": "meta"}
-    expert_map = model.expert_map()
+    bank = MetaBank(model, workload.format)
     fused_experts(
         torch.empty(workload.num_tokens, model.hidden_size, dtype=workload.torch_dtype, **of),
-        torch.empty(model.local_experts, model.w13_rows, model.hidden_size, dtype=workload.torch_dtype, **of),
-        torch.empty(model.local_experts, model.hidden_size, model.intermediate_size, dtype=workload.torch_dtype, **of),
+        bank.w13,
+        bank.w2,
         torch.empty(workload.num_tokens, model.top_k, **of),
         torch.empty(workload.num_tokens, model.top_k, dtype=torch.int32, **of),
-        expert_map=None if expert_map is None else expert_map.to("meta"),
+        expert_map=bank.expert_map,
         global_num_experts=model.num_experts,
+        quant=bank.quant,
         backend="triton",
     )
 
 problems, variants = [], {}
-for name in ("qwen3-30b-a3b", "gpt-oss-like", "minimax-m2.5-ep4"):
-    for tokens in (1, 8192):
-        workload = Workload(MODELS[name], tokens)
-        pair = default_pair(workload, hopper)
+for name, tokens, dtype in product(
+    ("qwen3-30b-a3b", "gpt-oss-like", "minimax-m2.5-ep4", "deepseek-v3-tp8"), (1, 8192), ("bf16", "fp8-block")
+):
+    workload = Workload(MODELS[name], tokens, dtype=dtype)
+    # Columns that are half a block of scales, and wider than one: whose rows share one scale is another variant.
+    for pair in (default_pair(workload, hopper), *((KernelConfig(16, n, 64),) * 2 for n in (64, 256))):
         with use_kernel_configs(*pair):
             real = launched(lambda: layer(workload))
         ahead = launched(lambda: tune_device._compile_layers("meta", [(workload, pair)]))

@@ -5,7 +5,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
+from moegate.bench import tune_device
+from moegate.bench.formats import FORMATS
 from moegate.bench.timer import Timing
 from moegate.bench.tune import (
     DEFAULT_TOKENS,
@@ -14,17 +17,20 @@ from moegate.bench.tune import (
     Watcher,
     decide,
     layer_key,
+    measure_pairs,
     plan_search,
     search,
     tune,
 )
 from moegate.bench.tune_candidates import GEMMS, default_pair, gemm_candidates, gemm_sizes
-from moegate.bench.tune_device import CandidateError, Plan, Remote, gemm_variant
+from moegate.bench.tune_device import CandidateError, InProcess, Plan, Remote, gemm_variant
 from moegate.bench.verification import WrongKernelError
-from moegate.bench.workloads import MODELS, Workload
+from moegate.bench.workloads import MODELS, Model, Workload
+from moegate.impl.experts.kernel_form import use_kernel_forms
+from moegate.impl.fused_moe import fused_experts
 from moegate.impl.platform import Platform
 from moegate.impl.tuning import lookup
-from moegate.impl.tuning.kernel_config import KernelConfig
+from moegate.impl.tuning.kernel_config import KernelConfig, fit_block_k
 from moegate.impl.tuning.names import ConfigKey
 from moegate.impl.tuning.schema import TunedConfigError
 from moegate.impl.tuning.writer import read_tuned_file
@@ -109,7 +115,7 @@ def decided(workload, trials) -> Tuned:
     return tuned
 
 
-def found_by_lookup(monkeypatch, folder, model, num_tokens):
+def found_by_lookup(monkeypatch, folder, model, num_tokens, dtype="bf16"):
     monkeypatch.setenv("MOEGATE_TUNED_CONFIG_FOLDER", str(folder))
     lookup.forget()
     return lookup.find_kernel_configs(
@@ -118,8 +124,10 @@ def found_by_lookup(monkeypatch, folder, model, num_tokens):
         num_experts=model.num_experts,
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
-        dtype=WORKLOAD.torch_dtype,
+        dtype=FORMATS[dtype].activations,
         platform=HOPPER,
+        scheme=FORMATS[dtype].scheme,
+        block_shape=FORMATS[dtype].block_shape,
     )
 
 
@@ -195,6 +203,21 @@ def test_the_file_has_the_name_that_the_lookup_reads_and_is_used(tmp_path, monke
     assert found.source == str(tmp_path / name)
 
 
+def test_tiles_for_fp8_blocks_are_measured_and_written_under_their_own_name(tmp_path, monkeypatch):
+    best13, best2 = KernelConfig(16, 128, 128, 1, 8, 6, True), KernelConfig(16, 64, 128, 1, 4, 4)
+    bench = FakeBench({("w13", best13): 7e-6, ("w2", best2): 8e-6})
+    result = run(tmp_path, bench, [Workload(QWEN, 8, dtype="fp8-block"), WORKLOAD])
+    name = "E=128,N=768,H=2048,top_k=8,device_name=NVIDIA_H200"
+    assert [file.name for file in result.files] == [
+        f"{name},dtype=fp8_w8a8,block_shape=[128,128].json",
+        f"{name}.json",
+    ]
+    found = found_by_lookup(monkeypatch, tmp_path, QWEN, 9, "fp8-block")
+    assert (found.w13, found.w2, found.key) == (best13, best2, 8)
+    assert found.source == str(result.files[0])
+    assert found_by_lookup(monkeypatch, tmp_path, QWEN, 9).source == str(result.files[1])
+
+
 def test_the_file_says_where_it_comes_from(tmp_path):
     run(tmp_path, FakeBench(FASTER))
     document = json.loads(next(tmp_path.iterdir()).read_text())
@@ -251,17 +274,34 @@ def test_nothing_is_begun_once_the_minutes_are_used_up(tmp_path):
     bench = FakeBench(FASTER)
     workloads = [Workload(QWEN, tokens) for tokens in DEFAULT_TOKENS]
     result = run(tmp_path, bench, workloads, minutes=2)
-    # A workload of about 85 seconds is begun at 0 and at 85 seconds, and none after 120.
+    # A workload of about 75 seconds is begun at 0 and at 75 seconds, and none after 120.
     assert [tuned.workload.num_tokens for tuned in result.tuned] == [1, 2]
     assert [workload.num_tokens for workload in result.left] == list(DEFAULT_TOKENS[2:])
 
 
 def test_the_minutes_are_shared_between_the_models(tmp_path):
     workloads = [Workload(model, tokens) for model in (QWEN, MIXTRAL) for tokens in (1, 2, 4, 8)]
-    result = run(tmp_path, FakeBench(FASTER), workloads, minutes=5)
+    result = run(tmp_path, FakeBench(FASTER), workloads, minutes=4)
     measured = Counter(tuned.workload.model.name for tuned in result.tuned)
     assert measured == {QWEN.name: 2, MIXTRAL.name: 2}
     assert len(result.files) == 2
+
+
+@pytest.mark.parametrize(("dtype", "sorted_from"), [("bf16", 2048), ("fp8-block", 512)])
+def test_tokens_at_which_other_kernels_run_by_default_come_last(tmp_path, dtype, sorted_from):
+    counts = (4096, sorted_from, sorted_from // 2, 8)
+    workloads = [Workload(model, count, dtype=dtype) for model in (QWEN, MODELS["qwen3.5-35b-a3b"]) for count in counts]
+    with use_kernel_forms("measured"):
+        result = run(tmp_path, FakeBench(), workloads[:4])
+        assert [tuned.workload.num_tokens for tuned in result.tuned] == [sorted_from // 2, 8, 4096, sorted_from]
+        cut = run(tmp_path / "cut", FakeBench(), workloads, minutes=6)
+    of_general = [tuned.workload.num_tokens for tuned in cut.tuned if tuned.workload.num_tokens < sorted_from]
+    assert of_general == [sorted_from // 2, 8] * 2
+    assert cut.left
+    assert all(workload.num_tokens >= sorted_from for workload in cut.left)
+    with use_kernel_forms("general"):
+        result = run(tmp_path, FakeBench(), workloads[:4], again=True)
+    assert tuple(tuned.workload.num_tokens for tuned in result.tuned) == counts
 
 
 def test_a_workload_of_which_nothing_can_be_measured_is_named_and_the_others_go_on(tmp_path):
@@ -347,6 +387,32 @@ def test_a_limit_draws_the_same_candidates_each_time_and_keeps_the_default():
     assert (len(plan.w13), plan.w13[0]) == (6, default_pair(WORKLOAD, HOPPER)[0])
 
 
+@pytest.mark.parametrize("name", ["minimax-m2.5-ep4", "qwen3.5-35b-a3b", "deepseek-v3-tp8", "gpt-oss-like"])
+@pytest.mark.parametrize("tokens", [1, 64, 512, 4096])
+def test_tiles_for_fp8_blocks_lie_in_one_block_of_scales(name, tokens):
+    workload = Workload(MODELS[name], tokens, dtype="fp8-block")
+    for gemm, default in zip(GEMMS, default_pair(workload, HOPPER), strict=True):
+        candidates = gemm_candidates(workload, gemm, HOPPER)
+        assert candidates[0] == default
+        assert 5 < len(candidates) == len(set(candidates)) <= 50
+        assert all(fit_block_k(config, (128, 128)) == config for config in candidates)
+        assert all(config.block_size_n <= 128 for config in candidates)
+    assert default_pair(workload, HOPPER) != default_pair(replace(workload, dtype="bf16"), HOPPER)
+
+
+def test_operands_of_one_byte_leave_room_for_more_steps_in_flight():
+    stages = [
+        max(config.num_stages for config in gemm_candidates(Workload(QWEN, 8, dtype=dtype), "w13", HOPPER))
+        for dtype in ("bf16", "fp8-block")
+    ]
+    assert stages == [5, 8]
+
+
+def test_no_more_stages_are_tried_than_there_are_steps_to_fetch_ahead():
+    short = Workload(MODELS["deepseek-v3-tp8"], 8, dtype="fp8-block")
+    assert {config.num_stages for config in gemm_candidates(short, "w2", HOPPER)[1:]} == {3}
+
+
 def test_float32_has_a_grid_of_its_own():
     candidates = gemm_candidates(Workload(QWEN, 64, dtype="fp32"), "w13", HOPPER)
     assert len(candidates) > 10
@@ -382,3 +448,58 @@ def test_a_file_is_known_by_its_folder_and_key(tmp_path):
     file.load()
     assert file.entries == {}
     assert file.path.parent == tmp_path
+
+
+# --- kernels under the interpreter --------------------------------------------------------------------------------
+
+needs_triton = pytest.mark.skipif(
+    not Platform.of(torch.device("cpu")).runs_triton, reason="Triton runs on a GPU, or with TRITON_INTERPRET=1"
+)
+# Several blocks of scales along H, a tail behind the last one along I; a rank of two.
+SMALL = Workload(Model("small", 4, 2, 256, 192, "none", num_local_experts=2), 3, dtype="fp8-block")
+TILES = [KernelConfig(16, 32, 64, 1, 4, 1), KernelConfig(16, 64, 128, 1, 4, 1, swap_ab=True)]
+
+
+@needs_triton
+def test_a_layer_of_fp8_blocks_is_timed_under_each_pair_of_tiles_and_a_wrong_one_is_not():
+    pair = (TILES[1], replace(TILES[1], swap_ab=False))
+    (trial,) = measure_pairs(SMALL, [pair], device="cpu")
+    assert (trial.error, trial.final) == ("", True)
+
+    def scaled(*args, **options):
+        return fused_experts(*args, **options) * 1.12
+
+    (trial,) = measure_pairs(SMALL, [pair], device="cpu", experts=scaled)
+    assert trial.error.startswith("WrongKernelError: candidate is wrong and is not timed: its result")
+
+
+@needs_triton
+@pytest.mark.parametrize("gemm", GEMMS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp8-block"])
+def test_a_gemm_that_is_a_little_wrong_is_not_timed(monkeypatch, gemm, dtype):
+    workload = replace(SMALL, dtype=dtype)
+    assert InProcess("cpu").gemm(workload, gemm, TILES[1]) > 0
+    right = tune_device.grouped_gemm
+
+    def scaled(c, *args, **options):
+        right(c, *args, **options)
+        c *= 1.03
+
+    monkeypatch.setattr(tune_device, "grouped_gemm", scaled)
+    with pytest.raises(WrongKernelError, match=f"its {gemm} GEMM"):
+        InProcess("cpu").gemm(workload, gemm, TILES[1])
+
+
+@needs_triton
+@pytest.mark.parametrize("gemm", GEMMS)
+@pytest.mark.parametrize("which", ["a_scale", "b_scale"])
+def test_a_gemm_of_fp8_blocks_that_reads_another_blocks_scale_is_not_timed(monkeypatch, gemm, which):
+    right = tune_device._gemm_operands
+
+    def shifted(*args):
+        operands = right(*args)
+        return replace(operands, **{which: getattr(operands, which).roll(1, dims=-1)})
+
+    monkeypatch.setattr(tune_device, "_gemm_operands", shifted)
+    with pytest.raises(WrongKernelError, match=f"its {gemm} GEMM"):
+        InProcess("cpu").gemm(SMALL, gemm, TILES[0])

@@ -124,14 +124,33 @@ def test_the_native_name_holds_what_the_public_one_lacks():
     assert key is not None
     assert key.file_name == "E=128,N=704,H=2048,top_k=8,device_name=NVIDIA_H200,dtype=int4_w4a16,group=64.json"
     assert key.public.file_name == "E=128,N=704,device_name=NVIDIA_H200,dtype=int4_w4a16.json"
-    assert key.tune_command() == (
-        "moegate tune --shape E=128,N=704,H=2048,top_k=8 --dtype int4_w4a16 --block-shape 0,64"
-    )
 
 
-def test_the_command_names_float32_as_the_command_line_does():
-    key = ConfigKey.parse("E=8,N=64,device_name=NVIDIA_H200,dtype=float32.json")
-    assert key.tune_command() == "moegate tune --shape E=8,N=64 --dtype fp32"
+@pytest.mark.parametrize(
+    ("fields", "option"),
+    [
+        ("", ""),
+        (",dtype=float32", " --dtype fp32"),
+        (",dtype=fp8_w8a8,block_shape=[128,128]", " --dtype fp8-block"),
+    ],
+)
+def test_the_command_names_formats_as_the_command_line_does(fields, option):
+    key = ConfigKey.parse(f"E=8,N=64,H=32,top_k=2,device_name=NVIDIA_H200{fields}.json")
+    assert key.tune_command() == f"moegate tune --shape E=8,N=64,H=32,top_k=2{option}"
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"scheme": QuantScheme.FP8_W8A8},
+        {"scheme": QuantScheme.FP8_W8A8, "block_shape": (64, 128)},
+        {"scheme": QuantScheme.INT4_W4A16, "block_shape": (0, 64)},
+    ],
+)
+def test_no_command_is_given_for_a_format_whose_tiles_are_not_searched(folder, layer):
+    (reason,) = find_kernel_configs(num_tokens=16, **QWEN3 | layer).reasons
+    assert "no tuned file" in reason
+    assert "moegate tune" not in reason
 
 
 KEYS = st.builds(

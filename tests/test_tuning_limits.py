@@ -15,6 +15,7 @@ from moegate.impl.platform import Platform
 from moegate.impl.tuning.kernel_config import KernelConfig, fit_block_k
 from moegate.impl.tuning.limits import obstacle, shared_memory
 from moegate.impl.tuning.schema import Tile
+from moegate.impl.weights import STORAGE
 
 # Every way in which operands are kept: copied for mma.sync, read in place by warp-group instructions, swapped.
 CONFIGS = (
@@ -26,10 +27,18 @@ CONFIGS = (
 )
 LAYER = {"M": 4096, "E": 128, "top_k": 8, "H": 2048, "I": 768}
 PLATFORMS = ("cuda:8.0", "cuda:9.0", "cuda:10.0", "cuda:12.0", "rocm:gfx942")
+# Steps of a block of scales, copied for mma.sync and read in place.
+SCALED = (
+    KernelConfig(16, 32, 128, 1, 4, 8),
+    KernelConfig(16, 128, 128, 1, 8, 6, swap_ab=True),
+    KernelConfig(64, 128, 128, 1, 8, 4),
+)
+SCHEMES = {"": QuantScheme.NONE, "fp8_block": QuantScheme.FP8_W8A8}
 JOBS = [
-    *((platform, "bfloat16", config) for platform in PLATFORMS for config in CONFIGS),
-    ("cuda:9.0", "float32", KernelConfig(64, 64, 32, 8, 8, 3)),
-    ("cuda:9.0", "float16", KernelConfig(128, 256, 64, 8, 8, 3)),
+    *((platform, "bfloat16", "", config) for platform in PLATFORMS for config in CONFIGS),
+    ("cuda:9.0", "float32", "", KernelConfig(64, 64, 32, 8, 8, 3)),
+    ("cuda:9.0", "float16", "", KernelConfig(128, 256, 64, 8, 8, 3)),
+    *((platform, "bfloat16", "fp8_block", config) for platform in ("cuda:8.9", "cuda:9.0") for config in SCALED),
 ]
 
 
@@ -40,11 +49,12 @@ def compiled():
         {
             "platform": platform,
             "dtype": dtype,
+            "scheme": scheme,
             "configs": [asdict(config)],
             "only": ["grouped_gemm_kernel"],
         }
         | LAYER
-        for platform, dtype, config in JOBS
+        for platform, dtype, scheme, config in JOBS
     ]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("ahead_of_time.py"))],
@@ -59,8 +69,8 @@ def compiled():
 
 
 def test_the_estimate_is_what_triton_allocates(compiled):
-    for (name, dtype, config), allocated in zip(JOBS, compiled, strict=True):
-        estimate = shared_memory(config, getattr(torch, dtype), QuantScheme.NONE, Platform.parse(name))
+    for (name, dtype, scheme, config), allocated in zip(JOBS, compiled, strict=True):
+        estimate = shared_memory(config, getattr(torch, dtype), SCHEMES[scheme], Platform.parse(name))
         # Barriers and what a tile needs to change its layout come on top; too little is refused by the driver, too
         # much would refuse good files.
         # Without a pipeline AMD's small operand goes straight to registers.
@@ -68,14 +78,15 @@ def test_the_estimate_is_what_triton_allocates(compiled):
             config.block_size_m * config.block_size_k * 2 if name == "rocm:gfx942" and config.num_stages == 1 else 0
         )
         assert allocated - 2048 <= estimate <= allocated + spared, (
-            f"{name} {dtype} {config}: {estimate}, allocated {allocated}"
+            f"{name} {dtype} {scheme} {config}: {estimate}, allocated {allocated}"
         )
 
 
 def test_the_tile_rules_own_bound_is_never_lower_than_the_estimate():
-    for name, dtype, config in JOBS:
-        estimate = shared_memory(config, getattr(torch, dtype), QuantScheme.NONE, Platform.parse(name))
-        assert estimate <= config.shared_memory(getattr(torch, dtype))
+    for name, dtype, scheme, config in JOBS:
+        stored = STORAGE.get(SCHEMES[scheme], getattr(torch, dtype))
+        estimate = shared_memory(config, getattr(torch, dtype), SCHEMES[scheme], Platform.parse(name))
+        assert estimate <= config.shared_memory(stored)
 
 
 @pytest.mark.parametrize(

@@ -292,19 +292,23 @@ def _tile_calls() -> list[PublicCall]:
                     )
                     for key, name in zip(keys, spelled, strict=True)
                 ),
-                Answer(
-                    "its command",
-                    lambda found: equals(
-                        "moegate tune --shape E=8,N=32,H=64,top_k=2 --dtype int4_w4a16 --block-shape 0,32"
-                    )(found.tune_command()),
-                    lambda good: vars(replace(KEY, dtype="int4_w4a16", group=32)),
+                *(
+                    Answer(
+                        f"no command of {name}",
+                        lambda found: equals(None)(found.tune_command()),
+                        lambda good, key=key: vars(key),
+                    )
+                    for key, name in (
+                        (replace(KEY, dtype="int4_w4a16", group=32), "groups"),
+                        (keys[-1], "blocks of 128 x 64"),
+                    )
                 ),
                 Answer(
                     "its command of blocks",
-                    lambda found: equals("moegate tune --shape E=8,N=32 --dtype fp8_w8a8 --block-shape 128,64")(
+                    lambda found: equals("moegate tune --shape E=8,N=32,H=64,top_k=2 --dtype fp8-block")(
                         found.tune_command()
                     ),
-                    lambda good: vars(keys[-1]),
+                    lambda good: vars(replace(KEY, dtype="fp8_w8a8", block_shape=(128, 128))),
                 ),
                 Answer(
                     "its command in float32",

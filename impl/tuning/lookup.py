@@ -295,10 +295,10 @@ def _table(layer: Layer, folder: str) -> _Table:
             if content is not None:
                 return _validated(parse(place / name, content), layer)
     where = " and ".join(str(place) for place in folders)
-    reason = (
-        f"no tuned file {key.file_name} or {key.public.file_name} in {where}: the default tiles are used; "
-        f"to make one: {key.tune_command()}"
-    )
+    command = key.tune_command()
+    reason = f"no tuned file {key.file_name} or {key.public.file_name} in {where}: the default tiles are used"
+    if command is not None:
+        reason += f"; to make one: {command}"
     if layer.platform.vendor in (Vendor.NVIDIA, Vendor.AMD, Vendor.INTEL):
         log_once(logger, logging.WARNING, reason)
     return _Table(None, reasons=(reason,))

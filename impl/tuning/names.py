@@ -18,6 +18,12 @@ from ..config import QuantScheme
 from ..platform import Platform
 
 _MAX_DEVICE_NAME = 100
+# By a key's dtype, block_shape and group, how the command line asks for the formats whose tiles it searches.
+_TUNED = {
+    (None, None, None): "",
+    ("float32", None, None): " --dtype fp32",
+    ("fp8_w8a8", (128, 128), None): " --dtype fp8-block",
+}
 _NAME = re.compile(
     r"E=(?P<E>[0-9]{1,10}),N=(?P<N>[0-9]{1,10})(?:,H=(?P<H>[0-9]{1,10}),top_k=(?P<top_k>[0-9]{1,10}))?,device_name=(?P<device>[^,]+?)"
     r"(?:,dtype=(?P<dtype>[a-z0-9_]+))?(?:,block_shape=\[(?P<n>[0-9]{1,10}),(?P<k>[0-9]{1,10})\])?(?:,group=(?P<group>[0-9]{1,10}))?\.json"
@@ -179,18 +185,14 @@ class ConfigKey:
             raise ValueError(f"file name: expected {key.file_name!r}, got {file_name!r}, which is never looked up")
         return key
 
-    def tune_command(self) -> str:
-        """The command that makes the file, run on the device."""
+    def tune_command(self) -> str | None:
+        """The command that makes the file, run on the device; None for a format that is not tuned."""
+        option = _TUNED.get((self.dtype, self.block_shape, self.group))
+        if option is None:
+            return None
         shape = f"E={self.num_experts},N={self.intermediate_size}"
         shape += f",H={self.hidden_size},top_k={self.top_k}" if self.is_native else ""
-        command = f"moegate tune --shape {shape}"
-        if self.dtype is not None:
-            command += f" --dtype {'fp32' if self.dtype == 'float32' else self.dtype}"
-        if self.block_shape is not None:
-            command += f" --block-shape {self.block_shape[0]},{self.block_shape[1]}"
-        elif self.group is not None:
-            command += f" --block-shape 0,{self.group}"
-        return command
+        return f"moegate tune --shape {shape}{option}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
