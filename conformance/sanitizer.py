@@ -39,6 +39,7 @@ _KINDS = (
     ("race", re.compile(r"(?:Error|Warning): Race reported", re.IGNORECASE)),
     ("race", re.compile(r"(?:ERROR|WARN(?:ING)?): Potential \w+ hazard", re.IGNORECASE)),
     ("uninitialised read", re.compile(r"Uninitialized .*(?:read|access)", re.IGNORECASE)),
+    ("copy of uninitialised memory", re.compile(r"Host API memory access error", re.IGNORECASE)),
     ("barrier", re.compile(r"Barrier error|Divergent thread", re.IGNORECASE)),
     ("error of the driver", re.compile(r"Program hit |Unspecified launch failure", re.IGNORECASE)),
     ("leak", re.compile(r"Leaked [0-9,]+ bytes", re.IGNORECASE)),

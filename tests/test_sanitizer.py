@@ -68,6 +68,16 @@ INITCHECK = f"""\
 =========
 ========= ERROR SUMMARY: 1 error
 """
+COPIED = f"""\
+========= COMPUTE-SANITIZER
+{MARK}slabs (triton)
+========= Host API memory access error at host access to 0x7f2511b45400 of size 3,072 bytes
+=========     Uninitialized access to 0x7f2511b454a0 on access by cudaMemcpy source
+=========     Saved host backtrace up to driver entry point at error
+=========         Host Frame: cudaMemcpyAsync [0x70eec] in libcudart.so.13
+=========
+========= ERROR SUMMARY: 1 error
+"""
 SYNCCHECK = f"""\
 ========= COMPUTE-SANITIZER
 {MARK}routing (triton)
@@ -135,10 +145,11 @@ def test_invalid_accesses_have_their_kernel_line_and_case():
             [("race", "lora_shrink_kernel", "lora_shrink.py:12"), ("race", "other", "other.cu:1")],
         ),
         (INITCHECK, "initcheck", [("uninitialised read", "activation_kernel", "activation.py:88")]),
+        (COPIED, "initcheck", [("copy of uninitialised memory", "", "")]),
         (SYNCCHECK, "synccheck", [("barrier", "topk_routing_kernel", "topk_routing.py:40")]),
         (CLEAN, "memcheck", []),
     ],
-    ids=TOOLS[1:] + TOOLS[:1],
+    ids=("racecheck", "initcheck", "initcheck of a copy", "synccheck", "memcheck"),
 )
 def test_each_tools_findings_are_read(output, tool, expected):
     parsed = parse(output, tool)
