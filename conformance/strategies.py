@@ -79,7 +79,7 @@ class Pools:
     routing_experts: tuple[int, ...]
     scored_experts: tuple[int, ...]
     grouped_experts: tuple[int, ...]
-    block_sizes: tuple[int, ...] = (16, 32, 64)
+    block_sizes: tuple[int, ...] = (16, 32, 64, 128)
     scaled_shapes: tuple[tuple[int, int], ...] = ()
     block_shapes: tuple[Shape, ...] = ()
     group_shapes: tuple[Shape, ...] = ()
@@ -307,8 +307,10 @@ def _nasty_routings(num_experts: int) -> Iterator[RoutingSpec]:
         yield replace(base, logits="infinite_rows", renormalize=True)
         yield replace(base, logits="infinite_rows", renormalize=True, seed=seed + 3)
         yield replace(base, logits="nan_rows", renormalize=True)
-    # So many choices that sorting a row is cheaper than one maximum after the other.
+    # So many choices that sorting a row is cheaper than one maximum after the other, and half as many.
     yield RoutingSpec(M=9, E=128, top_k=40)
+    yield RoutingSpec(M=9, E=128, top_k=22)
+    yield RoutingSpec(M=9, E=128, top_k=22, scoring="sigmoid", correction_bias="unit", scaling="above_one", seed=1)
 
 
 def _declares_routing(capabilities: Capabilities, spec: RoutingSpec) -> bool:
