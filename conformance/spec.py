@@ -45,11 +45,11 @@ MAPS = (
 VALUES = (
     "unit",  # activations of order 1
     "large",  # gates that saturate the activation
-    "extreme",  # gates beyond -88 and 88, where exp overflows float32
     "asymmetric",  # up rows 16 times gate rows
     "spread",  # exponents spread over 2**-6 .. 1
     "tiny",  # everything small
     "zero_rows",  # a quarter of the tokens are zero, and half are zero in their first columns
+    "extreme",  # gates beyond -88 and 88, where exp overflows float32
 )
 BIASES = (
     "none",

@@ -511,7 +511,9 @@ def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
     @st.composite
     def specs(draw: st.DrawFn) -> BatchedSpec:
         layer = draw(_layers(pools, capabilities, draw(st.sampled_from(dtypes))))
-        counts = draw(st.sampled_from([name for name in capabilities.counts if name != "zero" or capabilities.empty]))
+        names = [name for name in capabilities.counts if name != "zero" or capabilities.empty]
+        # There are two ways to have no token: as often as any other count each.
+        counts = draw(st.sampled_from([*names, *(name for name in names if name == "zero")]))
         slabs = tuple(rows for rows in pools.slabs if rows > TILE or not counts.startswith("tile"))
         return BatchedSpec(
             max_tokens=0 if counts == "zero" and draw(st.booleans()) else draw(st.sampled_from(slabs)),
