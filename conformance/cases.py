@@ -340,8 +340,9 @@ def activation_of(spec: ExpertsSpec | BatchedSpec) -> Activation:
 
 
 def _magnitude(spec: ExpertsSpec | BatchedSpec) -> int:
-    """The exponent of activations; products of extreme ones would leave float16."""
-    return MAGNITUDE.get(spec.values, 1) - (spec.values == "extreme" and spec.dtype == "float16")
+    """The exponent of activations; extreme ones, or their products, would leave float16, which gets large ones."""
+    values = "large" if spec.values == "extreme" and spec.dtype == "float16" else spec.values
+    return MAGNITUDE.get(values, 1)
 
 
 def _operand_values(spec: ExpertsSpec | BatchedSpec, device: torch.device | str) -> Callable[..., Tensor]:

@@ -49,7 +49,7 @@ VALUES = (
     "spread",  # exponents spread over 2**-6 .. 1
     "tiny",  # everything small
     "zero_rows",  # a quarter of the tokens are zero, and half are zero in their first columns
-    "extreme",  # gates beyond -88 and 88, where exp overflows float32
+    "extreme",  # gates beyond -88 and 88, where exp overflows float32; in float16 as large ones
 )
 BIASES = (
     "none",
