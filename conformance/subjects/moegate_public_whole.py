@@ -116,6 +116,11 @@ def _forward_calls() -> list[PublicCall]:
         returned = fused_experts(_X, _W13, _W2, **given, backend=backend, out=out[::2])
         return torch.cat([out[::2], out[1::2], returned if returned.data_ptr() == out.data_ptr() else returned[:0]])
 
+    def moved_scales(**options: Any) -> list[str]:
+        """Where the scales are that a module on another device has."""
+        quant = _experts(**options).to("meta").quant
+        return [] if quant is None else [str(t.device) for t in quant.tensors().values() if t is not None]
+
     plain = {"hidden_states": _X, "w13": _W13, "w2": _W2, **_ROUTING, "backend": backend}
     return [
         PublicCall(
@@ -141,9 +146,7 @@ def _forward_calls() -> list[PublicCall]:
         ),
         PublicCall(
             "experts_module.RoutedExperts",
-            lambda **options: [
-                str(t.device) for t in _experts(**options).to("meta").quant.tensors().values() if t is not None
-            ],  # pyright: ignore
+            moved_scales,
             lambda: dict(moved),
             {},
             answers=[Answer("scales that moved with it", equals(["meta", "meta"]))],
