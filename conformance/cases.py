@@ -21,8 +21,8 @@ from .values import integers, on_grid
 
 # Poisoned elements behind each row of a padded operand; a multiple of 16, so that rows stay aligned as real ones are.
 ROW_PADDING = 32
-# The exponent of activations, 1 where not said otherwise.
-MAGNITUDE = {"large": 3, "tiny": -6}
+# The exponent of activations (`_magnitude`), 1 where not said otherwise.
+MAGNITUDE = {"large": 3, "extreme": 6, "tiny": -6}
 
 
 @dataclass(frozen=True)
@@ -326,6 +326,8 @@ def _weights(spec: ExpertsSpec, device: torch.device | str) -> Tensor:
     weights = raw / raw.sum(dim=-1, keepdim=True)
     if spec.weights == "scaled":
         weights = weights * 2.5
+    if spec.weights == "signed":
+        weights = weights * (1 - 2 * (torch.arange(spec.M * spec.top_k, device=device).view(shape) % 2))
     if spec.weights == "one_zero" and spec.top_k:
         weights = torch.cat([torch.zeros_like(weights[:, :1]), weights[:, 1:]], dim=1)
     return weights
@@ -335,6 +337,12 @@ def activation_of(spec: ExpertsSpec | BatchedSpec) -> Activation:
     """The reference's activation of a spec."""
     name, parameters = ACTIVATIONS[spec.activation]
     return Activation(name, **parameters)
+
+
+def _magnitude(spec: ExpertsSpec | BatchedSpec) -> int:
+    """The exponent of activations; extreme ones, or their products, would leave float16, which gets large ones."""
+    values = "large" if spec.values == "extreme" and spec.dtype == "float16" else spec.values
+    return MAGNITUDE.get(values, 1)
 
 
 def _operand_values(spec: ExpertsSpec | BatchedSpec, device: torch.device | str) -> Callable[..., Tensor]:
@@ -350,7 +358,7 @@ def _operand_values(spec: ExpertsSpec | BatchedSpec, device: torch.device | str)
 
 def _hidden_states(spec: ExpertsSpec | BatchedSpec, values: Callable[..., Tensor], *rows: int) -> Tensor:
     """`[…, H]` activations; some of them zero where the spec says so."""
-    x = values("hidden_states", *rows, spec.H, exponent=MAGNITUDE.get(spec.values, 1))
+    x = values("hidden_states", *rows, spec.H, exponent=_magnitude(spec))
     if spec.values != "zero_rows":
         return x
     kind = integers(spec.seed, "zero_rows", (*rows, 1), 0, 4, x.device)
@@ -379,7 +387,7 @@ def _layer(
             w13 = torch.cat(gate_up if activation.is_gated else gate_up[:1], dim=1)
         w2 = values("w2", num_local, spec.H, spec.I, exponent=size_2)
     else:
-        magnitude = 2.0 ** MAGNITUDE.get(spec.values, 1)
+        magnitude = 2.0 ** _magnitude(spec)
         nominal = (magnitude, magnitude**2 * (16 if spec.values == "asymmetric" else 1))
         w13, w2, stored = stored_experts(spec, num_local, activation, (size_13, size_2), nominal, device)
     # Biases are of the size of what they are added to.

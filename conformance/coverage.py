@@ -94,11 +94,13 @@ def declared_pairs(device: str, capabilities: Capabilities, *, batched: bool = F
 def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec, ...]:
     """Experts specs that between them hold every declared pair of features.
 
-    And for each scheme that has a naive path, one on which an expert has several pairs, and so several blocks. A row in
-    which no token has an expert here says nothing of the layer: it is run again with some.
+    And for each scheme one on which an expert has several blocks: several pairs on the naive path, or, where a scheme
+    has none, all of them. A row in which no token has an expert here says nothing of the layer: it is run again with
+    some.
     """
     pools = pools_of(device, capabilities)
     sizes, specs = _Sizes(pools), []
+    with_several_blocks: set[str] = set()
     for number, row in enumerate(rows(device, capabilities)):
         features = {name: value for name, value in row.items() if name not in ("format", "path")}
         base = ExpertsSpec(**sizes.of(row), M=1, E=1, top_k=1, seed=number % 256, **features)
@@ -107,11 +109,16 @@ def pinned_experts(device: str, capabilities: Capabilities) -> tuple[ExpertsSpec
         judged = _with_experts_here(sized, capabilities)
         if judged != sized:
             specs.append(judged)
-        if row["path"] == "aligned":
+        has_groups = SCHEMES[base.scheme].weight_scale == "group"
+        if row["path"] == "aligned" and not has_groups:
             continue
-        scheme_is_new = all(spec.scheme != base.scheme or spec.routing != "one_expert" for spec in specs)
+        crowded = replace(specs[-1], routing="one_expert")
+        if has_groups:
+            crowded = replace(crowded, M=max(crowded.M, TILE + 1), expert_map=capabilities.maps[0])
+        scheme_is_new = base.scheme not in with_several_blocks
         if scheme_is_new and "one_expert" in capabilities.routings:
-            specs.append(replace(specs[-1], routing="one_expert"))
+            specs.append(crowded)
+            with_several_blocks.add(base.scheme)
     if device == "cpu":  # on a GPU each is a kernel more to compile
         specs.extend(_plain_activations(pools, capabilities))
     return _repeated(specs, pools)

@@ -28,7 +28,11 @@ RANKS = {
     "mixed": (8, 3, 16, 1),
     "wide": (40, 8),  # more than one block of a rank
     "many": (8,) * 6,
+    "crowd": (2,) * 18,  # more than kernels look at in one step, and a block of rows with more than a few
+    "large": (150, 4),  # several blocks of one adapter's rank
 }
+# Of those, the ones that are pinned alone: so many matrices take long to make.
+PINNED_RANKS = ("crowd", "large")
 ADAPTED = (
     "everything",
     "shared_a",  # gate and up share one A
@@ -190,7 +194,8 @@ class LoraCase:
 
 def ranks_of(device: str) -> tuple[str, ...]:
     """Names of `RANKS` that are drawn: where kernels are compiled, of those of one width; the others are pinned."""
-    return tuple(name for name in RANKS if name != "wide" or not POOLS[device].is_compiled)
+    drawn = [name for name in RANKS if name not in PINNED_RANKS]
+    return tuple(name for name in drawn if name != "wide" or not POOLS[device].is_compiled)
 
 
 def build_lora(spec: LoraSpec, device: torch.device | str = "cpu") -> LoraCase:
@@ -265,7 +270,10 @@ def pinned_lora(device: str, capabilities: Capabilities) -> tuple[LoraSpec, ...]
     plain = LoraSpec(9, hidden, intermediate, 5, 2, dtype=dtype)
     slab = 16 if POOLS[device].is_compiled else 18  # one block of a slab, or two
     specs = [replace(plain, adapted=adapted, seed=seed) for seed, adapted in enumerate(ADAPTED)]
-    specs += [replace(plain, tokens=tokens, ranks=ranks) for tokens, ranks in zip(TOKENS, RANKS, strict=True)]
+    specs += [replace(plain, tokens=tokens, ranks=ranks) for tokens, ranks in zip(TOKENS, RANKS, strict=False)]
+    # More pairs than slots, also where every second slot is empty: blocks list their adapters.
+    small = replace(plain, H=POOLS[device].shapes[0][0], I=POOLS[device].shapes[0][1], E=1, top_k=1, tokens="all")
+    specs += [replace(small, M=40, ranks="crowd"), replace(small, ranks="large")]
     specs += [replace(plain, expert_map=kind, seed=3) for kind in capabilities.maps if kind != "none"]
     specs += [replace(plain, dtype=other) for other in capabilities.dtypes if other != dtype]
     specs.append(replace(plain, M=3, E=32, ranks="wide"))  # each pair a block of its own

@@ -69,6 +69,7 @@ class OracleSpec(Spec):
         on_request: backends whose kernel is used only where the user names it.
         request: the argument, None for none.
         environment: the environment variable's value, None where it is not set.
+        has_bias: the experts' GEMMs add biases.
     """
 
     facet: ClassVar[str] = "oracle"
@@ -90,6 +91,7 @@ class OracleSpec(Spec):
     on_request: tuple[str, ...] = ()
     request: str | None = None
     environment: str | None = None
+    has_bias: bool = False
 
     @property
     def is_layer(self) -> bool:
@@ -237,7 +239,7 @@ CPU_AUTO = declare("ORACLE-13", "auto on a CPU is cpu, with LoRA too", "oracle")
 NAMES = declare("ORACLE-14", "an unknown backend's name is an error that lists the names", "oracle")
 TRUTH = declare(
     "ORACLE-15",
-    "no decision breaks what is known of a backend: fp8, families, alignment, LoRA, formats, weights on the input",
+    "no decision breaks what is known of a backend: fp8, families, alignment, LoRA, formats, weights on inputs, biases",
     "oracle",
 )
 SAME_FROM_ENVIRONMENT = declare(
@@ -476,6 +478,7 @@ def _truth(point: Point) -> str | None:
         ),
         (backend in FLASHINFER and question.intermediate_size % 128 != 0, "an unaligned intermediate size"),
         (backend in FLASHINFER and question.weight_on_input, "routing weights on the input"),
+        (backend in (*FLASHINFER, "aiter") and question.has_bias, "biases of the GEMMs"),
         (backend in FLASHINFER and question.dtype == "float32", "float32"),
         (backend in FLASHINFER and question.scheme.startswith("int"), "integer weights"),
         (
@@ -501,6 +504,8 @@ def published(backend: str, question: OracleSpec) -> bool:
         takes_fp8 = backend == "cpu" or scheme != "fp8_w8a8" or platform in FP8
         return platform in devices and scheme in schemes and takes_fp8 and question.is_batched == ("batched" in backend)
     if question.is_lora_enabled or question.is_batched or question.weight_on_input or question.dtype == "float32":
+        return False
+    if question.has_bias and backend != "xpu":
         return False
     blocks = question.block_shape
     match backend:
@@ -611,6 +616,8 @@ def configurations(platforms: Iterable[str] = PLATFORMS, weights: Iterable[Any] 
             )
             if question.is_layer:
                 yield question
+                if not on_input and (dp, ep, tp) == (1, 1, 1):
+                    yield replace(question, has_bias=True)
 
 
 _TYPICAL_WEIGHTS = (WEIGHTS[0], WEIGHTS[4], WEIGHTS[10])
@@ -658,6 +665,7 @@ def oracle_specs() -> Any:
         is_batched=rare,
         is_lora_enabled=rare,
         weight_on_input=rare,
+        has_bias=rare,
         dp=ranks,
         ep=ranks.filter(lambda size: size <= 60),
         tp=ranks,
@@ -686,6 +694,7 @@ def covering() -> Iterator[OracleSpec]:
         yield replace(question, absent=(question.triton,))
         yield replace(question, absent=("flashinfer_trtllm",), on_request=("flashinfer_cutlass",))
         yield replace(question, ep=4, tp=2)
+        yield replace(question, has_bias=True)
 
 
 @dataclass

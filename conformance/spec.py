@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from importlib import import_module
 from itertools import combinations
 from typing import Any, ClassVar, Literal, get_type_hints
 
@@ -31,6 +32,7 @@ WEIGHTS = (
     "scaled",  # positive, summing to 2.5
     "one_zero",  # the first slot's weight is zero
     "spread",  # exponents spread over 2**-8 .. 1
+    "signed",  # every second one negative
 )
 MAPS = (
     "none",
@@ -47,6 +49,7 @@ VALUES = (
     "spread",  # exponents spread over 2**-6 .. 1
     "tiny",  # everything small
     "zero_rows",  # a quarter of the tokens are zero, and half are zero in their first columns
+    "extreme",  # gates beyond -88 and 88, where exp overflows float32; in float16 as large ones
 )
 BIASES = (
     "none",
@@ -366,6 +369,8 @@ class QuantizeSpec(Spec):
     seed: int = 0
 
 
+# Where the specs are that this module does not know: each enters `Spec.kinds` when it is imported.
+_OF_OTHER_KINDS = ("configs", "lora_cases", "oracle", "parallel_cases", "shared_cases", "shared_order")
 # Of a spec's line; the longest that a failure prints is a tenth of it.
 MOST_CHARACTERS = 10_000
 
@@ -378,6 +383,8 @@ def parse_spec(line: str) -> Spec:
     """
     if not isinstance(line, str):
         raise TypeError(f"spec: expected a line such as AlignSpec(M=1, E=2, top_k=1), got {type(line).__name__}")
+    for module in _OF_OTHER_KINDS:
+        import_module(f".{module}", __package__)
     try:
         if len(line) > MOST_CHARACTERS:
             raise ValueError("too long")

@@ -79,7 +79,7 @@ class Pools:
     routing_experts: tuple[int, ...]
     scored_experts: tuple[int, ...]
     grouped_experts: tuple[int, ...]
-    block_sizes: tuple[int, ...] = (16, 32, 64)
+    block_sizes: tuple[int, ...] = (16, 32, 64, 128)
     scaled_shapes: tuple[tuple[int, int], ...] = ()
     block_shapes: tuple[Shape, ...] = ()
     group_shapes: tuple[Shape, ...] = ()
@@ -307,8 +307,10 @@ def _nasty_routings(num_experts: int) -> Iterator[RoutingSpec]:
         yield replace(base, logits="infinite_rows", renormalize=True)
         yield replace(base, logits="infinite_rows", renormalize=True, seed=seed + 3)
         yield replace(base, logits="nan_rows", renormalize=True)
-    # So many choices that sorting a row is cheaper than one maximum after the other.
+    # So many choices that sorting a row is cheaper than one maximum after the other, and half as many.
     yield RoutingSpec(M=9, E=128, top_k=40)
+    yield RoutingSpec(M=9, E=128, top_k=22)
+    yield RoutingSpec(M=9, E=128, top_k=22, scoring="sigmoid", correction_bias="unit", scaling="above_one", seed=1)
 
 
 def _declares_routing(capabilities: Capabilities, spec: RoutingSpec) -> bool:
@@ -509,7 +511,9 @@ def batched_specs(device: str, capabilities: Capabilities) -> st.SearchStrategy[
     @st.composite
     def specs(draw: st.DrawFn) -> BatchedSpec:
         layer = draw(_layers(pools, capabilities, draw(st.sampled_from(dtypes))))
-        counts = draw(st.sampled_from([name for name in capabilities.counts if name != "zero" or capabilities.empty]))
+        names = [name for name in capabilities.counts if name != "zero" or capabilities.empty]
+        # There are two ways to have no token: as often as any other count each.
+        counts = draw(st.sampled_from([*names, *(name for name in names if name == "zero")]))
         slabs = tuple(rows for rows in pools.slabs if rows > TILE or not counts.startswith("tile"))
         return BatchedSpec(
             max_tokens=0 if counts == "zero" and draw(st.booleans()) else draw(st.sampled_from(slabs)),

@@ -29,14 +29,15 @@ def pinned(device, capabilities, low_latency, dtype):
         # Two numbers of tokens: a subject may have several kernels for few pairs, and tell them apart by it.
         on_input = (replace(weighted, M=tokens) for tokens in (2, 3))
         return (base, replace(base, routing="all_invalid"), *(spec for spec in on_input if 4 * spec.M <= spec.E))
-    # Rows wider than any kernel's block, whose scale is found in several steps.
-    wide = replace(base, M=3, H=40, I=WIDE, E=2, top_k=1, scheme="fp8_channel_token")
+    # Rows wider than any kernel's block, whose scale is found in several steps, in either of which the largest may lie.
+    wide = replace(base, M=9, H=40, I=WIDE + WIDE // 2, E=2, top_k=1, scheme="fp8_channel_token", values="spread")
+    static = replace(wide, M=1, I=WIDE, scheme="fp8_tensor_static", values="unit")
     # Blocks so narrow that a step of them is shorter than the tensor cores' for bytes.
     narrow = replace(base, M=17, H=96, I=48, E=4, top_k=2, scheme="fp8_block", block_n=16, block_k=16)
     # So many choices that adding them up in fewer bits than float32 shows.
     many = replace(base, M=4, E=40, top_k=32)
     return (
-        *((wide, narrow, many) if dtype == "bfloat16" else ()),
+        *((wide, static, narrow, many) if dtype == "bfloat16" else ()),
         replace(base, M=base.E // (4 * base.top_k) + 1),  # just over the threshold of naive blocks
         replace(base, M=0, E=8, top_k=2),
         replace(base, expert_map="linear"),

@@ -83,7 +83,6 @@ BEHIND = {
     "layer.RoutingMethod": "plain fields, checked by `MoELayer` against its number of experts",
     "shared_experts.OrderDecision": "answers",
     "shared_experts.OrderReason": "answers",
-    "shared_experts.order_of_call": "asked by the layer",
     "shared_experts.is_stream_disabled": "tests/test_bad_options.py, as an environment variable",
     "shared_experts.stream_token_threshold": "tests/test_bad_options.py, as an environment variable",
     "tuning.kernel_config.KernelConfig.shared_memory": "asked by the tile rule",

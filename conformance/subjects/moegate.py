@@ -246,13 +246,15 @@ class MoegateSubject(Subject):
         from .moegate_public_answers import ANSWER_CALLS
         from .moegate_public_files import FILE_CALLS
         from .moegate_public_layers import LAYER_CALLS
+        from .moegate_public_loaded import LOADED_CALLS
         from .moegate_public_ranks import RANK_CALLS
         from .moegate_public_values import VALUE_CALLS
         from .moegate_public_weights import WEIGHT_CALLS
+        from .moegate_public_whole import WHOLE_CALLS
 
         return (
-            *(*LAYER_CALLS, *VALUE_CALLS, *FILE_CALLS),
-            *(*ANSWER_CALLS, *RANK_CALLS, *ADAPTER_CALLS, *WEIGHT_CALLS),
+            *(*LAYER_CALLS, *VALUE_CALLS, *FILE_CALLS, *LOADED_CALLS),
+            *(*ANSWER_CALLS, *RANK_CALLS, *ADAPTER_CALLS, *WEIGHT_CALLS, *WHOLE_CALLS),
         )
 
     def api(self) -> dict[str, Any]:

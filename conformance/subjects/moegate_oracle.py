@@ -63,6 +63,7 @@ def _config(
     is_batched: bool,
     is_lora_enabled: bool,
     weight_on_input: bool,
+    has_bias: bool,
     parallel: tuple[int, int, int],
     intermediate_size: int,
     nuisance: int,
@@ -80,6 +81,7 @@ def _config(
         activation_format=ActivationFormat.BATCHED if is_batched else ActivationFormat.STANDARD,
         apply_router_weight_on_input=weight_on_input,
         is_lora_enabled=is_lora_enabled,
+        has_bias=has_bias,
         parallel=_parallel(*parallel, nuisance),
     )
 
@@ -94,6 +96,7 @@ def moe_config(question: OracleSpec, nuisance: int = 0) -> MoEConfig:
         question.is_batched,
         question.is_lora_enabled,
         question.weight_on_input,
+        question.has_bias,
         (question.dp, question.ep, question.tp),
         question.intermediate_size,
         nuisance,

@@ -292,8 +292,7 @@ def run_rank(
             peers.in_order.clear()
         with record_path() as record:
             output = layer(x, case.lora_ids(rank), padded_tokens=spec.max_tokens)
-    is_seen = isinstance(peers, _Linked) and spec.exchange == "all_to_all"
-    rows_in_order = peers.in_order[0] if is_seen else None
+    seen = peers.in_order if isinstance(peers, _Linked) and spec.exchange == "all_to_all" else None
     place_of = output.untyped_storage().data_ptr() if output.numel() else None
     operands = [t for part in (case.routed, case.shared) if part is not None for t in part.tensors().values()]
     is_own = all(t.untyped_storage().data_ptr() != place_of for t in operands if t.numel())
@@ -302,9 +301,9 @@ def run_rank(
         output=output.clone(),
         is_own=is_own,
         slices=_slices(adapters),
-        travels_beside=None if rows_in_order is None else not rows_in_order,
+        travels_beside=None if seen is None else not seen[0],
         runs_beside=spec.own_first or record.last("shared_experts_order") in _BESIDE,
-        leaves_early=record.last("expected_rows") == "held" if is_seen else None,
+        leaves_early=None if seen is None else record.last("expected_rows") == "held",
     )
 
 

@@ -5,13 +5,14 @@ Each rule stands here a second time, as it is documented.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
 import torch
 
 from ...impl.config import QuantScheme
+from ...impl.quantization import ActivationScale
 from ...impl.quantize import quantize_activations, quantize_experts, quantize_weights
 from ...reference.quantization import nearest
 from ..properties.bad_input import Bad, Change, put
@@ -206,8 +207,32 @@ def _weights_calls() -> list[PublicCall]:
                 Bad("static_scale", "is a number", put(static_scale=1.0)),
             ),
             edges=[("a scale without dimensions", put(static_scale=torch.tensor(1.0))), ("no rows", put(x=row[:0]))],
+            answers=list(_nan_answers()),
         ),
     ]
+
+
+def _nan_answers() -> Iterator[Answer]:
+    """A NaN reaches what shares its scale and nothing else, wherever in a row of several steps it stands."""
+    clean = uneven(3, 2048, dtype=torch.float32)
+    for (scale, columns), place in product(((ActivationScale.TOKEN, 2048), (ActivationScale.GROUP, 128)), (5, 1500)):
+        group = columns if scale is ActivationScale.GROUP else 0
+        x = clean.clone()
+        x[1, place] = torch.nan
+
+        def wrong(found: Any, scale: ActivationScale = scale, group: int = group, at: int = place // columns) -> str:
+            values, scales = found
+            right_values, right = quantize_activations(clean, torch.int8, scale, group=group, backend="torch")
+            beside = torch.zeros_like(right, dtype=torch.bool)
+            beside[1, at] = True
+            apart = beside.logical_not().repeat_interleave(2048 // right.shape[1], dim=1)
+            if not scales[beside].isnan().all():
+                return f"the scale beside a NaN is {scales[beside].tolist()}"
+            same = torch.equal(scales[~beside], right[~beside]) and torch.equal(values[apart], right_values[apart])
+            return "" if same else "a NaN changes what has another scale"
+
+        asked = {"x": x, "scale": scale, "group": group, "static_scale": None, "backend": "triton"}
+        yield Answer(f"a NaN at {place}, a scale a {scale}", wrong, put(**asked))
 
 
 WEIGHT_CALLS: tuple[PublicCall, ...] = tuple(_weights_calls())

@@ -13,7 +13,7 @@ from ..config import ActivationFunction
 from ..platform import Platform, Vendor
 from ..quantization import LARGEST, ActivationScale
 from .pairs import local_expert
-from .quantize import Rows, quantized, scale_of
+from .quantize import Rows, largest_of_rows, quantized, scale_of
 from .sizes import cdiv, next_power_of_2
 from .slabs import tokens_of_slab
 
@@ -286,7 +286,7 @@ def _activate_and_quantize(
                 INTERLEAVED,
             )
             h = h.to(STORAGE).to(tl.float32)
-            amax = tl.maximum(amax, tl.max(tl.abs(h), axis=1), propagate_nan=tl.PropagateNan.ALL)
+            amax = tl.maximum(amax, largest_of_rows(h), propagate_nan=tl.PropagateNan.ALL)
         scale = scale_of(amax, LARGEST)
     for start in range(first, end, BLOCK_I):
         columns = start + tl.arange(0, BLOCK_I)
@@ -295,7 +295,7 @@ def _activate_and_quantize(
         )
         h = h.to(STORAGE).to(tl.float32)
         if ONE_BLOCK and not STATIC:
-            scale = scale_of(tl.max(tl.abs(h), axis=1), LARGEST)
+            scale = scale_of(largest_of_rows(h), LARGEST)
         q = quantized(h, tl.broadcast_to(scale[:, None], h.shape), LARGEST)
         mask = real[:, None] & (columns < end)[None, :]
         tl.store(out_ptr + rows[:, None] * size + columns[None, :], q, mask=mask)

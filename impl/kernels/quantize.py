@@ -18,6 +18,13 @@ from .slabs import tokens_of_slab
 
 
 @triton.jit
+def largest_of_rows(x):
+    """The largest magnitude in each row of float32 `x`; NaN where one is in it, which Triton's maximum passes over."""
+    bits = tl.abs(x).to(tl.int32, bitcast=True)  # of floats that are not negative, in the floats' order; NaN is highest
+    return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scale_of(amax, LARGEST: tl.constexpr):
     """amax / largest, and 1 where everything is zero."""
     return tl.where(amax == 0.0, 1.0, tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32)))
@@ -184,7 +191,7 @@ def quantize_rows_kernel(
             columns = start + tl.arange(0, BLOCK)
             mask = real[:, None] & (columns < end)[None, :]
             x = tl.load(x_ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            amax = tl.maximum(amax, tl.max(tl.abs(x), axis=1), propagate_nan=tl.PropagateNan.ALL)
+            amax = tl.maximum(amax, largest_of_rows(x), propagate_nan=tl.PropagateNan.ALL)
         scale = scale_of(amax, LARGEST)
         tl.store(scale_ptr + rows.to(tl.int64) * tl.num_programs(1) + index, scale, mask=real)
     else:
