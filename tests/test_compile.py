@@ -7,13 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moegate.impl.platform import Platform
+from moegate.impl.tuning.lookup import SHIPPED
+from moegate.impl.tuning.names import ConfigKey
+from moegate.impl.tuning.schema import parse
 from moegate.impl.whole_file import folder_locked, write_whole
 
 PLATFORMS = ("cuda:8.0", "cuda:9.0", "cuda:10.0", "rocm:gfx942")
@@ -222,6 +227,22 @@ def compile_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if done.returncode:
         pytest.fail(f"{jobs}\n{done.stderr[-4000:]}")
     return json.loads(done.stdout)
+
+
+def of_shipped_files() -> Iterator[dict[str, Any]]:
+    """The general GEMMs on every tile that ships, each for its own layer and number of tokens."""
+    for path in sorted(SHIPPED.glob("*.json")):
+        key = ConfigKey.parse(path.name)
+        layer = {"E": key.num_experts, "top_k": key.top_k, "H": key.hidden_size, "I": key.intermediate_size}
+        if key.dtype is not None:
+            layer |= {"scheme": "fp8_block"}
+        for num_tokens, tiles in parse(path, path.read_bytes()).entries.items():
+            configs = [asdict(tile) for tile in tiles]
+            job = {"platform": "cuda:9.0", "M": num_tokens, "dtype": "bfloat16", "configs": configs}
+            yield job | layer | {"only": ["grouped_gemm_kernel"]}
+
+
+JOBS += of_shipped_files()
 
 
 @pytest.fixture(scope="module")
