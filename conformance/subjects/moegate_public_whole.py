@@ -250,14 +250,14 @@ def _copy_of_a_layer() -> MoELayer:
 
 def _adapters() -> AdapterTable:
     """One slot, with an adapter of every expert's gate."""
-    table = AdapterTable(1, 2, num_experts=E, hidden_size=H, intermediate_size=I, device="cpu")
+    table = AdapterTable(1, 3, num_experts=E, hidden_size=H, intermediate_size=I, device="cpu")
     table.load(Adapter(gate={e: LowRank(uneven(2, H), uneven(I, 2)) for e in range(E)}))
     return table
 
 
 def _whole_adapter() -> AdapterTable:
     """One slot, with an adapter of both GEMMs."""
-    table = AdapterTable(1, 2, num_experts=E, hidden_size=H, intermediate_size=I, device="cpu")
+    table = AdapterTable(1, 3, num_experts=E, hidden_size=H, intermediate_size=I, device="cpu")
     table.load(Adapter(gate={0: LowRank(full(2, H), full(I, 2))}, down={0: LowRank(full(2, I), full(H, 2))}))
     return table
 
