@@ -695,6 +695,8 @@ def covering() -> Iterator[OracleSpec]:
         yield replace(question, absent=("flashinfer_trtllm",), on_request=("flashinfer_cutlass",))
         yield replace(question, ep=4, tp=2)
         yield replace(question, has_bias=True)
+    for platform, weights, activation in product(platforms, _TYPICAL_WEIGHTS, ACTIVATIONS):
+        yield OracleSpec(platform, *weights, activation)
 
 
 @dataclass

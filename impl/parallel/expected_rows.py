@@ -88,7 +88,7 @@ class ExpectedRows:
 
         Args:
             padded_tokens: of the call.
-            numbers: likewise.
+            numbers: the rows from each rank to each.
         """
         known, total = self._known.get(padded_tokens), int(numbers.sum())
         fits = known is not None and bool((numbers <= known.rows).all())
