@@ -64,6 +64,7 @@ BEHIND = {
     "parallel.experts.ParallelExperts.join": "called by the layer that is made with it",
     "parallel.experts.ParallelExperts.run": "called by the layer, which has checked its arguments",
     "parallel.experts.ParallelExperts.partial_sums": "called by `run`",
+    "parallel.expected_rows": "what an exchange expects of its own calls",
     "parallel.landing": "steps of a shared layer, but for `forget_landings`, which takes nothing",
     "parallel.placement.PlacementTables": "made by `ExpertPlacement.tables`",
     "parallel.ranks.Ranks": "made by `connect`",

@@ -171,7 +171,7 @@ def of_calls(batches, **options):
 
 
 def test_rows_leave_before_their_numbers_are_read_once_a_call_had_as_many():
-    made, waiting = of_calls([40] * 4), of_calls([40] * 4, expect_rows=False)
+    made, waiting = of_calls([8] * 4), of_calls([8] * 4, expect_rows=False)
     for calls, others in zip(made, waiting, strict=True):
         assert [said for _, said, _ in calls] == [None, None, "held", "held"]
         assert all(collectives == ["all_gather", "all_to_all", "all_to_all"] for _, _, collectives in calls)
@@ -181,7 +181,7 @@ def test_rows_leave_before_their_numbers_are_read_once_a_call_had_as_many():
 
 
 def test_rows_beyond_what_was_expected_leave_once_more_and_are_expected_only_after_more_calls():
-    batches = [20, 20, 20, 60, 60, 60, 60]
+    batches = [4, 4, 4, 12, 12, 12, 12]
     made, waiting = of_calls(batches), of_calls(batches, expect_rows=False)
     for calls, others in zip(made, waiting, strict=True):
         assert [said for _, said, _ in calls] == [None, None, "held", "exceeded", None, None, "held"]
@@ -196,16 +196,16 @@ def test_an_error_behind_rows_that_left_early_is_every_ranks_and_the_next_call_i
 
     def body(ranks):
         layer = shared_layer(ranks, exchange="all_to_all", max_tokens=64)
-        expected = layer(tokens(40))
-        layer(tokens(10))
-        layer(tokens(10))
+        expected = layer(tokens(12))
+        layer(tokens(4))
+        layer(tokens(4))
         with debug_checks():
             hook = layer.experts.register_forward_pre_hook(fail) if ranks.rank else None
             with pytest.raises(ZeroDivisionError, match="rank 1"):
-                layer(tokens(40))
+                layer(tokens(12))
             if hook is not None:
                 hook.remove()
-            return expected, [layer(tokens(40)) for _ in range(3)]
+            return expected, [layer(tokens(12)) for _ in range(3)]
 
     for expected, again in on_ranks(TWO, body):
         for output in again:

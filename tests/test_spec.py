@@ -27,15 +27,8 @@ def test_what_a_line_leaves_out_has_its_default():
     assert parse_spec("AlignSpec(M=1, E=2, top_k=1)") == AlignSpec(M=1, E=2, top_k=1)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "LoraSpec(M=9, H=96, I=16, E=5, top_k=2)",
-        "SharedSpec(M=1, H=64, I=32, E=2, top_k=1, shared_size=32)",
-        "OracleSpec()",
-    ],
-)
-def test_a_line_of_any_kind_is_read_before_anything_else_is_imported(line):
+def test_a_line_of_a_kind_of_another_module_is_read_before_anything_else_is_imported():
+    line = "LoraSpec(M=9, H=96, I=16, E=5, top_k=2)"
     read = f"from moegate.conformance.spec import parse_spec; print(type(parse_spec({line!r})).__name__)"
     found = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=False)
     assert found.stdout.strip() == line.partition("(")[0], found.stderr
