@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import builtins
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -48,9 +48,17 @@ def agree(group: Group, facts: Mapping[str, Any], error: Exception | None = None
             raised = kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
             raise raised(f"rank {rank}: {text}") from error
     for name in facts:
-        values = [message["facts"].get(name) for message in messages]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"{name}: expected the same on every rank, got {values} of ranks 0 to {len(values) - 1}")
+        expect_alike(name, [message["facts"].get(name) for message in messages])
+
+
+def expect_alike(name: str, values: Sequence[Any]) -> None:
+    """Refuse what each rank, in their order, says of a fact.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{name}: expected the same on every rank, got {values} of ranks 0 to {len(values) - 1}")
 
 
 def _messages(group: Group, mine: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ import torch
 
 from .. import path
 from ..replay import is_replaying, may_launch_otherwise, replaying_unless_said
+from .agreement import expect_alike
 from .collectives import Group, Work
 from .exchange import Exchange, Launched, Received
 from .expected_rows import ExpectedRows, Numbers, Room, round_up
@@ -58,10 +59,7 @@ def _lie_in_their_rows(tokens: Tokens) -> bool:
 
 def _of_one_padding(numbers: Numbers) -> Numbers:
     """Of what all ranks sent the rows: behind them each said how many it has with its padding."""
-    padded = numbers[:, -1].tolist()
-    if len(set(padded)) > 1:
-        ranks = f"ranks 0 to {len(padded) - 1}"
-        raise ValueError(f"padded_tokens: expected the same on every rank, got {padded} of {ranks}")
+    expect_alike("padded_tokens", numbers[:, -1].tolist())
     return numbers[:, :-1]
 
 
