@@ -85,6 +85,11 @@ class RoutedExperts(nn.Module):
         """How w13 and w2 are stored, with the scales where the module is now."""
         return self._quant
 
+    def parameters_read(self) -> tuple[torch.Tensor | ExpertsQuantization | None, ...]:
+        """What a call reads beside its arguments."""
+        own = self._buffers
+        return own["w13"], own["w2"], own["w13_bias"], own["w2_bias"], self._quant
+
     def identity(self) -> tuple[object, ...]:
         """What a call of these experts hangs on beside its arguments: settings, and where the parameters lie."""
         scales = () if self._quant is None else self._quant.tensors().values()

@@ -16,11 +16,14 @@ from torch import nn
 from . import path
 from .checks import FLOATS, expect_instance, expect_int, expect_tensor, shown
 from .experts_module import RoutedExperts
+from .fused_moe import what_decides
 from .fused_shared import append_shared_experts
 from .lora.table import AdapterTable
 from .overlap import auxiliary_stream, beside, expect_stream
 from .parallel.experts import ParallelExperts
+from .plain_module import runs_as_written
 from .platform import Platform
+from .replay import replayed
 from .routing import RoutingFunction, expect_method, select_experts
 from .shared_experts import SharedExpertsOrder, SharedExpertsSetting, order_of_call
 
@@ -74,6 +77,11 @@ class Gate(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("e_score_correction_bias", e_score_correction_bias)
 
+    def parameters_read(self) -> tuple[torch.Tensor | None, ...]:
+        """What a call reads beside its argument."""
+        own = self._buffers
+        return own["weight"], own["bias"], own["e_score_correction_bias"]
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[M, H]` to logits `[M, E]`.
 
@@ -82,7 +90,11 @@ class Gate(nn.Module):
         """
         shape = ("M", self.weight.shape[1])
         expect_tensor("hidden_states", hidden_states, shape=shape, dtypes=FLOATS, like=self.weight)
-        return F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
+        return path.operate(_logits, hidden_states, self.weight, self.bias)
+
+
+def _logits(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(hidden_states.to(weight.dtype), weight, bias)
 
 
 _layers: weakref.WeakValueDictionary[int, MoELayer] = weakref.WeakValueDictionary()
@@ -268,7 +280,8 @@ class MoELayer(nn.Module):
             # The parameters stand among the arguments so that the compiler knows what is read.
             parameters = [*self.parameters(), *self.buffers()]
             return moe_layer_op(rows, parameters, self._handle, lora_ids, padded_tokens).view(shape)
-        return self._run(rows, lora_ids, padded_tokens).view(shape)
+        result = self._run(rows, lora_ids, padded_tokens)
+        return result if rows is hidden_states else result.view(shape)
 
     def prepare(self, num_tokens: Sequence[int] = (1,)) -> MoELayer:
         """Run the layer once for each M, so that kernels are compiled and weights laid out before a graph is captured.
@@ -290,13 +303,18 @@ class MoELayer(nn.Module):
                 self(hidden_states, torch.full((count,), -1, dtype=torch.int32, device=like.device))
         return self
 
-    @torch.no_grad()
     def _run(
         self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None = None, padded_tokens: int | None = None
     ) -> torch.Tensor:
-        dtype = self.experts.dtype
-        shape = ("M", self.hidden_size)
-        expect_tensor("hidden_states", hidden_states, shape=shape, dtypes=(dtype,), like=self.experts.w2)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._run(hidden_states, lora_ids, padded_tokens)
+        if self.shared_experts is None and self.parallel is None and not path.is_recording():
+            # There is no order to decide on, and nobody who would hear of it.
+            self._expect_captured(hidden_states)
+            self._expect_arguments(lora_ids, padded_tokens)
+            return self._reduced(self._routed(hidden_states, lora_ids))
+        self._expect_rows(hidden_states)
         num_tokens = hidden_states.shape[0]
         self._expect_captured(hidden_states)
         stream = self._stream(hidden_states.device) if self.shared_experts is not None else None
@@ -317,10 +335,7 @@ class MoELayer(nn.Module):
                 adapters=self.adapters,
                 lora_ids=lora_ids,
             )
-        if padded_tokens is not None:
-            raise ValueError(f"padded_tokens: expected None for a layer of one rank, got {padded_tokens}")
-        if lora_ids is not None and self.adapters is None:
-            raise ValueError("lora_ids: expected None without adapters, got ids")
+        self._expect_arguments(lora_ids, padded_tokens)
         match decision.order:
             case SharedExpertsOrder.NONE:
                 return self._reduced(self._routed(hidden_states, lora_ids))
@@ -339,6 +354,16 @@ class MoELayer(nn.Module):
         # The routed output is this call's own: the input and the shared output stay as they are.
         return self._reduced(routed.add_(shared))
 
+    def _expect_rows(self, hidden_states: torch.Tensor) -> None:
+        shape, experts = ("M", self.hidden_size), self.experts
+        expect_tensor("hidden_states", hidden_states, shape=shape, dtypes=(experts.dtype,), like=experts.w2)
+
+    def _expect_arguments(self, lora_ids: torch.Tensor | None, padded_tokens: int | None) -> None:
+        if padded_tokens is not None:
+            raise ValueError(f"padded_tokens: expected None for a layer of one rank, got {padded_tokens}")
+        if lora_ids is not None and self.adapters is None:
+            raise ValueError("lora_ids: expected None without adapters, got ids")
+
     def _select(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Routing weights and ids, `[M, top_k]` each."""
         return select_experts(
@@ -349,6 +374,28 @@ class MoELayer(nn.Module):
         )
 
     def _routed(self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None) -> torch.Tensor:
+        """The routed experts' output; a call that is all launches is replayed whole, and not in two halves."""
+        gate, experts = self.gate, self.experts
+        is_ours = runs_as_written(gate, Gate) and runs_as_written(experts, RoutedExperts)
+        if not is_ours or self.adapters is not None or self.routing.custom_routing_function is not None:
+            return self._routed_as_it_stands(hidden_states, lora_ids)
+        settings = (
+            self.routing,
+            self.num_fused_shared_experts,
+            experts.function,
+            experts.apply_router_weight_on_input,
+            experts.backend,
+            experts.allow_tf32,
+        )
+        return replayed(
+            ("MoELayer", settings, what_decides()),
+            (hidden_states, *gate.parameters_read(), self._buffers["expert_map"], *experts.parameters_read()),
+            lambda: self._routed_as_it_stands(hidden_states, lora_ids),
+            by_default=hidden_states.is_cuda,  # eager, a small batch keeps the device waiting for the host
+        )
+
+    def _routed_as_it_stands(self, hidden_states: torch.Tensor, lora_ids: torch.Tensor | None) -> torch.Tensor:
+        self._expect_rows(hidden_states)
         topk_weights, topk_ids = self._select(hidden_states)
         num_experts = self.num_experts
         if self.num_fused_shared_experts:

@@ -7,7 +7,7 @@ a context variable per event when nobody listens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -40,6 +40,10 @@ class PathRecord:
         """Launch a kernel, counted."""
         self.launches[kernel.__name__] += 1
         return kernel[grid](*args, **meta)
+
+    def operate(self, function: Callable[..., Any], tensors: tuple[Any, ...]) -> Any:
+        """Run a library's operation."""
+        return function(*tensors)
 
     def add(self, facts: Iterable[tuple[str, Any]], launches: Mapping[str, int]) -> None:
         """Take over what another record heard."""
@@ -90,3 +94,9 @@ def launch(kernel: Any, grid: Any, *args: Any, **meta: Any) -> Any:
     """`kernel[grid](*args, **meta)`, counted. Every Triton launch of `impl` goes through here."""
     record = _listener.get()
     return kernel[grid](*args, **meta) if record is None else record.launch(kernel, grid, args, meta)
+
+
+def operate(function: Callable[..., Any], *tensors: Any) -> Any:
+    """`function(*tensors)`, a library's operation that returns a tensor of its own and reads these alone, or None."""
+    record = _listener.get()
+    return function(*tensors) if record is None else record.operate(function, tensors)

@@ -47,6 +47,7 @@ _PASSED = (Tensor, int, float, str, type(None))
 Form = tuple[Any, ...]
 Result = Tensor | tuple[Tensor, ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
+Answer = TypeVar("Answer", bound=Result)
 
 # Nobody said whether calls are replayed.
 _UNSAID = -1
@@ -117,34 +118,70 @@ def replayable(around: Callable[[], tuple[Any, ...]]) -> Callable[[Function], Fu
     def decorated(function: Function) -> Function:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            after = _in_force.get()
-            # Whoever put another launcher in its place (a tuner, the gate's own test) wants every launch.
-            if after is None or after == _UNSAID or debugging() or path.launch is not _LAUNCH:
+            after = _after(by_default=False)
+            if after is None:
                 return function(*args, **kwargs)
             tensors: list[Tensor] = []
             try:
                 parts = (*_form(args, tensors), *kwargs, *_form(kwargs.values(), tensors))
                 form = (function.__name__, Platform.of(tensors[0].device), around(), *parts)
-                known = _forms.get(form, 0)
             except (TypeError, AttributeError, RuntimeError, IndexError):
                 return function(*args, **kwargs)  # what has no form is no argument that is right, or one that changes
-            if isinstance(known, Plan) and not _is_profiled():
-                return known.replay(tensors)
-            if isinstance(known, int) and known >= after:
-                recording = _Recording(tensors)
-                with recording.listening():
-                    result = function(*args, **kwargs)
-                _keep(form, recording.plan(result))
-                return result
-            if isinstance(known, int):
-                _keep(form, known + 1)
-            elif isinstance(known, str):
-                path.note("no_replay", known)
-            return function(*args, **kwargs)
+            return _replayed(form, tensors, lambda: function(*args, **kwargs), after)
 
         return call  # pyright: ignore[reportReturnType]
 
     return decorated
+
+
+def replayed(around: tuple[Any, ...], tensors: Sequence[Any], run: Callable[[], Answer], *, by_default: bool) -> Answer:
+    """Replay what `run` launches, of whatever it reads: the least of the host where a caller knows all of that.
+
+    Args:
+        around: all that it depends on beside the tensors, hashable; the first entry names who asks.
+        tensors: that it reads, or None; the first one is there. A quantisation counts as its tensors.
+        run: returns tensors, and may launch kernels, take memory and call `path.operate`.
+        by_default: also where nobody said whether calls are replayed.
+    """
+    after = _after(by_default=by_default)
+    if after is None:
+        return run()
+    read: list[Tensor] = []
+    try:
+        parts = _form(tensors, read)
+        form = (around, read[0].device, *parts)
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        return run()
+    return _replayed(form, read, run, after)
+
+
+def _after(*, by_default: bool) -> int | None:
+    """After how many calls of a form the next ones are replayed; None: never."""
+    after = _in_force.get()
+    if after == _UNSAID:
+        after = AFTER if by_default else None
+    # Whoever put another launcher in its place (a tuner, the gate's own test) wants every launch.
+    return None if debugging() or path.launch is not _LAUNCH else after
+
+
+def _replayed(form: Form, tensors: list[Tensor], run: Callable[[], Any], after: int) -> Any:
+    try:
+        known = _forms.get(form, 0)
+    except TypeError:
+        return run()  # as for what has no form
+    if isinstance(known, Plan) and not _is_profiled():
+        return known.replay(tensors)
+    if isinstance(known, int) and known >= after:
+        recording = _Recording(tensors)
+        with recording.listening():
+            result = run()
+        _keep(form, recording.plan(result))
+        return result
+    if isinstance(known, int):
+        _keep(form, known + 1)
+    elif isinstance(known, str):
+        path.note("no_replay", known)
+    return run()
 
 
 def _keep(form: Form, known: int | Plan | str) -> None:
@@ -220,7 +257,7 @@ class _Compiled:
         self._arguments = arguments
         self._slots = tuple((slot.position, slot.base, slot.offset) for slot in slots)
 
-    def __call__(self, addresses: Sequence[int], memory: Sequence[Tensor | None], stream: int) -> None:
+    def __call__(self, addresses: list[int], memory: list[Tensor | None], stream: int) -> None:
         del memory
         arguments = self._arguments.copy()
         for position, base, offset in self._slots:
@@ -236,7 +273,7 @@ class _Interpreted:
     ) -> None:
         self._kernel, self._grid, self._arguments, self._meta, self._slots = kernel, grid, arguments, meta, slots
 
-    def __call__(self, addresses: Sequence[int], memory: Sequence[Tensor | None], stream: int) -> None:
+    def __call__(self, addresses: list[int], memory: list[Tensor | None], stream: int) -> None:
         del addresses, stream
         arguments = self._arguments.copy()
         for slot in self._slots:
@@ -248,6 +285,19 @@ class _Interpreted:
             view = torch.empty(0, dtype=dtype, device=base.device)
             arguments[slot.position] = view.set_(base.untyped_storage(), start // dtype.itemsize, size, stride)
         self._kernel[self._grid](*arguments, **self._meta)
+
+
+class _Operation:
+    """A library's operation, whose result stands behind all other memory, in the order in which they come."""
+
+    def __init__(self, function: Callable[..., Tensor], bases: Sequence[int | None]) -> None:
+        self._function, self._bases = function, tuple(bases)
+
+    def __call__(self, addresses: list[int], memory: list[Tensor | None], stream: int) -> None:
+        del stream
+        result = self._function(*[None if base is None else memory[base] for base in self._bases])
+        memory.append(result)
+        addresses.append(result.data_ptr())
 
 
 class Plan:
@@ -282,7 +332,7 @@ class Plan:
         device = self._device
         results = tuple([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._results])
         scratch = torch.empty(self._scratch, dtype=torch.uint8, device=device) if self._scratch else None
-        memory = (*tensors, scratch, *results)
+        memory = [*tensors, scratch, *results]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in memory]
         listener = path.listener()
         if listener is not None:
@@ -331,6 +381,7 @@ class _Recording(path.PathRecord):
         self._tensors = tensors
         self._watch = _Watch()
         self._calls: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._made: list[Tensor] = []  # by operations
 
     def launch(self, kernel: Any, grid: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Any:
         """Launch a kernel, and keep how; what Triton does for it is none of the call's doing."""
@@ -338,6 +389,14 @@ class _Recording(path.PathRecord):
             compiled = super().launch(kernel, grid, args, meta)
         self._calls.append((kernel, grid, args, meta, compiled))
         return compiled
+
+    def operate(self, function: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> Tensor:
+        """Run a library's operation, and keep it; what it does inside is its own."""
+        with _disable_current_modes():
+            result = super().operate(function, tensors)
+        self._calls.append((_Operation, function, tensors, {}, None))
+        self._made.append(result)
+        return result
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -380,6 +439,8 @@ class _Recording(path.PathRecord):
     def _bound(self, call: tuple[Any, ...], starts: Mapping[int, int], returned: Sequence[Tensor]) -> Any:
         """A launch with addresses as slots."""
         kernel, grid, args, meta, compiled = call
+        if kernel is _Operation:
+            return _Operation(grid, [self._operand(argument, returned) for argument in args])
         names = kernel.arg_names[len(args) :]
         if not all(isinstance(argument, _PASSED) for argument in args):
             raise _OtherError(f"{kernel.__name__} is given a descriptor")
@@ -393,7 +454,7 @@ class _Recording(path.PathRecord):
 
     def _slot(self, position: int, tensor: Tensor, starts: Mapping[int, int], returned: Sequence[Tensor]) -> Slot:
         """Where the address of an argument comes from."""
-        bases = [*self._tensors, None, *returned]
+        bases = [*self._tensors, None, *returned, *self._made]
         view = (tensor.dtype, tensor.shape, tensor.stride())
         storage = _storage(tensor)
         if storage in starts:
@@ -403,6 +464,16 @@ class _Recording(path.PathRecord):
         if len(same) != 1:
             raise _OtherError("a kernel is given memory that is none of the call's tensors, or that several share")
         return Slot(position, same[0], _start(tensor) - _start(bases[same[0]]), view)
+
+    def _operand(self, tensor: Tensor | None, returned: Sequence[Tensor]) -> int | None:
+        """Which memory an operation reads: whole tensors of the call, or what others made."""
+        if tensor is None:
+            return None
+        bases = [*self._tensors, None, *returned, *self._made]
+        same = [n for n, base in enumerate(bases) if base is tensor]
+        if not same:
+            raise _OtherError("an operation is given a tensor that is none of the call's")
+        return same[0]
 
 
 def _storage(tensor: Tensor) -> int:

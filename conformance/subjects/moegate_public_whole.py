@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ...impl import experts_module, fused_shared, layer, ops
 from ...impl.config import QuantScheme
@@ -28,6 +29,7 @@ from ...impl.lora.adapter import Adapter, LowRank
 from ...impl.lora.table import AdapterTable
 from ...impl.oracle.select import ENVIRONMENT_VARIABLE
 from ...impl.path import record_path
+from ...impl.plain_module import runs_as_written
 from ...impl.platform import Platform
 from ...impl.quantize import quantize_experts
 from ...impl.replay import replaying
@@ -262,6 +264,21 @@ def _whole_adapter() -> AdapterTable:
     return table
 
 
+class _OtherGate(Gate):
+    """Of a class that may have a forward of its own."""
+
+
+def _gates() -> list[nn.Module]:
+    """One as it was written, and others that run something else when they are called."""
+    plain, hooked, hooked_before, own, stored = (Gate(**_GATE) for _ in range(5))
+    hooked.register_forward_hook(lambda *_: None)
+    hooked_before.register_forward_pre_hook(lambda *_: None)
+    own.forward = plain.forward
+    del stored.weight
+    stored.weight = nn.Parameter(_GATE["weight"], requires_grad=False)
+    return [plain, hooked, hooked_before, own, stored, _OtherGate(**_GATE)]
+
+
 def _layer_calls() -> list[PublicCall]:
     here = torch.tensor([-1, 1, -1, 0], dtype=torch.int32)
     half = {"w13": _W13[:2], "w2": _W2[:2]}
@@ -312,6 +329,13 @@ def _layer_calls() -> list[PublicCall]:
             lambda: {"self": _layer(), "hidden_states": _X, "traced": False},
             {},
             answers=answers,
+        ),
+        PublicCall(
+            "plain_module.runs_as_written",
+            lambda modules: [runs_as_written(module, Gate) for module in modules],
+            lambda: {"modules": [Gate(**_GATE)]},
+            {},
+            answers=[Answer("not where something hangs on it", equals([True] + [False] * 5), put(modules=_gates()))],
         ),
         PublicCall(
             "lora.table.AdapterTable.evict",
@@ -377,9 +401,46 @@ def _tiles_of_replays(folders: list[dict[str, int]]) -> list[int | None]:
     return found
 
 
+def _alike_but_for_one_thing() -> list[MoELayer]:
+    """Layers on Triton, each of which a plan of another one would serve, were it taken for its own."""
+    one, bias = RoutingMethod(1, renormalize=False), {**_GATE, "bias": uneven(E) * 8}
+    sigmoid = RoutingMethod(1, scoring_func="sigmoid", renormalize=False)
+    weight32 = {"weight": uneven(E, H, dtype=torch.float32)}
+    corrected = weight32 | {"e_score_correction_bias": torch.tensor([0.0, 8.0, 0.0, 4.0])}
+    tight = _CLAMPED | {"swiglu_limit": 0.125}
+    here = torch.tensor([-1, 1, -1, 0], dtype=torch.int32)
+    parts: list[tuple[Arguments, RoutingMethod, Arguments, Arguments]] = [
+        (_GATE, RoutingMethod(K), {}, {}),
+        (_GATE, RoutingMethod(K, renormalize=False), {}, {}),
+        (_GATE, one, {}, {}),
+        (_GATE, one, {"apply_router_weight_on_input": True}, {}),
+        (_GATE, RoutingMethod(K), _CLAMPED, {}),
+        (_GATE, RoutingMethod(K), tight, {}),
+        (_GATE, RoutingMethod(K), {"w13": _W13[:2], "w2": _W2[:2]}, {"expert_map": here}),
+        (_GATE, RoutingMethod(K), {"w13": _W13[2:], "w2": _W2[2:]}, {"expert_map": here.flip(0).contiguous()}),
+        (bias, RoutingMethod(K), {}, {}),
+        (weight32, sigmoid, {}, {}),
+        (corrected, sigmoid, {}, {}),
+        (_GATE, RoutingMethod(K), _quantized("fp8_w8a8", "block", (16, 16)), {}),
+        (_GATE, RoutingMethod(K), _quantized("int8_w8a16", "channel"), {}),
+    ]
+    return [
+        MoELayer(Gate(**gate), _experts(**experts | {"backend": "triton"}), method, **options)
+        for gate, method, experts, options in parts
+    ]
+
+
+def _in_turn(layers: int, after: int | None) -> torch.Tensor:
+    """What so many of these layers make of two tokens each, where calls are replayed `after` others."""
+    tokens = _X[2:3], _X[:1]
+    with replaying(after):
+        return torch.cat([layer(x) for layer in _alike_but_for_one_thing()[:layers] for x in tokens])
+
+
 def _replay_calls() -> list[PublicCall]:
     if not Platform.of("cpu").runs_triton:
         return []
+    every = len(_alike_but_for_one_thing())
     narrow, wide = ({"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": 32} for n in (16, 32))
     return [
         PublicCall(
@@ -388,7 +449,14 @@ def _replay_calls() -> list[PublicCall]:
             lambda: {"folders": [narrow]},
             {},
             answers=[Answer("the tiles of each folder", equals([16, 32]), put(folders=[narrow, wide]))],
-        )
+        ),
+        PublicCall(
+            "replay.replayed",
+            _in_turn,
+            lambda: {"layers": 1, "after": 0},
+            {},
+            answers=[Answer("of each layer its own", same_rows(lambda: _in_turn(every, None)), put(layers=every))],
+        ),
     ]
 
 
