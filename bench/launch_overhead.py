@@ -57,13 +57,15 @@ def measure(model: str, num_tokens: int, device: torch.device, dtype: str = "bf1
     x = hidden_states_of(layer_model, num_tokens, 0, device)
     samples: dict[str, list[float]] = {AS_IT_STANDS: [], REPLAYED: []}
     with torch.inference_mode():
-        expected = layer(x)
+        with replaying(None):
+            expected = layer(x)
         with replaying(after=0):
             layer(x)  # is recorded
             if not torch.equal(layer(x), expected):
                 raise AssertionError(f"{model}, M = {num_tokens}: a replay gives other bits than the call")
         for _ in range(rounds):
-            samples[AS_IT_STANDS].append(host_seconds(lambda: layer(x), device))
+            with replaying(None):
+                samples[AS_IT_STANDS].append(host_seconds(lambda: layer(x), device))
             with replaying(after=0):
                 samples[REPLAYED].append(host_seconds(lambda: layer(x), device))
     return [
