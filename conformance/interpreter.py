@@ -993,6 +993,26 @@ def equal_operands() -> None:
     semantic.binary_op_type_checking_impl = binary_op_type_checking_impl
 
 
+@_repair
+def plain_values() -> None:
+    """Upstream asks of every value four times whether it is of a kind that is to be unwrapped; hardly any is."""
+    core = tl.core
+    constexpr, dtype = core.constexpr, core.dtype
+    plain = frozenset((core.tensor, dtype, core.block_type, core.pointer_type, int, float, bool, str, type(None)))
+    unwrap_upstream, dtype_eq_upstream = core._unwrap_if_constexpr, dtype.__eq__
+
+    def unwrap_if_constexpr(o: Any) -> Any:
+        kind = type(o)
+        if kind in plain:
+            return o
+        return o.value if kind is constexpr else unwrap_upstream(o)
+
+    def dtype_eq(self: Any, other: Any) -> bool:
+        return self is other or dtype_eq_upstream(self, other)
+
+    core._unwrap_if_constexpr, dtype.__eq__ = unwrap_if_constexpr, dtype_eq
+
+
 # --- Memory ---------------------------------------------------------------------------------------------------------
 
 _memory: Memory | None = None  # of the launch that runs

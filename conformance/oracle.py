@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, product
+from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 
 from .judge import Property, declare
@@ -258,25 +259,67 @@ PUBLISHED = declare(
 )
 
 
-class Point:
-    """One question, its answer, and what the judgements share."""
+# What a question says of the layer and the platform: all but what is there and what is asked for.
+_configuration = attrgetter(
+    *("platform", "dtype", "scheme", "block_shape", "activation", "is_batched", "is_lora_enabled", "weight_on_input"),
+    *("dp", "ep", "tp", "intermediate_size", "has_bias"),
+)
 
-    def __init__(self, facet: OracleFacet, question: OracleSpec, answer: Answer) -> None:
-        self.facet = facet
+
+class _Configured:
+    """What holds of every question about one configuration, worked out once."""
+
+    def __init__(self, facet: OracleFacet, question: OracleSpec) -> None:
+        self._facet, self._question = facet, question
+        self.demotions = expected_demotions(question)
+        self.line = expected_line(question)
+        self._refusals: dict[str, str | None] = {}
+        self._published: str | None = None
+
+    def refusal(self, backend: str) -> str | None:
+        """What the backend's own predicate says."""
+        if backend not in self._refusals:
+            self._refusals[backend] = self._facet.refusal(backend, self._question)
+        return self._refusals[backend]
+
+    def unpublished(self) -> str:
+        """The first predicate that does not say what its kernels are published for; empty: none."""
+        if self._published is None:
+            self._published = next(filter(None, map(self._against_published, dict.fromkeys((*self.line, "cpu")))), "")
+        return self._published
+
+    def _against_published(self, backend: str) -> str:
+        refusal = self.refusal(backend)
+        if (refusal is None) == published(backend, self._question):
+            return ""
+        return f"{backend} is published for this layer, and refuses: {refusal}" if refusal else f"{backend} accepts"
+
+
+class Point:
+    """One question, its answer, and what the judgements share.
+
+    Args:
+        facet: the oracle.
+        question: what it was asked.
+        answer: what it said.
+        configured: what is known of the question's configuration; None: nothing yet.
+    """
+
+    def __init__(
+        self, facet: OracleFacet, question: OracleSpec, answer: Answer, configured: _Configured | None = None
+    ) -> None:
         self.question = question
         self.answer = answer
         self.known = question.asked == "auto" or question.asked in BACKENDS
         self.own_experts = question.platform in OWN_EXPERTS
-        self.line = expected_line(question)
-        self._obstacles: dict[str, str | None] = {}
+        self.configured = configured or _Configured(facet, question)
+        self.line = self.configured.line
 
     def obstacle(self, backend: str, *, asked_for: bool = False) -> str | None:
         """Why a backend cannot serve: its kernel, or its own predicate."""
         if backend in self.question.absent or (backend in self.question.on_request and not asked_for):
             return "its kernel is not there"
-        if backend not in self._obstacles:
-            self._obstacles[backend] = self.facet.refusal(backend, self.question)
-        return self._obstacles[backend]
+        return self.configured.refusal(backend)
 
     def behind_triton(self, backends: Iterable[str]) -> str | None:
         """A violation where one of the backends is named or taken before Triton."""
@@ -410,7 +453,7 @@ def _demotions(point: Point) -> str | None:
     answer = point.answer
     if answer.demotions is None or not point.known:
         return None
-    expected = expected_demotions(point.question)
+    expected = point.configured.demotions
     if answer.demotions != tuple(expected):
         return f"expected {tuple(expected)}, got {answer.demotions}"
     for candidate, _, _, _, demotions in answer.reasons:
@@ -527,13 +570,7 @@ def published(backend: str, question: OracleSpec) -> bool:
 
 
 def _published(point: Point) -> str | None:
-    if point.own_experts:
-        return None
-    for backend in dict.fromkeys((*point.line, "cpu")):
-        refusal = point.facet.refusal(backend, point.question)
-        if (refusal is None) != published(backend, point.question):
-            return f"{backend} is published for this layer, and refuses: {refusal}" if refusal else f"{backend} accepts"
-    return ""
+    return None if point.own_experts else point.configured.unpublished()
 
 
 JUDGEMENTS: tuple[tuple[Property, Judgement], ...] = (
@@ -562,10 +599,10 @@ def outcome(answer: Answer) -> tuple[Any, ...]:
 
 
 def judge_question(
-    facet: OracleFacet, question: OracleSpec, answer: Answer | None = None
+    facet: OracleFacet, question: OracleSpec, answer: Answer | None = None, configured: _Configured | None = None
 ) -> list[tuple[Property, str]]:
     """Every judgement of one answer that applies: the property, and the violation or an empty string."""
-    point = Point(facet, question, facet.ask(question) if answer is None else answer)
+    point = Point(facet, question, facet.ask(question) if answer is None else answer, configured)
     found = ((prop, judgement(point)) for prop, judgement in JUDGEMENTS)
     return [(prop, violation) for prop, violation in found if violation is not None]
 
@@ -749,13 +786,22 @@ def enumerate_oracle(facet: OracleFacet, questions: Iterable[OracleSpec], *, rel
         relations_every: relate every n-th question to its neighbours; 0 relates none.
     """
     result = Enumeration()
+    counts: dict[str, Count] = {}
+    # Neighbours in the space often differ in what is there and what is asked for alone.
+    about: Any = None
+    configured: _Configured | None = None
     for index, question in enumerate(questions):
         answer = facet.ask(question)
-        verdicts = judge_question(facet, question, answer)
+        if configured is None or _configuration(question) != about:
+            about, configured = _configuration(question), _Configured(facet, question)
+        verdicts = judge_question(facet, question, answer, configured)
         if relations_every and index % relations_every == 0:
             verdicts += judge_relations(facet, question, answer)
         for prop, violation in verdicts:
-            result.counts.setdefault(prop, Count()).add(violation, question)
+            count = counts.get(prop.id)
+            if count is None:
+                count = counts[prop.id] = result.counts[prop] = Count()
+            count.add(violation, question)
         result.points += 1
         result.decisions[answer.backend or "refused"] += 1
     return result

@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked_runs import run_forked
 
 from moegate.bench import plugin
 from moegate.bench.comparison_gate import unlike_machine
@@ -28,48 +26,46 @@ RUNS = {
 }
 
 
-def run(*arguments):
+def run(folder, runs):
+    """Exit code and output of each run."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--moegate-bench-device", "cpu"]
-    command += ["--moegate-bench-budget", "0.01", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    common = ("-q", "-p", "no:cacheprovider", "--moegate-bench-device", "cpu", "--moegate-bench-budget", "0.01")
+    arguments = {name: (*common, *more) for name, more in runs.items()}
+    return run_forked(arguments, ROOT, environment, texts=folder)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """(exit code, output, storage, failures in its JUnit file) of each run, all of them after the baseline's."""
     folder = tmp_path_factory.mktemp("comparison")
-    storage = folder / "baseline"
-    code, output = run(
-        *SMALL, "--moegate-bench-tokens", "1,4", "--benchmark-autosave", f"--benchmark-storage={storage}"
-    )
+    storage = folder / "storage"
+    measured = (*SMALL, "--moegate-bench-tokens", "1,4", "--benchmark-autosave", f"--benchmark-storage={storage}")
+    ((code, output),) = run(folder, {"baseline": measured}).values()
     assert code == 0, output
     (baseline,) = storage.rglob("0001_*.json")
-
-    def start(name):
-        own = folder / name.replace(" ", "-")
-        shutil.copytree(storage, own)
+    own = {name: folder / name.replace(" ", "-") for name in RUNS}
+    junit = {name: folder / f"{own[name].name}.xml" for name in RUNS}
+    arguments = {}
+    for name, more in RUNS.items():
+        shutil.copytree(storage, own[name])
         data = json.loads(baseline.read_text())
         if name == "worse":
             for benchmark in data["benchmarks"]:
                 benchmark["stats"]["median"] /= 1e4
         if name == "another machine":
             data["machine_info"]["moegate"]["device"] = "NVIDIA H200"
-        (own / baseline.relative_to(storage)).write_text(json.dumps(data))
-        junit = folder / f"{own.name}.xml"
-        arguments = ("bench/test_guards.py",) if name == "guards" else (*SMALL, f"--benchmark-storage={own}")
-        code, output = run(*arguments, *RUNS[name], f"--junitxml={junit}")
-        failures = (
-            [case.get("name") for case in ET.parse(junit).iter("testcase") if case.find("failure") is not None]
-            if (junit.exists())
-            else []
-        )
-        return code, output, own, failures
+        (own[name] / baseline.relative_to(storage)).write_text(json.dumps(data))
+        what = ("bench/test_guards.py",) if name == "guards" else (*SMALL, f"--benchmark-storage={own[name]}")
+        arguments[name] = (*what, *more, f"--junitxml={junit[name]}")
+    done = run(folder, arguments)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(RUNS, pool.map(start, RUNS), strict=True))
+    def failures(name):
+        if not junit[name].exists():
+            return []
+        return [case.get("name") for case in ET.parse(junit[name]).iter("testcase") if case.find("failure") is not None]
+
+    return {name: (*done[name], own[name], failures(name)) for name in RUNS}
 
 
 def test_a_removed_benchmark_and_a_slower_one_fail_with_a_summary_and_in_junit(runs):

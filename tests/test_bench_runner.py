@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moegate.bench import __main__ as command
-from moegate.bench import machine
+from moegate.bench import machine, tune_device
 from moegate.bench.floor import Ceilings
 from moegate.bench.formats import FORMATS
 from moegate.bench.operands import WeightBank, make_operands
@@ -17,6 +17,7 @@ from moegate.bench.runner import measure_workload
 from moegate.bench.session import OURS, LayerBench, run_workloads
 from moegate.bench.timer import Captured, PairedRatio
 from moegate.bench.tune import candidate_configs, measure_pairs, search
+from moegate.bench.tune_candidates import default_pair
 from moegate.bench.verification import WrongKernelError, verify_rows
 from moegate.bench.workloads import MODELS, Model, Routing, Workload
 from moegate.impl.fused_moe import fused_experts
@@ -275,16 +276,26 @@ def test_a_pair_that_breaks_the_device_ends_the_trying_and_not_the_run():
     assert any("not tried" in trial.error for trial in trials)
 
 
-def test_a_search_tries_the_default_first_and_then_the_second_gemm():
-    ticks = []
-    trials = search(
-        WORKLOAD,
-        [KernelConfig(16, 64, 32), KernelConfig(16, 128, 32)],
-        device="cpu",
-        on_progress=lambda: ticks.append(1),
-    )
+def test_a_search_tries_the_default_first_and_then_the_second_gemm(monkeypatch):
+    # What is asked for is the order and that all of it runs: of each one's many samples a first is enough.
+    monkeypatch.setattr(tune_device, "_BRIEF_ROUNDS", 1)
+    monkeypatch.setattr(tune_device, "choose_rounds", lambda *_, **__: 1)
+    ticks, tried = [], []
+
+    class Heard(tune_device.InProcess):
+        def gemm(self, workload, gemm, config):
+            tried.append((gemm, config))
+            return super().gemm(workload, gemm, config)
+
+    candidates = [KernelConfig(16, 64, 32), KernelConfig(16, 128, 32)]
+    trials = search(WORKLOAD, candidates, bench=Heard("cpu"), on_progress=lambda: ticks.append(1))
     assert len(ticks) == len(trials)
     assert all(not trial.error for trial in trials)
+    if not Platform.of(torch.device("cpu")).runs_triton:  # then only layers can be timed
+        assert not tried
+        return
+    first, second = default_pair(WORKLOAD, Platform.of(torch.device("cpu")))
+    assert tried == [(gemm, tile) for gemm, own in (("w13", first), ("w2", second)) for tile in (own, *candidates)]
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096])

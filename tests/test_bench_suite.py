@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from forked_runs import run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = ("--moegate-bench-dtype", "int4-g32")
@@ -25,36 +25,15 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(exit code, output) of each run; they are started together, since most of their time is importing torch."""
-    json_path = tmp_path_factory.mktemp("bench") / "benchmark.json"
+    """(exit code, output) of each run; forked from one process, since most of their time is importing torch."""
+    folder = tmp_path_factory.mktemp("bench")
+    json_path = folder / "benchmark.json"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["OMP_NUM_THREADS"] = "1"  # as many processes as runs share the cores
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "bench/test_moe_layer.py",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--moegate-bench-device",
-        "cpu",
-    ]
-
-    def run(name):
-        arguments = [*RUNS[name], json_path] if name == "measured" else RUNS[name]
-        done = subprocess.run(
-            [*command, "--moegate-bench-budget", "0.01", *arguments],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    with ThreadPoolExecutor() as pool:
-        return {**dict(zip(RUNS, pool.map(run, RUNS), strict=True)), "json": json_path}
+    common = ("bench/test_moe_layer.py", "-q", "-p", "no:cacheprovider", "--moegate-bench-device", "cpu")
+    common += ("--moegate-bench-budget", "0.01")
+    arguments = {name: (*common, *RUNS[name], *([json_path] if name == "measured" else [])) for name in RUNS}
+    return {**run_forked(arguments, ROOT, environment, texts=folder), "json": json_path}
 
 
 def test_the_suite_stores_device_time_floor_machine_and_verdict(runs):

@@ -1022,6 +1022,11 @@ def equal_operands_are_taken_as_they_are():
     assert_calls(_busy, fewer_than=4200)
 
 
+@probe("plain_values", compiles=False)
+def plain_values_are_taken_as_they_are():
+    assert_calls(_busy, fewer_than=1000, named="isinstance")
+
+
 @probe("no_host_copies", compiles=False)
 def arguments_are_not_copied():
     assert_calls(_busy, fewer_than=1, named="copy_")

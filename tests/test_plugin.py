@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from forked_runs import run_forked
+from forked_runs import TRANSFORMERS, run_forked
 
 from moegate.conformance import plugin
 from moegate.conformance.spec import ExpertsSpec, parse_spec
@@ -170,7 +170,8 @@ def runs(tmp_path_factory):
         text=True,
         check=False,
     )
-    done = {"trivial": (own.returncode, own.stdout + own.stderr), **run_forked(arguments, folder, environment)}
+    forked = run_forked(arguments, folder, environment, more=TRANSFORMERS)
+    done = {"trivial": (own.returncode, own.stdout + own.stderr), **forked}
 
     def result(name, code, text):
         options = dict(zip(RUNS[name], RUNS[name][1:], strict=False))
