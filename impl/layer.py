@@ -365,18 +365,7 @@ class MoELayer(nn.Module):
             raise ValueError("lora_ids: expected None without adapters, got ids")
 
     def _select(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Routing weights and ids, `[M, top_k]` each; where the layer is no plan whole, this part of it is one."""
-        gate = self.gate
-        if not runs_as_written(gate, Gate) or self.routing.custom_routing_function is not None:
-            return self._select_as_it_stands(hidden_states)
-        return replayed(
-            ("MoELayer", self.routing),
-            (hidden_states, *gate.parameters_read()),
-            lambda: self._select_as_it_stands(hidden_states),
-            by_default=hidden_states.is_cuda,
-        )
-
-    def _select_as_it_stands(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Routing weights and ids, `[M, top_k]` each."""
         return select_experts(
             self.gate(hidden_states),
             **vars(self.routing),

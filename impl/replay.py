@@ -240,10 +240,6 @@ class Slot:
     view: tuple[torch.dtype, torch.Size, tuple[int, ...]]
 
 
-# Behind the three sizes of a grid.
-_STREAM = 3
-
-
 class _Compiled:
     """A launch of a compiled kernel, past everything that Triton does to find it."""
 
@@ -254,19 +250,19 @@ class _Compiled:
             # NVIDIA's launcher looks for scratch memory in Python before it does anything; here is none.
             self._run = launcher.launch
             flags = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
-            ahead = [*(*grid, 1, 1)[:3], 0, compiled.function, *flags, *hooks]
+            self._tail = (compiled.function, *flags, *hooks)
         else:
-            self._run, ahead = launcher, [*(*grid, 1, 1)[:3], 0, compiled.function, *hooks]
-        self._arguments = [*ahead, *arguments]
-        self._slots = tuple((slot.position + len(ahead), slot.base, slot.offset) for slot in slots)
+            self._run, self._tail = launcher, (compiled.function, *hooks)
+        self._grid = (*grid, 1, 1)[:3]
+        self._arguments = arguments
+        self._slots = tuple((slot.position, slot.base, slot.offset) for slot in slots)
 
     def __call__(self, addresses: list[int], memory: list[Tensor | None], stream: int) -> None:
         del memory
         arguments = self._arguments.copy()
         for position, base, offset in self._slots:
             arguments[position] = addresses[base] + offset
-        arguments[_STREAM] = stream
-        self._run(*arguments)
+        self._run(*self._grid, stream, *self._tail, *arguments)
 
 
 class _Interpreted:
@@ -308,7 +304,7 @@ class Plan:
     """What a call of one form takes and launches.
 
     Args:
-        device: of its memory, and of the first of the call's tensors.
+        device: of its tensors.
         scratch: bytes of memory that nobody sees.
         results: shape and dtype of each tensor that is returned.
         returns_one: a tensor, and not a tuple.
@@ -316,7 +312,7 @@ class Plan:
         heard: facts and launches for whoever listens.
     """
 
-    __slots__ = ("_heard", "_index", "_launches", "_results", "_returns_one", "_scratch")
+    __slots__ = ("_device", "_heard", "_index", "_launches", "_results", "_returns_one", "_scratch")
 
     def __init__(
         self,
@@ -327,16 +323,15 @@ class Plan:
         launches: Sequence[Any],
         heard: tuple[Sequence[tuple[str, Any]], Mapping[str, int]],
     ) -> None:
-        self._scratch, self._results, self._returns_one = scratch, tuple(results), returns_one
+        self._device, self._scratch, self._results, self._returns_one = device, scratch, tuple(results), returns_one
         self._launches, self._heard = tuple(launches), heard
         self._index = -1 if device.index is None else device.index
 
     def replay(self, tensors: Sequence[Tensor]) -> Result:
         """Launch everything on these tensors' addresses."""
-        # The shortest way to new memory that deterministic modes fill and dispatch modes see.
-        take = tensors[0].new_empty
-        results = tuple([take(shape, dtype=dtype) for shape, dtype in self._results])
-        scratch = take(self._scratch, dtype=torch.uint8) if self._scratch else None
+        device = self._device
+        results = tuple([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._results])
+        scratch = torch.empty(self._scratch, dtype=torch.uint8, device=device) if self._scratch else None
         memory = [*tensors, scratch, *results]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in memory]
         listener = path.listener()
@@ -423,8 +418,6 @@ class _Recording(path.PathRecord):
         if self._watch.other:
             raise _OtherError(self._watch.other)
         returned = result if isinstance(result, tuple) else (result,)
-        if returned[0].device != self._tensors[0].device:
-            raise _OtherError(f"the first tensor is on {self._tensors[0].device}, the result on {returned[0].device}")
         taken = {_storage(each): each.untyped_storage().nbytes() for each in self._watch.taken}
         for one in returned:
             if taken.pop(_storage(one), -1) != one.nbytes or not one.is_contiguous():

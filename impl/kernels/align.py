@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from .. import path
-from .early_start import early_start, wait_for_the_kernel_before
 from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
 
@@ -43,10 +42,8 @@ def align_count_kernel(
     CHUNK: tl.constexpr,
     CHUNKS_PER_SPAN: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """For each expert: pairs of this span before each of its chunks, and pairs of this span."""
-    wait_for_the_kernel_before(PDL)
     span = tl.program_id(0)
     for first_expert in range(0, num_local_experts, BLOCK_E):
         experts = first_expert + tl.arange(0, BLOCK_E)
@@ -112,10 +109,8 @@ def align_place_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_SPANS: tl.constexpr,
     BLOCK_BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Place one chunk's pairs, and fill this program's share of `expert_ids` and of the padding."""
-    wait_for_the_kernel_before(PDL)
     chunk = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     pair = chunk * CHUNK + lane
@@ -287,7 +282,6 @@ def align(
             CHUNKS_PER_SPAN=_CHUNKS_PER_SPAN,
             BLOCK_E=block_e,
             num_warps=4,
-            **early_start(topk_ids),
         )
     # The comparison inside a chunk is quadratic in its lanes; one small variant is enough.
     chunk = 64 if num_pairs <= 64 else _CHUNK
@@ -319,6 +313,5 @@ def align(
         BLOCK_SPANS=max(1, min(32, 4096 // block_e)),
         BLOCK_BLOCKS=max(1, min(64, 8192 // block_e)),
         num_warps=4 if chunk <= 64 else 8,
-        **early_start(topk_ids),
     )
     return sorted_token_ids, expert_ids, num_tokens_post_padded

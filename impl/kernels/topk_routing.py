@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from .. import path
-from .early_start import early_start, wait_for_the_kernel_before
 from .sizes import cdiv, next_power_of_2
 
 SCORING_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -155,7 +154,6 @@ def topk_routing_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Rank by logit, or by score plus bias, descending; equal ones by id, ascending. A NaN counts as -inf.
 
@@ -166,7 +164,6 @@ def topk_routing_kernel(
     PLAIN is softmax without bias and groups, and needs no score before its experts are chosen. What else the methods
     differ in are run-time values: a few uniform branches cost less than a compiled variant for each.
     """
-    wait_for_the_kernel_before(PDL)
     BLOCK_E: tl.constexpr = BLOCK_G * BLOCK_S
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     lanes = tl.arange(0, BLOCK_E)
@@ -327,6 +324,5 @@ def topk_routing(
         BLOCK_S=block_s,
         BLOCK_K=max(_LEAST_CHOICES, next_power_of_2(top_k)),
         num_warps=4 if block_e <= 2 * _LANES else 8,
-        **early_start(router_logits),
     )
     return topk_weights, topk_ids
