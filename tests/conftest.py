@@ -14,6 +14,7 @@ SHARED_RUNS = (
     "test_bench_comparison.py",
     "test_bench_suite.py",
     "test_cli.py",
+    "test_faults.py",
     "test_packaging.py",
     "test_plugin.py",
     "test_report_browser.py",

@@ -233,22 +233,29 @@ def test_a_kill_has_the_case_that_shows_it_again(ends):
     assert "AlignSpec(" in ends["dies"].witness.spec
 
 
-def test_faults_of_several_subjects_are_hunted_together_and_one_that_does_not_load_fails_alone():
+UNHEARD, ZEROS = "replay-that-nobody-hears", "replay-takes-zeros-for-any-memory"
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    """What came of faults of several subjects, hunted by one server."""
     fault = Fault("mine", "align", (Edit(*ENDS["killed"][:3]),), ("ALIGN-06",), ("test_align.py",), ("triton",))
-    unheard = next(each for each in CATALOGUE if each.id == "replay-that-nobody-hears")
-    faults = [fault, replace(fault, id="nobody's", subject="no.such.module:Subject"), unheard]
-    outcomes = {each.id: each for each in outcomes_of([Job(each, Orders(scale=0.05)) for each in faults], 2)}
-    assert outcomes["mine"].by == ["ALIGN-06"]
-    assert "no.such.module" in outcomes["nobody's"].broken
-    assert outcomes[unheard.id].expected
+    named = {each.id: each for each in CATALOGUE}
+    searched = (fault, replace(fault, id="nobody's", subject="no.such.module:Subject"), named[UNHEARD])
+    jobs = [Job(each, Orders(scale=0.05)) for each in searched]
+    jobs.append(Job(named[ZEROS], Orders(witness=read_witnesses()[ZEROS].witness, search=False)))
+    return {each.id: each for each in outcomes_of(jobs, 2)}
 
 
-def test_memory_that_a_recorded_call_had_as_zeros_is_full_where_it_is_replayed():
-    fault = next(each for each in CATALOGUE if each.id == "replay-takes-zeros-for-any-memory")
-    witness = read_witnesses()[fault.id].witness
-    (outcome,) = outcomes_of([Job(fault, Orders(witness=witness, search=False))], 1)
-    assert outcome.from_witness
-    assert outcome.by == ["HYGIENE-04"]
+def test_faults_of_several_subjects_are_hunted_together_and_one_that_does_not_load_fails_alone(subjects):
+    assert subjects["mine"].by == ["ALIGN-06"]
+    assert "no.such.module" in subjects["nobody's"].broken
+    assert subjects[UNHEARD].expected
+
+
+def test_memory_that_a_recorded_call_had_as_zeros_is_full_where_it_is_replayed(subjects):
+    assert subjects[ZEROS].from_witness
+    assert subjects[ZEROS].by == ["HYGIENE-04"]
 
 
 def test_of_many_cases_that_kill_the_quickest_becomes_the_witness(monkeypatch):
