@@ -22,8 +22,8 @@ from moegate.impl.tuning.schema import parse
 from moegate.impl.whole_file import folder_locked, write_whole
 
 PLATFORMS = ("cuda:8.0", "cuda:9.0", "cuda:10.0", "rocm:gfx942")
-# What a layer of the general kernels launches behind its alignment. The second of two streamed kernels starts early too,
-# and reads before it waits what the first one had waited for.
+# What a layer of the general kernels launches behind its alignment. The second of two streamed kernels starts early
+# too, and reads before it waits what the first one had waited for.
 EARLY = {"quantize_rows_kernel", "grouped_gemm_kernel", "combine_kernel"}
 EARLY |= {"activation_kernel", "quantized_activation_kernel"}
 STREAMED = {"gate_up_rows_kernel", "down_rows_kernel"}

@@ -167,8 +167,9 @@ def prepare(subjects: Iterable[str], packages: Iterable[str], device: str) -> No
 
     preload()
     torch.set_num_threads(1)
-    with poisoned_allocations():  # its first use imports half of torch's compiler
+    with poisoned_allocations():
         pass
+    importlib.import_module("torch._inductor.config")  # half of torch's compiler, which the first dispatch mode loads
     interprets = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if interprets:
         from .. import interpreter
