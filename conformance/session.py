@@ -146,6 +146,14 @@ class Session:
         count = self.examples(examples, is_value=is_value)
         explore(strategy, body, name=name, examples=count, pinned=pinned, facts=self.ledger.facts)
 
+    def suffices(self, verdicts: Sequence[Verdict]) -> bool:
+        """Whether a case that has these verdicts need not be asked for more: a judge may ask before its next call.
+
+        It never suffices here, where a failure says all that is wrong.
+        """
+        del verdicts
+        return False
+
     def _of_the_device(self, error: Exception) -> list[Verdict]:
         """The verdicts on a case that an error of the device ended outside of the subject's calls; none: it has none.
 

@@ -63,10 +63,11 @@ def judge_of(session, variant):
             else:
                 output = session.run_experts(case, variant)
             verdicts.append(judge_form(case, output))
-            kept = output.clone()
+            verdicts += judge_values(case, output.clone(), trace, budget_of(case, trace, subject.numerics))
+            if session.suffices(verdicts):
+                return verdicts
             with other_order():
                 again = subject.experts(case, variant)
-            verdicts += judge_values(case, kept, trace, budget_of(case, trace, subject.numerics))
             verdicts += judge_hygiene(case, output, again, subject.numerics)
         return verdicts
 

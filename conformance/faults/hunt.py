@@ -105,7 +105,7 @@ class _Hunter:
     def found(self, ids: list[str], spec: Spec | None, detail: str) -> None:
         """Something is violated."""
         ids = list(dict.fromkeys(ids))
-        wanted = [id for id in ids if self.orders.any_kill or id in self.fault.expect]
+        wanted = self.wanted(ids)
         took = time.monotonic() - self._began
         is_quicker = bool(wanted) and self.orders.quickest > 0 and took < self._least
         if not self.outcome.killed or (wanted and not self.outcome.expected) or is_quicker:
@@ -122,6 +122,10 @@ class _Hunter:
             if wanted and not self.orders.quickest:
                 raise _Killed
             self._lose_patience()
+
+    def wanted(self, ids: Sequence[str]) -> list[str]:
+        """Those of violated properties that the fault is expected to violate."""
+        return [id for id in ids if self.orders.any_kill or id in self.fault.expect]
 
     def ends(self) -> None:
         """The hunt is over: cases behind the first that killed were looked at for their time alone."""
@@ -183,6 +187,11 @@ class _HuntersSession(Session):
             how["examples"] *= DRAWN_FOR_ONE
         with self._hunter.exploring():
             super().explore(strategy, guarded, **how)
+
+    def suffices(self, verdicts: Sequence[Verdict]) -> bool:
+        """A witness is asked for what is expected of it and no more; a search counts all that a case violates."""
+        violated = [verdict.property.id for verdict in verdicts if not verdict.holds]
+        return self._hunter.outcome.from_witness and bool(self._hunter.wanted(violated))
 
     def judged(self, verdicts: Sequence[Verdict], spec: Spec) -> None:
         """A case of a test that draws its cases itself."""
