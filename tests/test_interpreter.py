@@ -842,7 +842,7 @@ def large_integer_arguments_are_int64():
     same(out, torch.tensor([6_000_000_000]))
 
 
-@probe("scalar_arguments")
+@probe(None)  # either of two repairs sees to it: upstream refuses them as it measures their arrays
 def booleans_are_arguments():
     out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     double_kernel[(1,)](out, 3, True)
@@ -1025,6 +1025,11 @@ def equal_operands_are_taken_as_they_are():
 @probe("plain_values", compiles=False)
 def plain_values_are_taken_as_they_are():
     assert_calls(_busy, fewer_than=1000, named="isinstance")
+
+
+@probe("unmeasured_handles", compiles=False)
+def results_are_not_measured_against_their_types():
+    assert_calls(_busy, fewer_than=3620)
 
 
 @probe("no_host_copies", compiles=False)
