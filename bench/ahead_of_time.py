@@ -178,13 +178,6 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def waits_first(ptx: str) -> bool:
-    """Whether a kernel waits for the one before it ahead of everything that it does with memory."""
-    wait = ptx.find("griddepcontrol.wait")
-    first = re.search(r"\b(ld\.(volatile\.)?global|st\.global|cp\.async|atom|red\.|prefetch)", ptx)
-    return wait >= 0 and (first is None or wait < first.start())
-
-
 def wide_loads_in_flight(cubin: bytes) -> int:
     """The most loads of 16 bytes a thread that a kernel asks for before it multiplies what one of them brought.
 

@@ -15,15 +15,7 @@ from typing import Any
 
 import torch
 
-from moegate.bench.ahead_of_time import (
-    Launch,
-    compile_launch,
-    imagine,
-    resources,
-    target,
-    waits_first,
-    wide_loads_in_flight,
-)
+from moegate.bench.ahead_of_time import Launch, compile_launch, imagine, resources, target, wide_loads_in_flight
 from moegate.impl.batched import batched_experts
 from moegate.impl.config import Activation, QuantScheme
 from moegate.impl.experts.kernel_form import FormChoice, use_kernel_forms
@@ -165,7 +157,6 @@ def compile_one(platform: Platform, launch: Launch) -> dict[str, Any]:
     }
     if gpu.backend == "cuda":
         result |= resources(compiled.asm["cubin"])
-        result["waits_first"] = waits_first(compiled.asm["ptx"])
         if name.endswith("_rows_kernel"):
             result["wide_loads"] = wide_loads_in_flight(compiled.asm["cubin"])
         if len(sys.argv) > 1:

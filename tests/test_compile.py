@@ -22,10 +22,6 @@ from moegate.impl.tuning.schema import parse
 from moegate.impl.whole_file import folder_locked, write_whole
 
 PLATFORMS = ("cuda:8.0", "cuda:9.0", "cuda:10.0", "rocm:gfx942")
-# What a layer of the general kernels launches behind its alignment. The second of two streamed kernels starts early
-# too, and reads before it waits what the first one had waited for.
-EARLY = {"quantize_rows_kernel", "grouped_gemm_kernel", "combine_kernel"}
-EARLY |= {"activation_kernel", "quantized_activation_kernel"}
 STREAMED = {"gate_up_rows_kernel", "down_rows_kernel"}
 SORTED = {"gated_gemm_kernel", "sorted_gemm_kernel"}
 SCALED = {"scaled_gated_gemm_kernel", "scaled_sorted_gemm_kernel"}
@@ -328,18 +324,6 @@ def test_a_multiprocessor_holds_two_and_three_programs_of_the_scaled_kernels(com
         registers = -(-kernel["registers"] // 8) * 256 * kernel["constants"]["num_warps"]
         assert programs * registers <= 65_536, describe(kernel)
         assert programs * (kernel["shared_memory"] + 1024) <= 228 << 10, describe(kernel)
-
-
-def test_a_kernel_that_starts_early_waits_before_it_touches_memory(compiled: list[dict[str, Any]]) -> None:
-    """All that a kernel before it wrote is there then; one that waits for nothing may as well not be launched early."""
-    kernels = [kernel for kernel in compiled if kernel["kernel"] not in STREAMED]
-    early = [kernel for kernel in kernels if kernel["constants"].get("launch_pdl")]
-    assert {kernel["kernel"] for kernel in early} == EARLY
-    for kernel in early:
-        assert kernel["platform"] == "cuda:9.0", describe(kernel)
-        assert kernel["waits_first"], describe(kernel)
-    late = [kernel for kernel in kernels if kernel["platform"] == "cuda:9.0" and kernel not in early]
-    assert not any(kernel["kernel"] in EARLY for kernel in late)
 
 
 def test_a_kernel_has_one_cache_key_whichever_kernel_came_before_it() -> None:

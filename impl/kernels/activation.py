@@ -12,7 +12,6 @@ from .. import path
 from ..config import ActivationFunction
 from ..platform import Platform, Vendor
 from ..quantization import LARGEST, ActivationScale
-from .early_start import early_start, wait_for_the_kernel_before
 from .pairs import local_expert
 from .quantize import Rows, largest_of_rows, quantized, scale_of
 from .sizes import cdiv, next_power_of_2
@@ -160,10 +159,8 @@ def activation_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Rows of pairs without a local expert are neither read nor written: GEMM1 left them as they were."""
-    wait_for_the_kernel_before(PDL)
     pairs = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     expert = local_expert(
@@ -346,10 +343,8 @@ def quantized_activation_kernel(
     LARGEST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One group of columns of some pairs; pairs without a local expert are neither read nor written."""
-    wait_for_the_kernel_before(PDL)
     pairs = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     expert = local_expert(
         topk_ids_ptr,
@@ -566,7 +561,6 @@ def _launch(
             *numbers,
             *rows.numbers[:4],
             **constants,
-            **early_start(tensors[0]),
         )
         return
     path.launch(

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from .. import path
 from ..platform import Platform, Vendor
-from .early_start import early_start, wait_for_the_kernel_before
 from .pairs import local_expert, map_arguments
 from .sizes import cdiv
 
@@ -39,10 +38,8 @@ def combine_kernel(
     UNROLL: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """A pair without a local expert adds nothing, and its row, which nobody wrote, is not read."""
-    wait_for_the_kernel_before(PDL)
     tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     live = tokens < num_tokens
@@ -109,5 +106,4 @@ def combine(
         BLOCK_TOKENS=block_tokens,
         BLOCK_H=block_h,
         num_warps=num_warps,
-        **early_start(out),
     )

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from .. import path
 from ..tuning.kernel_config import KernelConfig
-from .early_start import early_start, wait_for_the_kernel_before
 from .lora_expand import adapter_arguments, adapter_options, add_adapters, tile_with_adapters
 from .lora_rows import adapters_of_block, known_slot
 from .lora_shrink import Shrunk
@@ -105,7 +104,6 @@ def grouped_gemm_kernel(
     LORA_BLOCK_R: tl.constexpr,
     LORA_LISTED: tl.constexpr,
     LORA_RUNS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of C.
 
@@ -116,7 +114,6 @@ def grouped_gemm_kernel(
 
     What a constant would not make faster is a run-time value, so that few variants are compiled.
     """
-    wait_for_the_kernel_before(PDL)
     pid_m, pid_n = tile_of_program(N, BLOCK_N, GROUP_M)  # pyright: ignore[reportGeneralTypeIssues]
     lane_m = tl.arange(0, BLOCK_M)
     if NAIVE:
@@ -288,5 +285,4 @@ def grouped_gemm(
         NAIVE=sorted_token_ids is None,
         **tile_options(operands, config, allow_tf32),
         **adapter_options(shrunk, config),
-        **early_start(c),
     )

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from .. import path
 from ..quantization import LARGEST, ActivationScale
-from .early_start import early_start, wait_for_the_kernel_before
 from .pairs import local_expert, map_arguments
 from .sizes import cdiv, next_power_of_2
 from .slabs import tokens_of_slab
@@ -161,14 +160,12 @@ def quantize_rows_kernel(
     LARGEST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Rows to dense q. Axis 1 of the grid counts groups of `group` columns (a row's whole, for a scale a row).
 
     GIVEN: `dynamic` finds the scale of each row and group, `amax` makes one of the tensor's largest magnitude (and
     stores it), `scale` takes it as it stands.
     """
-    wait_for_the_kernel_before(PDL)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     index = tl.program_id(1)
     real = _real_rows(
@@ -311,7 +308,6 @@ def quantize_rows(
         BLOCK_ROWS=block_rows,
         BLOCK=block,
         num_warps=4,
-        **early_start(x),
     )
     return values, scales
 
