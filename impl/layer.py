@@ -388,7 +388,7 @@ class MoELayer(nn.Module):
             experts.allow_tf32,
         )
         return replayed(
-            ("MoELayer", settings, what_decides()),
+            lambda: ("MoELayer", settings, what_decides()),
             (hidden_states, *gate.parameters_read(), self.expert_map, *experts.parameters_read()),
             lambda: self._routed_as_it_stands(hidden_states, lora_ids),
             by_default=hidden_states.is_cuda,  # eager, a small batch keeps the device waiting for the host

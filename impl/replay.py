@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
-from functools import wraps
-from typing import Any, TypeVar
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ from triton.runtime import driver
 from . import path
 from .checks import debugging, expect_int, switch
 from .kernels.device import current_device
-from .platform import Platform
 from .quantization import ExpertsQuantization
 
 VARIABLE = "MOEGATE_REPLAY"
@@ -118,59 +117,41 @@ def replayable(around: Callable[[], tuple[Any, ...]]) -> Callable[[Function], Fu
     def decorated(function: Function) -> Function:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            after = _after(by_default=False)
-            if after is None:
-                return function(*args, **kwargs)
-            tensors: list[Tensor] = []
-            try:
-                parts = (*_form(args, tensors), *kwargs, *_form(kwargs.values(), tensors))
-                form = (function.__name__, Platform.of(tensors[0].device), around(), *parts)
-            except (TypeError, AttributeError, RuntimeError, IndexError):
-                return function(*args, **kwargs)  # what has no form is no argument that is right, or one that changes
-            return _replayed(form, tensors, lambda: function(*args, **kwargs), after)
+            return replayed(
+                lambda: (function.__name__, around(), *kwargs),
+                (*args, *kwargs.values()),
+                lambda: function(*args, **kwargs),
+                by_default=False,
+            )
 
         return call  # pyright: ignore[reportReturnType]
 
     return decorated
 
 
-def replayed(around: tuple[Any, ...], tensors: Sequence[Any], run: Callable[[], Answer], *, by_default: bool) -> Answer:
-    """Replay what `run` launches, of whatever it reads: the least of the host where a caller knows all of that.
+def replayed(
+    around: Callable[[], tuple[Any, ...]], arguments: Sequence[Any], run: Callable[[], Answer], *, by_default: bool
+) -> Answer:
+    """Replay what `run` launches.
 
     Args:
-        around: all that it depends on beside the tensors, hashable; the first entry names who asks.
-        tensors: that it reads, or None; the first one is there. A quantisation counts as its tensors.
+        around: gives what it depends on beside the arguments, hashable; the first entry names who asks.
+        arguments: tensors that it reads, a quantisation for its own, and constants; one at least is a tensor.
         run: returns tensors, and may launch kernels, take memory and call `path.operate`.
         by_default: also where nobody said whether calls are replayed.
     """
     after = _after(by_default=by_default)
     if after is None:
         return run()
-    read: list[Tensor] = []
+    tensors: list[Tensor] = []
     try:
-        parts = _form(tensors, read)
-        form = (around, read[0].device, *parts)
-    except (TypeError, AttributeError, RuntimeError, IndexError):
-        return run()
-    return _replayed(form, read, run, after)
-
-
-def _after(*, by_default: bool) -> int | None:
-    """After how many calls of a form the next ones are replayed; None: never."""
-    after = _in_force.get()
-    if after == _UNSAID:
-        after = AFTER if by_default else None
-    # Whoever put another launcher in its place (a tuner, the gate's own test) wants every launch.
-    return None if debugging() or path.launch is not _LAUNCH else after
-
-
-def _replayed(form: Form, tensors: list[Tensor], run: Callable[[], Any], after: int) -> Any:
-    try:
+        parts = _form(arguments, tensors)
+        form = (around(), tensors[0].device, *parts)
         known = _forms.get(form, 0)
-    except TypeError:
-        return run()  # as for what has no form
+    except (TypeError, AttributeError, RuntimeError, IndexError):
+        return run()  # what has no form is no argument that is right, or one that changes
     if isinstance(known, Plan) and not _is_profiled():
-        return known.replay(tensors)
+        return cast(Answer, known.replay(tensors))
     if isinstance(known, int) and known >= after:
         recording = _Recording(tensors)
         with recording.listening():
@@ -182,6 +163,15 @@ def _replayed(form: Form, tensors: list[Tensor], run: Callable[[], Any], after: 
     elif isinstance(known, str):
         path.note("no_replay", known)
     return run()
+
+
+def _after(*, by_default: bool) -> int | None:
+    """After how many calls of a form the next ones are replayed; None: never."""
+    after = _in_force.get()
+    if after == _UNSAID:
+        after = AFTER if by_default else None
+    # Whoever put another launcher in its place (a tuner, the gate's own test) wants every launch.
+    return None if debugging() or path.launch is not _LAUNCH else after
 
 
 def _keep(form: Form, known: int | Plan | str) -> None:
@@ -380,21 +370,21 @@ class _Recording(path.PathRecord):
         super().__init__()
         self._tensors = tensors
         self._watch = _Watch()
-        self._calls: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._steps: list[Callable[[Mapping[int, int], Sequence[Tensor]], Any]] = []  # what makes each for a plan
         self._made: list[Tensor] = []  # by operations
 
     def launch(self, kernel: Any, grid: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Any:
         """Launch a kernel, and keep how; what Triton does for it is none of the call's doing."""
         with _disable_current_modes():
             compiled = super().launch(kernel, grid, args, meta)
-        self._calls.append((kernel, grid, args, meta, compiled))
+        self._steps.append(partial(self._launch_of, kernel, grid, args, meta, compiled))
         return compiled
 
     def operate(self, function: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> Tensor:
         """Run a library's operation, and keep it; what it does inside is its own."""
         with _disable_current_modes():
             result = super().operate(function, tensors)
-        self._calls.append((_Operation, function, tensors, {}, None))
+        self._steps.append(partial(self._operation_of, function, tensors))
         self._made.append(result)
         return result
 
@@ -426,7 +416,7 @@ class _Recording(path.PathRecord):
         for storage, size in taken.items():
             starts[storage] = scratch
             scratch += -(-size // _ALIGNMENT) * _ALIGNMENT
-        launches = [self._bound(call, starts, returned) for call in self._calls]
+        launches = [step(starts, returned) for step in self._steps]
         return Plan(
             returned[0].device,
             scratch,
@@ -436,11 +426,32 @@ class _Recording(path.PathRecord):
             (tuple(self.facts), Counter(self.launches)),
         )
 
-    def _bound(self, call: tuple[Any, ...], starts: Mapping[int, int], returned: Sequence[Tensor]) -> Any:
+    def _operation_of(
+        self,
+        function: Callable[..., Tensor],
+        tensors: tuple[Tensor | None, ...],
+        starts: Mapping[int, int],
+        returned: Sequence[Tensor],
+    ) -> _Operation:
+        """An operation on whole tensors of the call, or on what others made."""
+        del starts
+        bases = self._bases(returned)
+        found = [None if t is None else next((n for n, base in enumerate(bases) if base is t), -1) for t in tensors]
+        if -1 in found:
+            raise _OtherError("an operation is given a tensor that is none of the call's")
+        return _Operation(function, found)
+
+    def _launch_of(
+        self,
+        kernel: Any,
+        grid: Any,
+        args: tuple[Any, ...],
+        meta: dict[str, Any],
+        compiled: Any,
+        starts: Mapping[int, int],
+        returned: Sequence[Tensor],
+    ) -> Any:
         """A launch with addresses as slots."""
-        kernel, grid, args, meta, compiled = call
-        if kernel is _Operation:
-            return _Operation(grid, [self._operand(argument, returned) for argument in args])
         names = kernel.arg_names[len(args) :]
         if not all(isinstance(argument, _PASSED) for argument in args):
             raise _OtherError(f"{kernel.__name__} is given a descriptor")
@@ -452,9 +463,13 @@ class _Recording(path.PathRecord):
             return _Interpreted(kernel, grid, arguments, meta, slots)
         return _Compiled(compiled, grid, arguments + [meta[name] for name in names], slots)
 
+    def _bases(self, returned: Sequence[Tensor]) -> list[Tensor | None]:
+        """What addresses start from, in a replay's order; the scratch memory is nobody's tensor here."""
+        return [*self._tensors, None, *returned, *self._made]
+
     def _slot(self, position: int, tensor: Tensor, starts: Mapping[int, int], returned: Sequence[Tensor]) -> Slot:
         """Where the address of an argument comes from."""
-        bases = [*self._tensors, None, *returned, *self._made]
+        bases = self._bases(returned)
         view = (tensor.dtype, tensor.shape, tensor.stride())
         storage = _storage(tensor)
         if storage in starts:
@@ -464,16 +479,6 @@ class _Recording(path.PathRecord):
         if len(same) != 1:
             raise _OtherError("a kernel is given memory that is none of the call's tensors, or that several share")
         return Slot(position, same[0], _start(tensor) - _start(bases[same[0]]), view)
-
-    def _operand(self, tensor: Tensor | None, returned: Sequence[Tensor]) -> int | None:
-        """Which memory an operation reads: whole tensors of the call, or what others made."""
-        if tensor is None:
-            return None
-        bases = [*self._tensors, None, *returned, *self._made]
-        same = [n for n, base in enumerate(bases) if base is tensor]
-        if not same:
-            raise _OtherError("an operation is given a tensor that is none of the call's")
-        return same[0]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from replay_forms import forgotten, plans, reasons
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -11,18 +12,14 @@ from moegate.impl.layer import Gate, MoELayer, RoutingMethod
 from moegate.impl.path import record_path
 from moegate.impl.platform import Platform
 from moegate.impl.quantize import quantize_experts
-from moegate.impl.replay import Plan, replaying
+from moegate.impl.replay import replaying
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(not Platform.of(DEVICE).runs_triton, reason="Triton runs nowhere here")
+pytestmark = [
+    pytest.mark.skipif(not Platform.of(DEVICE).runs_triton, reason="Triton runs nowhere here"),
+    pytest.mark.usefixtures(forgotten.__name__),
+]
 M, E, K, H, I = 3, 6, 2, 32, 16
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_known():
-    replay.forget()
-    yield
-    replay.forget()
 
 
 def randn(*shape, dtype=torch.bfloat16, seed=0):
@@ -37,14 +34,6 @@ def experts(**options):
 def layer(gate=None, routing=None, of_experts=None, **options):
     gate = Gate(randn(E, H)) if gate is None else gate
     return MoELayer(gate, experts(**(of_experts or {})), routing or RoutingMethod(K), **options)
-
-
-def plans():
-    return [known for known in replay._forms.values() if isinstance(known, Plan)]
-
-
-def reasons():
-    return [known for known in replay._forms.values() if isinstance(known, str)]
 
 
 def as_it_stands(of, x):
@@ -289,5 +278,7 @@ def test_an_operation_on_a_tensor_that_is_none_of_the_call_s_is_not_replayed():
         return one._routed_as_it_stands(x, None)
 
     with replaying(after=0):
-        replay.replayed(("a call",), (x, one.gate.weight, one.experts.w13, one.experts.w2), asked, by_default=False)
+        replay.replayed(
+            lambda: ("a call",), (x, one.gate.weight, one.experts.w13, one.experts.w2), asked, by_default=False
+        )
     assert reasons() == ["an operation is given a tensor that is none of the call's"]

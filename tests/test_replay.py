@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from replay_forms import forgotten, plans, reasons
 
 from moegate.conformance.subjects.moegate_replayed import elsewhere
 from moegate.impl import path, replay
@@ -22,15 +23,11 @@ from moegate.impl.tuning import lookup
 from moegate.impl.tuning.kernel_config import KernelConfig, use_kernel_configs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(not Platform.of(DEVICE).runs_triton, reason="Triton runs nowhere here")
+pytestmark = [
+    pytest.mark.skipif(not Platform.of(DEVICE).runs_triton, reason="Triton runs nowhere here"),
+    pytest.mark.usefixtures(forgotten.__name__),
+]
 M, E, TOP_K, H, I = 5, 6, 2, 32, 16
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_known():
-    replay.forget()
-    yield
-    replay.forget()
 
 
 def randn(*shape, dtype=torch.bfloat16):
@@ -48,14 +45,6 @@ def arguments(seed=0, num_tokens=M, dtype=torch.bfloat16, **more):
         "backend": "triton",
         **more,
     }
-
-
-def plans():
-    return [known for known in replay._forms.values() if isinstance(known, Plan)]
-
-
-def reasons():
-    return [known for known in replay._forms.values() if isinstance(known, str)]
 
 
 def test_a_form_is_recorded_at_its_second_call_and_replayed_from_the_third_on():

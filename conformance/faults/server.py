@@ -158,7 +158,6 @@ def prepare(subjects: Iterable[str], packages: Iterable[str], device: str) -> No
     import torch
 
     from ..coverage import rows
-    from ..properties.hygiene import poisoned_allocations
     from ..strategies import pinned_routings
     from . import rewriting
     from .questions import oracle_questions, order_questions
@@ -167,8 +166,6 @@ def prepare(subjects: Iterable[str], packages: Iterable[str], device: str) -> No
 
     preload()
     torch.set_num_threads(1)
-    with poisoned_allocations():
-        pass
     importlib.import_module("torch._inductor.config")  # half of torch's compiler, which the first dispatch mode loads
     interprets = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if interprets:

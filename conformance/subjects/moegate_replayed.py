@@ -40,8 +40,7 @@ class _UsedMemory(TorchDispatchMode):
         """Run it as it stands; fill what it took."""
         del types
         result = func(*args, **(kwargs or {}))
-        is_taken = func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty)
-        if is_taken and not torch.are_deterministic_algorithms_enabled():
+        if func.overloadpacket is torch.ops.aten.empty and not torch.are_deterministic_algorithms_enabled():
             result.untyped_storage().fill_(_LEFT_OVER)
         return result
 
